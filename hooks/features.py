@@ -1,0 +1,88 @@
+"""Groups of features by their decay norm, as the paper sorts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mambalens.hooks.errors import MambalensError, choose
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": ("slow", "middle", "fast"),
+    "slow": ("slow",),
+    "middle": ("middle",),
+    "fast": ("fast",),
+    "context-dependent": ("slow", "middle"),
+    "context-independent": ("middle", "fast"),
+}
+"""Names and the thirds they are made of. The last two are what the paper's code runs under these names."""
+
+
+def decay_norm(A_log: Float[Tensor, "feature *state"]) -> Float[Tensor, " feature"]:
+    """`sum_n exp(-exp(A_log[f, n]))` (Endy et al. 2025): large means slow decay, a long memory.
+
+    It is the L1 norm, over the state, of the decay that a step of size 1 applies. Computed in float64.
+    """
+    return torch.exp(-torch.exp(A_log.detach().double())).reshape(len(A_log), -1).sum(1)
+
+
+def group_mask(norm: Float[Tensor, " feature"], group: str) -> Bool[Tensor, " feature"]:
+    """Features of a named group: the slowest and the fastest floor(F/3), and the rest; ties go by index.
+
+    >>> group_mask(torch.tensor([0.1, 0.9, 0.5]), "slow").tolist()
+    [False, True, False]
+    """
+    if group not in GROUPS:
+        raise MambalensError(f"features={group!r} is not a group of features: {choose(group, GROUPS)}.")
+    third = len(norm) // 3
+    order = torch.argsort(norm, descending=True, stable=True)
+    thirds = {"slow": order[:third], "middle": order[third : len(norm) - third], "fast": order[len(norm) - third :]}
+    mask = torch.zeros(len(norm), dtype=torch.bool, device=norm.device)
+    for part in GROUPS[group]:
+        mask[thirds[part]] = True
+    return mask
+
+
+def explicit_mask(features: Any, count: int, layer: int) -> Bool[Tensor, " feature"]:
+    """A boolean mask or an index list over one layer's features, checked against their number."""
+    given = torch.as_tensor(features)
+    if given.dtype == torch.bool:
+        if given.shape != (count,):
+            raise MambalensError(
+                f"features is a boolean mask of shape {list(given.shape)}, but layer {layer} has {count} features."
+            )
+        return given.cpu()
+    if given.numel() and (given.ndim != 1 or given.is_floating_point()):
+        raise MambalensError(f"features={features!r} is neither a boolean mask nor a list of feature numbers.")
+    wrong = [int(f) for f in given.flatten() if not -count <= int(f) < count]
+    if wrong:
+        raise MambalensError(f"features has {wrong}, but layer {layer} has {count} features: 0 to {count - 1}.")
+    mask = torch.zeros(count, dtype=torch.bool)
+    mask[given.flatten().long()] = True
+    return mask
+
+
+def for_layer(features: Any, layer: int, layers: Sequence[int], n_layers: int) -> Any:
+    """The part of `features` that speaks of `layer`: itself, or its entry where it has one for each layer."""
+    if isinstance(features, str):
+        return features
+    if isinstance(features, Mapping):
+        if layer not in features:
+            raise MambalensError(f"features has no entry for layer {layer}; it has {sorted(features)}.")
+        return features[layer]
+    nested = features.ndim == 2 if isinstance(features, Tensor) else any(
+        isinstance(f, Sequence) or getattr(f, "ndim", 0) > 0 for f in features
+    )  # fmt: skip
+    if not nested:
+        return features
+    if len(features) == n_layers:
+        return features[layer]
+    if len(features) == len(layers):
+        return features[list(layers).index(layer)]
+    raise MambalensError(
+        f"features has entries for {len(features)} layers, but the model has {n_layers} and the knockout {len(layers)}."
+    )

@@ -1,0 +1,327 @@
+"""The hook manager: finds a model's token mixers, cuts between positions, reads effective attention."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.features import GROUPS, explicit_mask, for_layer, group_mask
+from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
+from mambalens.hooks.mixer import Captured, Mixer, Pass, TokenMixing, adapters
+
+SUPPORTED = "MambaForCausalLM, Mamba2ForCausalLM and causal transformers whose attention takes an attention mask"
+PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
+"""Relative; several of transformers' norms and scans round to float32 whatever the model's dtype."""
+
+
+@dataclass(eq=False)
+class _Active:
+    """A knockout whose block is running, with its layers and features looked up."""
+
+    knockout: Knockout
+    features: dict[int, Tensor | None]
+    """Mask by layer; None for every feature."""
+    reached: int = 0
+    """Columns that the longest input so far had."""
+    wanted: int = 0
+    """Columns that its farthest position needs."""
+
+
+class HookManager:
+    """Knockout and effective attention on any loaded Hugging Face causal LM; no tokenizer needed.
+
+    Args:
+        model: the loaded model. It is changed only while a `knockout` block runs.
+        check: compare every adapter with the module it stands for, on random tokens, and raise where they differ.
+    """
+
+    def __init__(self, model: nn.Module, check: bool = False) -> None:
+        self.model = model
+        self.mixers = find_mixers(model)
+        self.n_layers = max(mixer.layer for mixer in self.mixers) + 1
+        self._active: list[_Active] = []
+        self._pass: Pass | None = None
+        self._cuts: dict[Mixer, list[Cut]] = {}
+        self._prompts: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()  # cache -> prompt, columns so far
+        if check:
+            self.check()
+
+    def __repr__(self) -> str:
+        kinds = {kind: sum(mixer.kind == kind for mixer in self.mixers) for kind in self.kinds}
+        return f"<HookManager of {type(self.model).__name__}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}>"
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of mixers that the model has."""
+        return list(dict.fromkeys(mixer.kind for mixer in self.mixers))
+
+    # ---- knockout
+
+    @contextmanager
+    def knockout(
+        self,
+        sources: Positions,
+        targets: Positions,
+        layers: Sequence[int] | int | str | None = None,
+        features: Features = "all",
+        path: Path = "main",
+    ) -> Iterator[Knockout]:
+        """Block what `sources` hand to `targets` while the block runs (Geva et al. 2023; Endy et al. 2025, eq. 5).
+
+        Args:
+            sources: positions (columns of `input_ids`, padding included; negative: from the end) as ints, a list of
+                ints for each row, or a boolean mask [T] or [batch, T].
+            targets: likewise. In `generate` both count the prompt's columns; a generated token is a target only if its
+                column is named.
+            layers: layer numbers, or a kind of mixer ('attention'); None: every layer.
+            features: a group ('all', 'slow', 'middle', 'fast', 'context-dependent', 'context-independent'), a boolean
+                mask or a list of feature numbers, or one of these for each layer.
+            path: 'main' (the scan or attention), 'conv' (the convolution's taps from source to target) or 'both'.
+
+        Knockouts nest: what any of them blocks is blocked. Leaving the block restores the model bit for bit.
+
+        Raises:
+            MambalensError: for a layer, position, feature or path that does not exist, quoting it.
+        """
+        with self.apply(Knockout(sources, targets, layers, features, path)) as knockout:
+            yield knockout
+
+    @contextmanager
+    def apply(self, knockout: Knockout) -> Iterator[Knockout]:
+        """`knockout(...)` with its arguments in one object."""
+        layers = self.layer_numbers(knockout.layers)
+        by_layer = {mixer.layer: mixer for mixer in self.mixers}
+        if knockout.path == "conv" and layers and not any(by_layer[layer].has_conv for layer in layers):
+            kinds = sorted({by_layer[layer].kind for layer in layers})
+            raise MambalensError(f"path='conv', but none of the layers has a convolution: they are {', '.join(kinds)}.")
+        features = {
+            layer: self._feature_mask(by_layer[layer], for_layer(knockout.features, layer, layers, self.n_layers))
+            for layer in layers
+        }
+        active = _Active(knockout, features)
+        with ExitStack() as stack:
+            if not self._active:
+                stack.enter_context(self._attached())
+            self._active.append(active)
+            stack.callback(self._active.remove, active)
+            yield knockout
+            if 0 < active.reached < active.wanted:
+                raise MambalensError(
+                    f"Position {active.wanted - 1} is out of range: the longest input in the block had {active.reached} "
+                    f"tokens (positions {-active.reached} to {active.reached - 1})."
+                )
+
+    def layer_numbers(self, layers: Sequence[int] | int | str | None) -> list[int]:
+        """Layers as a list of numbers, checked against the model."""
+        if layers is None:
+            return list(range(self.n_layers))
+        if isinstance(layers, str):
+            if layers not in self.kinds:
+                raise MambalensError(f"layers={layers!r} is not a kind of mixer here: {choose(layers, self.kinds)}.")
+            return [mixer.layer for mixer in self.mixers if mixer.kind == layers]
+        numbers = [int(layer) for layer in ([layers] if isinstance(layers, int) else layers)]
+        wrong = [layer for layer in numbers if not 0 <= layer < self.n_layers]
+        if wrong:
+            raise MambalensError(
+                f"layers has {wrong}, but the model has {self.n_layers} layers: 0 to {self.n_layers - 1}."
+            )
+        return numbers
+
+    def _feature_mask(self, mixer: Mixer, features: Any) -> Tensor | None:
+        if not isinstance(features, str):
+            return explicit_mask(features, mixer.n_features, mixer.layer)
+        if features not in GROUPS:
+            raise MambalensError(f"features={features!r} is not a group of features: {choose(features, GROUPS)}.")
+        return None if features == "all" else group_mask(mixer.decay_norm().cpu(), features)
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            base = getattr(self.model, "base_model", self.model)
+            stack.callback(base.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
+            stack.callback(base.register_forward_hook(self._after_pass, with_kwargs=True).remove)
+            for mixer in self.mixers:
+                stack.callback(mixer.attach(self._cuts_of, self._current))
+            stack.callback(self._forget)
+            yield
+
+    def _forget(self) -> None:
+        """Nothing of a finished or broken-off block is left."""
+        self._prompts.clear()
+        self._cuts, self._pass = {}, None
+
+    def _current(self) -> Pass:
+        if self._pass is None:
+            raise MambalensError("A layer was called on its own inside a knockout: call the model.")
+        return self._pass
+
+    def _cuts_of(self, mixer: Mixer) -> list[Cut]:
+        return self._cuts.get(mixer, [])
+
+    def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Work out which columns of this pass the positions of the running knockouts are."""
+        ids = kwargs.get("input_ids")
+        ids = ids if ids is not None else kwargs.get("inputs_embeds")
+        ids = ids if ids is not None else args[0]
+        batch, time = ids.shape[:2]
+        cache = _cache(kwargs)
+        prompt, past = self._prompts.get(cache, (time, 0)) if cache is not None else (time, 0)
+        if cache is not None and not past and _holds_tokens(cache):
+            raise MambalensError("The cache was filled before the knockout began: run the prompt inside the block.")
+        length = past + time
+        keep_history = False
+        self._cuts = {}
+        for active in self._active:
+            knockout = active.knockout
+            sources, later_s, _ = position_mask(knockout.sources, "sources", batch, prompt, length)
+            targets, later_t, generated = position_mask(knockout.targets, "targets", batch, prompt, length)
+            if (later_s or later_t) and kwargs.get("use_cache") is False and cache is None:
+                raise MambalensError(
+                    f"Position {max(later_s + later_t)} is out of range: the input has {length} tokens (positions "
+                    f"{-length} to {length - 1})."
+                )
+            active.reached = max(active.reached, length)
+            active.wanted = max(active.wanted, *(p + 1 for p in later_s + later_t), 0)
+            keep_history |= generated
+            for mixer in self.mixers:
+                if mixer.layer not in active.features:
+                    continue
+                main = knockout.path != "conv"
+                conv = knockout.path != "main" and mixer.has_conv
+                if main or conv:
+                    cut = Cut(sources, targets, active.features[mixer.layer], main, conv)
+                    self._cuts.setdefault(mixer, []).append(cut)
+        self._pass = Pass(past, keep_history)
+        self._prompt, self._length = prompt, length
+
+    def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        cache = _cache(kwargs)
+        if cache is None:
+            cache = _cache(output) if hasattr(output, "get") else None
+        if cache is not None:
+            self._prompts[cache] = (self._prompt, self._length)
+        self._pass = None
+
+    # ---- reading
+
+    @torch.no_grad()
+    def effective_attention(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> Tensor:
+        """How much feature f of position s enters the output at t: `alpha[t, s, f]` (Ali et al. 2024, eq. 12).
+
+        Inside a `knockout` block, blocked entries are zero. Softmax weights in attention; in Mamba the scan's, signed.
+
+        Args:
+            input_ids: [batch, T].
+            layer: layer number.
+            attention_mask: [batch, T], 0 at padding.
+
+        Returns:
+            [batch, features, T, T], targets t in rows, sources s in columns.
+        """
+        return self.token_mixing(input_ids, layer, attention_mask).alpha
+
+    @torch.no_grad()
+    def token_mixing(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> TokenMixing:
+        """Effective attention with what it multiplies and what comes out, see `TokenMixing`."""
+        (layer,) = self.layer_numbers(layer)
+        mixer = next(mixer for mixer in self.mixers if mixer.layer == layer)
+        call, cuts = self._capture(mixer, input_ids, attention_mask)
+        return mixer.token_mixing(call, cuts)
+
+    def _capture(
+        self, mixer: Mixer, input_ids: Tensor, attention_mask: Tensor | None
+    ) -> tuple[Captured, Sequence[Cut]]:
+        seen: list[Any] = []
+        cuts: list[Cut] = []
+
+        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            seen.append((args, kwargs, output))
+            cuts.extend(self._cuts_of(mixer) if self._active else [])
+
+        with mixer.probing() as probe:
+            handle = mixer.module.register_forward_hook(record, with_kwargs=True)
+            try:
+                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+            finally:
+                handle.remove()
+        return Captured(*seen[-1], probe), cuts
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compare every adapter's arithmetic with the module's own output, on random tokens.
+
+        Raises:
+            MambalensError: naming the first layer where they differ.
+        """
+        device = next(self.model.parameters()).device
+        vocabulary = self.model.get_input_embeddings().weight.shape[0]
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, vocabulary, (1, 7), generator=generator).to(device)
+        for mixer in self.mixers:
+            call, _ = self._capture(mixer, ids, None)
+            difference = mixer.parity(call)
+            if difference > PARITY_TOLERANCE.get(self.model.dtype, 5e-2):
+                raise MambalensError(
+                    f"layer {mixer.layer}: the {mixer.kind} adapter differs from {type(mixer.module).__name__} by "
+                    f"{difference:.1e} (relative); this version of transformers is not one it was made for."
+                )
+
+
+def find_mixers(model: nn.Module) -> list[Mixer]:
+    """The token mixers of a causal LM, in the order of its layers.
+
+    Raises:
+        MambalensError: naming the model's class, or the first layer whose mixer no adapter knows.
+    """
+    name = type(model).__name__
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise MambalensError(f"{name} is an encoder-decoder model. Supported: {SUPPORTED}.")
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        raise MambalensError(f"{name} has no language-model head. Supported: {SUPPORTED}.")
+    known = adapters()
+    mixers = []
+    for path, module in model.named_modules():
+        number = re.search(r"\.(\d+)\.", path)
+        adapter = next((adapter for adapter in known if number and adapter.matches(module)), None)
+        if adapter is not None and number is not None:
+            mixers.append(adapter(module, int(number[1])))
+    if not mixers:
+        raise MambalensError(f"{name} has no token mixer that mambalens knows. Supported: {SUPPORTED}.")
+    found = {mixer.layer for mixer in mixers}
+    missing = set(range(getattr(config, "num_hidden_layers", len(found)))) - found
+    if missing:
+        layer = min(missing)
+        stack = next(m for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > layer)
+        parts = ", ".join(type(child).__name__ for child in stack[layer].children())
+        raise MambalensError(
+            f"{name}: layer {layer} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
+        )
+    return mixers
+
+
+def _cache(arguments: Any) -> Any:
+    """The cache among a model's keyword arguments or outputs, by the names it has in transformers."""
+    for name in ("past_key_values", "cache_params"):
+        if arguments.get(name) is not None:
+            return arguments[name]
+    return None
+
+
+def _holds_tokens(cache: Any) -> bool:
+    """Whether a cache has been filled already."""
+    for layer in getattr(cache, "layers", []):
+        previous = getattr(layer, "has_previous_state", None)
+        if isinstance(previous, dict) and any(previous.values()):
+            return True
+        if hasattr(layer, "get_seq_length") and int(layer.get_seq_length()) > 0:
+            return True
+    return False

@@ -1,0 +1,142 @@
+"""What the hook manager asks of a token mixer, and how adapters are found.
+
+An adapter is one file `mixer_<name>.py` in this folder with one subclass of `Mixer`; nothing else has to know it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.knockout import Cut
+
+
+class TokenMixing(NamedTuple):
+    """A mixer's work between positions: `output[t, f] = sum_s alpha[t, s, f] values[s, f] + skip[f] values[t, f]`."""
+
+    alpha: Tensor
+    """Effective attention [batch, features, T, T]."""
+    values: Tensor
+    """What positions offer [batch, T, features, width]; width is 1 in Mamba-1."""
+    skip: Tensor
+    """The skip D [features]; zero in attention."""
+    output: Tensor
+    """What the mixer's own code gave, before gate, norm and output projection [batch, T, features, width]."""
+
+
+class Pass(NamedTuple):
+    """One forward pass of the model, as far as mixers have to know it."""
+
+    past: int
+    """Columns that a cache holds from earlier passes of the same prompt."""
+    keep_history: bool
+    """Whether a target lies in columns that are yet to be generated."""
+
+
+CutsOf = Callable[["Mixer"], list[Cut]]
+
+
+class Captured(NamedTuple):
+    """One call of a mixer's module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Any
+    probe: Any
+    """What `Mixer.probing` gave."""
+
+
+class Mixer(ABC):
+    """One token mixer of a model: the adapter's view of a module."""
+
+    kind: ClassVar[str]
+    """'mamba1', 'mamba2' or 'attention'."""
+    has_conv: ClassVar[bool] = False
+    """Whether a causal convolution carries information between positions too."""
+
+    def __init__(self, module: nn.Module, layer: int) -> None:
+        self.module, self.layer = module, layer
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} mixer of layer {self.layer}: {type(self.module).__name__}, {self.n_features} features>"
+
+    @classmethod
+    @abstractmethod
+    def matches(cls, module: nn.Module) -> bool:
+        """Whether this adapter handles `module`."""
+
+    @property
+    @abstractmethod
+    def n_features(self) -> int:
+        """Channels in Mamba-1, heads in Mamba-2 and attention."""
+
+    def decay_norm(self) -> Tensor:
+        """Decay norm of every feature [features], see `features.decay_norm`."""
+        raise MambalensError(
+            f"layer {self.layer} is {type(self.module).__name__}, whose features have no decay: use features='all', a "
+            "boolean mask or a list of heads."
+        )
+
+    @abstractmethod
+    def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
+        """Make the module apply the cuts of the running pass until the returned function is called.
+
+        Args:
+            cuts: asked at every forward pass of the module for what is cut in it.
+            current: the running pass.
+        """
+
+    @abstractmethod
+    def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
+        """Effective attention and its surroundings for one captured call of the module."""
+
+    @abstractmethod
+    def parity(self, call: Captured) -> float:
+        """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
+
+    @contextmanager
+    def probing(self) -> Iterator[Any]:
+        """Around a pass whose call of this module is captured for `token_mixing`; what it gives goes along."""
+        yield None
+
+
+def adapters() -> list[type[Mixer]]:
+    """Every adapter in this folder, in the order of file names."""
+    import mambalens.hooks as package
+
+    for found in pkgutil.iter_modules(package.__path__):
+        if found.name.startswith("mixer_"):
+            importlib.import_module(f"{package.__name__}.{found.name}")
+    return _leaves(Mixer)
+
+
+def _leaves(cls: type[Mixer]) -> list[type[Mixer]]:
+    children = cls.__subclasses__()
+    return [leaf for child in children for leaf in _leaves(child)] if children else [cls]
+
+
+def replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:
+    """Put `wrap(forward)` in the place of a module's forward; the returned function takes it out again.
+
+    Where accelerate has wrapped the module (`device_map`), its wrapper stays outside, so that weights are on the
+    device when `forward` runs.
+    """
+    name = "_old_forward" if hasattr(module, "_old_forward") else "forward"
+    own = module.__dict__.get(name)
+    module.__dict__[name] = wrap(getattr(module, name))
+
+    def restore() -> None:
+        if own is None:
+            del module.__dict__[name]
+        else:
+            module.__dict__[name] = own
+
+    return restore

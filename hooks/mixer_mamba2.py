@@ -1,0 +1,75 @@
+"""Mamba-2's SSD mixer as transformers implements it (`Mamba2Mixer`); Dao & Gu 2024, arXiv:2405.21060, section 7."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mambalens.hooks.scan import causal_conv, ssd_attention, ssd_scan
+from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+
+
+class Mamba2Mixer(SSMMixer):
+    """A feature is a head.
+
+    The heads of a group share B and C, which go through the convolution too. Where taps are cut for some heads only,
+    each of those heads writes and reads with the cut B and C, its neighbours with the whole ones.
+    """
+
+    kind = "mamba2"
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        return type(module).__name__ == "Mamba2Mixer"
+
+    def project(self, hidden: Tensor) -> Projected:
+        mixer = self.module
+        gate, inner, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
+        return Projected(gate, inner, dt)
+
+    def convolve(self, inner: Tensor, keep: list[Tensor] | None) -> Tensor:
+        weight, bias = self.module.conv1d.weight[:, 0], self.module.conv1d.bias
+        if keep is None or keep[0].shape[-1] == 1:
+            return causal_conv(inner, weight, bias, keep)
+        # B and C once for each head: [x | B of head 1, B of head 2, ... | C of head 1, ...].
+        channels = self._channels_by_head(weight.device)
+        head = self._head_of_channel(weight.device)
+        bias = None if bias is None else bias[channels]
+        return causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep])
+
+    def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
+        mixer = self.module
+        batch, time, _ = convolved.shape
+        x, B, C = convolved.tensor_split([mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1)
+        precise = torch.promote_types(convolved.dtype, torch.float32)
+        assert projected.dt is not None
+        dt = F.softplus(projected.dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
+        B, C = (t.reshape(batch, time, -1, mixer.ssm_state_size).to(precise) for t in (B, C))  # [B, T, groups, N]
+        x = x.reshape(batch, time, mixer.num_heads, mixer.head_dim).to(precise)
+        return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
+
+    def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
+        return ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C)
+
+    def alpha(self, inputs: ScanInputs) -> Tensor:
+        return ssd_attention(inputs.dt, inputs.A, inputs.B, inputs.C)
+
+    def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.module.out_proj(self.module.norm(y.flatten(2), gate).to(dtype))
+
+    def _channels_by_head(self, device: torch.device) -> Tensor:
+        """Channels of the convolution with those of B and C repeated for every head."""
+        mixer = self.module
+        inner, state, groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
+        group_of_head = torch.arange(mixer.num_heads, device=device) // (mixer.num_heads // groups)
+        in_group = torch.arange(state, device=device)
+        b = (inner + group_of_head[:, None] * state + in_group).flatten()
+        return torch.cat([torch.arange(inner, device=device), b, b + groups * state])
+
+    def _head_of_channel(self, device: torch.device) -> Tensor:
+        """The head that each of those channels belongs to."""
+        mixer = self.module
+        heads = torch.arange(mixer.num_heads, device=device)
+        state = heads.repeat_interleave(mixer.ssm_state_size)
+        return torch.cat([heads.repeat_interleave(mixer.head_dim), state, state])

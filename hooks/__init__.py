@@ -1,13 +1,30 @@
 """Touches the model: adapters for token mixers, and the hook manager that cuts between positions.
 
-Knows no facts, no tokenizers and no plots; imports torch and transformers only.
+Knows no facts, no tokenizers and no plots; imports torch and transformers only, and those when first used.
 """
 
-from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.features import GROUPS, decay_norm, group_mask
-from mambalens.hooks.knockout import PATHS, Cut, Knockout
-from mambalens.hooks.manager import HookManager
-from mambalens.hooks.mixer import Mixer, TokenMixing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambalens.hooks.errors import MambalensError
+    from mambalens.hooks.features import GROUPS, decay_norm, group_mask
+    from mambalens.hooks.knockout import PATHS, Cut, Knockout
+    from mambalens.hooks.manager import HookManager
+    from mambalens.hooks.mixer import Mixer, TokenMixing
+
+_HOMES = {
+    "MambalensError": "errors",
+    "GROUPS": "features",
+    "decay_norm": "features",
+    "group_mask": "features",
+    "PATHS": "knockout",
+    "Cut": "knockout",
+    "Knockout": "knockout",
+    "HookManager": "manager",
+    "Mixer": "mixer",
+    "TokenMixing": "mixer",
+}
 
 __all__ = [
     "GROUPS",
@@ -21,3 +38,9 @@ __all__ = [
     "decay_norm",
     "group_mask",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

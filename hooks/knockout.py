@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
-
 from mambalens.hooks.errors import MambalensError, choose
+from torch import Tensor
 
 Path = Literal["main", "conv", "both"]
 PATHS: tuple[str, ...] = get_args(Path)
@@ -19,8 +19,8 @@ Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 Negative positions count from the end of the prompt."""
 
 Features = str | Sequence[int] | Sequence[Any] | Mapping[int, Any] | Tensor
-"""A group's name, a boolean mask or index list over a layer's features, or one of these for each layer (a dict by layer,
-a list over the model's layers or over the knockout's)."""
+"""A group's name, a boolean mask or index list over a layer's features, or one of these for each layer (a dict by
+layer, a list over the model's layers or over the knockout's)."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,7 @@ def position_mask(
             column = position + prompt if position < 0 else position
             if column < 0:
                 raise MambalensError(
-                    f"{name} has position {position}, but the input has {prompt} tokens: "
-                    f"use {-prompt} to {prompt - 1}."
+                    f"{name} has position {position}, but the input has {prompt} tokens: use {-prompt} to {prompt - 1}."
                 )
             if column < length:
                 mask[row, column] = True
@@ -91,7 +90,7 @@ def position_mask(
 
 def _rows(positions: Positions, name: str, batch: int) -> list[list[int]]:
     """Positions as one list of ints for every row."""
-    values = positions.tolist() if isinstance(positions, Tensor) else positions
+    values: Any = positions.tolist() if isinstance(positions, Tensor) else positions
     if isinstance(values, int):
         values = [values]
     try:
@@ -100,8 +99,8 @@ def _rows(positions: Positions, name: str, batch: int) -> list[list[int]]:
             rows = [[_as_int(p) for p in v] for v in listed]
             if len(rows) != batch:
                 raise MambalensError(
-                    f"{name} has positions for {len(rows)} rows, but the input has {batch}: give one list for each row, "
-                    "or one list of ints for all."
+                    f"{name} has positions for {len(rows)} rows, but the input has {batch}: give one list for each, "
+                    "or one list for all."
                 )
             return rows
         return [[_as_int(p) for p in listed]] * batch
@@ -116,7 +115,7 @@ def _as_int(value: Any) -> int:
     """An int, but no bool and no float: `True` is not position 1."""
     if isinstance(value, bool):
         raise TypeError
-    return int(value.__index__())
+    return operator.index(value)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
-
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.features import GROUPS, explicit_mask, for_layer, group_mask
 from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
 from mambalens.hooks.mixer import Captured, Mixer, Pass, TokenMixing, adapters
+from torch import Tensor, nn
 
 SUPPORTED = "MambaForCausalLM, Mamba2ForCausalLM and causal transformers whose attention takes an attention mask"
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -44,7 +43,7 @@ class HookManager:
     """
 
     def __init__(self, model: nn.Module, check: bool = False) -> None:
-        self.model = model
+        self.model: Any = model
         self.mixers = find_mixers(model)
         self.n_layers = max(mixer.layer for mixer in self.mixers) + 1
         self._active: list[_Active] = []
@@ -115,7 +114,7 @@ class HookManager:
             yield knockout
             if 0 < active.reached < active.wanted:
                 raise MambalensError(
-                    f"Position {active.wanted - 1} is out of range: the longest input in the block had {active.reached} "
+                    f"Position {active.wanted - 1} is out of range: the longest input had {active.reached} "
                     f"tokens (positions {-active.reached} to {active.reached - 1})."
                 )
 
@@ -252,7 +251,7 @@ class HookManager:
                 self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
             finally:
                 handle.remove()
-        return Captured(*seen[-1], probe), cuts
+        return Captured(seen[-1][0], seen[-1][1], seen[-1][2], probe), cuts
 
     @torch.no_grad()
     def check(self) -> None:
@@ -275,7 +274,7 @@ class HookManager:
                 )
 
 
-def find_mixers(model: nn.Module) -> list[Mixer]:
+def find_mixers(model: Any) -> list[Mixer]:
     """The token mixers of a causal LM, in the order of its layers.
 
     Raises:

@@ -12,11 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple
 
-import torch
-from torch import Tensor, nn
-
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
+from torch import Tensor, nn
 
 
 class TokenMixing(NamedTuple):
@@ -63,7 +61,8 @@ class Mixer(ABC):
     """Whether a causal convolution carries information between positions too."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
-        self.module, self.layer = module, layer
+        self.module: Any = module  # its attributes are the architecture's, which only the adapter knows
+        self.layer = layer
 
     def __repr__(self) -> str:
         return f"<{self.kind} mixer of layer {self.layer}: {type(self.module).__name__}, {self.n_features} features>"
@@ -115,7 +114,7 @@ def adapters() -> list[type[Mixer]]:
     for found in pkgutil.iter_modules(package.__path__):
         if found.name.startswith("mixer_"):
             importlib.import_module(f"{package.__name__}.{found.name}")
-    return _leaves(Mixer)
+    return _leaves(Mixer)  # type: ignore[type-abstract]
 
 
 def _leaves(cls: type[Mixer]) -> list[type[Mixer]]:

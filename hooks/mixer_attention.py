@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import Cache
-
+import torch.nn.functional as F
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing
 from mambalens.hooks.ssm import blocked_entries
+from torch import Tensor, nn
+from transformers import Cache
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
@@ -37,9 +37,7 @@ class AttentionMixer(Mixer):
 
     @property
     def n_features(self) -> int:
-        config = self.module.config
-        heads = getattr(self.module, "num_heads", None) or getattr(config, "num_attention_heads", None)
-        return int(heads)
+        return int(getattr(self.module, "num_heads", None) or self.module.config.num_attention_heads)
 
     def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
         signature = inspect.signature(type(self.module).forward)
@@ -74,7 +72,12 @@ class AttentionMixer(Mixer):
             self.module.register_forward_pre_hook(before, with_kwargs=True),
             projection.register_forward_pre_hook(before_projection),
         ]
-        return lambda: [handle.remove() for handle in handles] and None
+
+        def detach() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return detach
 
     def cut_mask(self, mask: Any, cuts: Sequence[Cut], hidden: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
         """The model's mask with the cuts added.
@@ -104,10 +107,8 @@ class AttentionMixer(Mixer):
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         blocked = blocked_entries(cuts)[:, :, past:]  # [B, 1 or H, T, columns so far]
         keys = mask.shape[-1]
-        if keys <= seen:  # a sliding cache holds the last columns only
-            blocked = blocked[..., seen - keys :]
-        else:  # a static cache has room for columns to come
-            blocked = torch.nn.functional.pad(blocked, (0, keys - seen))
+        # A sliding cache holds the last columns only; a static cache has room for columns to come.
+        blocked = blocked[..., seen - keys :] if keys <= seen else F.pad(blocked, (0, keys - seen))
         empty = allowed.any(-1) & ~(allowed & ~blocked).any(-1)  # [B, 1 or H, T]
         blocked = blocked & ~empty[..., None]
         if mask.dtype == torch.bool:
@@ -127,7 +128,7 @@ class AttentionMixer(Mixer):
 
         def watch_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # The values pass through the cache on their way from projection to attention, whatever the architecture.
-            cache = next(v for v in (*kwargs.values(), *args) if isinstance(v, Cache))
+            cache: Any = next(v for v in (*kwargs.values(), *args) if isinstance(v, Cache))
             update = cache.update
 
             def recording(*update_args: Any, **update_kwargs: Any) -> Any:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
 from mambalens.hooks.scan import causal_conv, ssd_attention, ssd_scan
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+from torch import Tensor, nn
 
 
 class Mamba2Mixer(SSMMixer):
@@ -41,7 +40,9 @@ class Mamba2Mixer(SSMMixer):
     def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
         mixer = self.module
         batch, time, _ = convolved.shape
-        x, B, C = convolved.tensor_split([mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1)
+        x, B, C = convolved.tensor_split(
+            [mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1
+        )
         precise = torch.promote_types(convolved.dtype, torch.float32)
         assert projected.dt is not None
         dt = F.softplus(projected.dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)

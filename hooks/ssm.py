@@ -15,12 +15,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing, replace_forward
+from torch import Tensor
 
 
 class Projected(NamedTuple):

@@ -1,1 +1,33 @@
-"""mambalens."""
+"""Shows how facts travel through Mamba-1, Mamba-2 and transformer language models.
+
+>>> from mambalens import Fact
+>>> Fact("The capital of Peru is", subject="Peru", target=" Lima").subject
+'Peru'
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mambalens.facts import Fact, Facts, load_facts
+    from mambalens.hooks.errors import MambalensError
+    from mambalens.lens import Lens
+    from mambalens.result import SweepResult
+
+# Loaded when first used: `import mambalens` and `mambalens --help` do without torch.
+_HOMES = {
+    "Fact": "facts",
+    "Facts": "facts",
+    "load_facts": "facts",
+    "Lens": "lens",
+    "MambalensError": "hooks.errors",
+    "SweepResult": "result",
+}
+
+__all__ = ["Fact", "Facts", "Lens", "MambalensError", "SweepResult", "load_facts"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -40,11 +42,15 @@ TRANSFORMERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
 ROTARY = ("gpt_neox", "llama", "mistral", "qwen2")
 
 
-def tiny(name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", seed: int = 0) -> PreTrainedModel:
+def tiny(
+    name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
     """A random model in eval mode."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
+    config = copy.deepcopy(CONFIGS[name])
+    config.vocab_size = vocabulary
     implementation = None if name in SSM else attention
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation=implementation).eval()
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if parameter_name.endswith("A_log"):

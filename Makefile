@@ -1,0 +1,42 @@
+# Every target makes .venv on first use and uses it again afterwards.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test lint atlas checkpoints clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m mambalens.demo --out runs/demo
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/lint && $(PIP) --no-deps --target build/lint .
+	MYPYPATH=build/lint $(BIN)/mypy --package mambalens
+
+# Rebuild what is shipped in data/.
+atlas: $(VENV)/installed-data
+	$(BIN)/python data/build_atlas.py
+
+checkpoints: $(VENV)/installed-data
+	$(BIN)/python data/train.py atlas-mamba1
+	$(BIN)/python data/train.py atlas-mamba2
+	$(BIN)/python data/train.py atlas-gpt-neox
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable .
+	touch $@
+
+$(VENV)/installed-%: $(VENV)/installed
+	$(PIP) --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

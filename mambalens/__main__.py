@@ -1,0 +1,5 @@
+"""`python -m mambalens`."""
+
+from mambalens.cli import main
+
+main()

@@ -1,0 +1,273 @@
+"""The command line: a verb for each question. Heavy imports happen inside the verbs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from mambalens.facts import Facts
+    from mambalens.lens import Lens
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)  # fmt: skip
+
+# Options that several verbs share are described once.
+Models = Annotated[list[str], typer.Argument(help="Bundled names, local folders or hub ids.", metavar="MODEL...")]
+OneModel = Annotated[str, typer.Argument(help="Bundled name, local folder or hub id.", metavar="MODEL")]
+FactsFile = Annotated[str, typer.Option("--facts", help="'atlas', or a .jsonl, .json, .csv or .parquet file.")]
+Where = Annotated[
+    list[str], typer.Option("--where", help="Keep facts with this value, e.g. wording=far.", metavar="COLUMN=VALUE")
+]
+Limit = Annotated[int, typer.Option("--limit", help="At most this many facts, drawn at random with seed 0.", min=1)]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts a batch.", min=1)]
+DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
+Tokenizer = Annotated[str, typer.Option("--tokenizer", help="Where to take the tokenizer from, if not from MODEL.")]
+Window = Annotated[int, typer.Option("--window", help="Consecutive layers that a knockout covers.")]
+Target = Annotated[str, typer.Option("--target", help="Role that is not to receive the information.")]
+Metric = Annotated[str, typer.Option("--metric", help="change_pct, prob, hit, rank or kl.")]
+
+
+@app.callback()
+def about() -> None:
+    """See which tokens a language model's answer comes from, by attention knockout.
+
+    Example: mambalens sweep atlas-mamba1 --out runs/first
+    """
+
+
+@app.command()
+def sweep(
+    models: Models,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure; one below it for each of several.")],
+    facts: FactsFile = "atlas",
+    source: Annotated[list[str], typer.Option("--source", help="Roles to knock out.")] = [  # noqa: B006
+        "subject",
+        "relation",
+        "last",
+        "first",
+    ],
+    target: Target = "last",
+    window: Window = 9,
+    features: Annotated[list[str], typer.Option("--features", help="Groups of features.")] = ["all"],  # noqa: B006
+    path: Annotated[list[str], typer.Option("--path", help="main, conv or both.")] = ["main"],  # noqa: B006
+    all_facts: Annotated[bool, typer.Option("--all-facts", help="Also facts the model answers wrong.")] = False,
+    where: Where = [],  # noqa: B006
+    limit: Limit | None = None,
+    batch_size: BatchSize | None = None,
+    dtype: DType = "auto",
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Knock out every source in every window, over the facts the model knows.
+
+    Example: mambalens sweep atlas-mamba1 --where wording=far --window 6 --path main --path both --out runs/far
+    """
+    from mambalens.result import SweepResult
+    from mambalens.sweep import Plan
+
+    chosen = _facts(facts, where, limit if all_facts else None)
+    plan = Plan(tuple(source), target, window, tuple(features), cast(Any, tuple(path)))
+    results = []
+    for model in models:
+        lens = _lens(model, dtype, tokenizer)
+        plan.check(lens.hooks)
+        mine = chosen
+        if not all_facts:
+            mine = lens.known(chosen, batch_size, limit=limit)
+            what = (
+                f"{len(mine)} facts that it knows" if limit else f"the {len(mine)} of {len(chosen)} facts that it knows"
+            )
+            typer.echo(f"{lens.name}: sweeping {what}", err=True)
+            if not len(mine):
+                _fail(f"{lens.name} answers none of the {len(chosen)} facts right: sweep them anyway with --all-facts.")
+        folder = out if len(models) == 1 else out / lens.name
+        results.append(lens.sweep(mine, source, target, window, features, path, batch_size, folder))
+    result = SweepResult.concat(results)
+    result.plot().savefig(out / "flow.png", dpi=130)
+    summary = result.summary()
+    worst = summary.loc[summary.groupby(["model", "source", "features", "path"], sort=False)["mean"].idxmin()]
+    typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
+    typer.echo(worst.drop(columns=["target"]).to_string(index=False, float_format="{:.1f}".format))
+    if len(result.skipped):
+        reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
+        typer.echo(f"\nSkipped (listed in skipped.parquet):\n{reasons.value_counts().to_string(header=False)}")
+    typer.echo(f"\n{len(result.table)} rows and flow.png in {out}")
+
+
+@app.command()
+def evaluate(
+    models: Models,
+    facts: FactsFile = "atlas",
+    where: Where = [],  # noqa: B006
+    limit: Limit | None = None,
+    batch_size: BatchSize | None = None,
+    dtype: DType = "auto",
+    tokenizer: Tokenizer | None = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write one row a fact to this .csv file.")] = None,
+) -> None:
+    """How many facts does a model know? First-token accuracy, by relation.
+
+    Example: mambalens evaluate atlas-mamba1 --facts my_facts.csv
+    """
+    import pandas as pd
+
+    chosen = _facts(facts, where, limit)
+    tables = []
+    for model in models:
+        lens = _lens(model, dtype, tokenizer)
+        tables.append(lens.evaluate(chosen, batch_size).assign(model=lens.name))
+    table = pd.concat(tables, ignore_index=True)
+    usable = table[table.skipped == ""].fillna({"relation": "(none)"})
+    by = usable.pivot_table(index="relation", columns="model", values="correct", aggfunc="mean", margins=True)
+    by = by.drop(columns="All", errors="ignore").rename(index={"All": "all"})
+    by.insert(0, "facts", usable.groupby("relation").fact_id.nunique().reindex(by.index))
+    by.loc["all", "facts"] = usable.fact_id.nunique()
+    typer.echo(by.astype({"facts": int}).to_string(float_format="{:.1%}".format))
+    missing = table[table.skipped != ""].drop_duplicates("fact_id")
+    for row in missing.head(5).itertuples():
+        typer.echo(f"skipped {row.fact_id}: {row.skipped}", err=True)
+    if len(missing) > 5:
+        typer.echo(f"... {len(missing)} facts skipped in all", err=True)
+    if out is not None:
+        table.to_csv(out, index=False)
+        typer.echo(f"{len(table)} rows in {out}")
+
+
+@app.command()
+def heatmap(
+    model: OneModel,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text that ends right before the target.")],
+    subject: Annotated[str, typer.Option("--subject", help="The subject, as spelled in the prompt.")],
+    target: Annotated[str, typer.Option("--target", help="The continuation.")],
+    window: Window = 9,
+    path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = "main",
+    features: Annotated[str, typer.Option("--features", help="A group of features.")] = "all",
+    out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("heatmap.png"),
+    dtype: DType = "auto",
+    tokenizer: Tokenizer | None = None,
+) -> None:
+    """Draw one prompt: each token as the source, each window.
+
+    Example: mambalens heatmap atlas-mamba1 --prompt 'The capital of Peru is' --subject Peru --target Lima
+    """
+    from mambalens.facts import Fact
+
+    lens = _lens(model, dtype, tokenizer)
+    figure = lens.heatmap(Fact(prompt, subject, target), window, features=features, path=path)
+    figure.savefig(out, dpi=130)
+    typer.echo(f"{lens.predict(Fact(prompt, subject, target)).to_string(index=False)}\n\nFigure: {out}")
+
+
+@app.command()
+def plot(
+    folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of several.", metavar="DIR")],
+    metric: Metric = "change_pct",
+    x: Annotated[str, typer.Option("--x", help="layer, or depth in %.")] = "layer",
+    rows: Annotated[
+        str, typer.Option("--rows", help="What rows of panels differ in: path, model, wording, ...")
+    ] = "path",
+    columns: Annotated[str | None, typer.Option("--columns", help="What columns of panels differ in.")] = None,
+    interval: Annotated[str, typer.Option("--interval", help="bootstrap, t or sem.")] = "bootstrap",
+    out: Annotated[Path | None, typer.Option("--out", help="Figure file; by default flow.png in DIR.")] = None,
+) -> None:
+    """Draw the information-flow curves of a finished sweep.
+
+    Example: mambalens plot runs/first --columns wording --x depth
+    """
+    from mambalens.figures import flow
+    from mambalens.result import SweepResult
+
+    figure = flow(SweepResult.load(folder), metric, x, rows, columns, interval)
+    figure.savefig(out or folder / "flow.png", dpi=130)
+    typer.echo(f"Figure: {out or folder / 'flow.png'}")
+
+
+@app.command()
+def models() -> None:
+    """List the bundled checkpoints."""
+    import json
+
+    from mambalens.data import checkpoints
+
+    for name, folder in checkpoints().items():
+        config = json.loads((folder / "config.json").read_text())
+        size = (folder / "model.safetensors").stat().st_size / 1e6
+        typer.echo(
+            f"{name:16} {config['architectures'][0]:20} {config['num_hidden_layers']} layers  {size:.1f} MB  {folder}"
+        )
+    typer.echo("Any local folder or hub id of a Mamba, Mamba-2 or transformer causal LM works too.")
+
+
+@app.command()
+def facts(
+    name: Annotated[str, typer.Argument(help="'atlas' or a facts file.", metavar="[FACTS]")] = "atlas",
+    where: Where = [],  # noqa: B006
+    n: Annotated[int, typer.Option("-n", help="How many to show.", min=0)] = 10,
+) -> None:
+    """Show facts and count them by relation.
+
+    Example: mambalens facts atlas --where relation=capital --where wording=far
+    """
+    chosen = _facts(name, where, None)
+    table = chosen.table
+    typer.echo(f"{len(table)} prompts of {name}; columns: {', '.join(table.columns)}\n")
+    keys = ["relation", *(["wording"] if "wording" in table.columns else [])]
+    typer.echo(
+        table.fillna({"relation": "(none)"}).groupby(keys, sort=False).size().rename("prompts").to_string() + "\n"
+    )
+    for fact in chosen.sample(n):
+        typer.echo(f"  {fact.prompt} →{fact.continuation}")
+
+
+def _facts(name: str, where: list[str], limit: int | None) -> Facts:
+    from mambalens.facts import load_facts
+
+    chosen = load_facts(name)
+    for condition in where:
+        column, equals, value = condition.partition("=")
+        if not equals:
+            _fail(f"--where {condition!r} is not COLUMN=VALUE.")
+        chosen = chosen.where(**{column: value})
+        if not len(chosen):
+            _fail(f"No fact of {name!r} has {condition}.")
+    return chosen.sample(limit) if limit else chosen
+
+
+def _lens(model: str, dtype: str, tokenizer: str | None) -> Lens:
+    from transformers.utils import logging
+
+    from mambalens.lens import Lens
+
+    # Weights load in a moment, and the reference scans are the ones that run here.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options = {"tokenizer": tokenizer} if tokenizer else {}
+    return Lens.load(model, dtype=dtype, **options)
+
+
+def _fail(sentence: str) -> None:
+    from mambalens.hooks.errors import MambalensError
+
+    raise MambalensError(sentence)
+
+
+def main() -> None:
+    """Run the command line; the project's own errors end in one sentence."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if type(error).__name__ != "MambalensError":
+            raise
+        typer.echo(f"mambalens: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

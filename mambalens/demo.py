@@ -1,0 +1,86 @@
+"""The demo behind `make demo`: three trained models, facts in near and far wordings, curves and a table."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from mambalens.data import checkpoints
+from mambalens.facts import Facts, load_facts
+from mambalens.figures import flow
+from mambalens.lens import Lens
+from mambalens.result import SweepResult
+
+SOURCES = ("subject", "relation", "last", "first", "others")
+WINDOW = 6
+FACTS = 80
+"""Facts drawn for each wording, among those the model knows."""
+
+
+def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
+    """Sweep the models over the Atlas facts that each knows, and draw what was found.
+
+    Writes a folder for each model (tables and figure) and one figure that compares the models.
+    """
+    results = []
+    for name in models:
+        lens = Lens.load(name)
+        atlas = load_facts("atlas")
+        known = [lens.known(atlas.where(wording=wording), limit=n_facts) for wording in ("near", "far")]
+        facts = Facts([fact for part in known for fact in part], [row for part in known for row in part.extra], "atlas")
+        has_conv = any(mixer.has_conv for mixer in lens.hooks.mixers)
+        paths = ("main", "conv", "both") if has_conv else ("main",)
+        result = lens.sweep(facts, SOURCES, "last", WINDOW, ("all",), paths, out=out / name)
+        flow(result, columns="wording").savefig(out / name / "flow.png", dpi=130)
+        lens.heatmap(facts.where(relation="capital", wording="far")[0], WINDOW).savefig(
+            out / name / "heatmap.png", dpi=130
+        )
+        results.append(result)
+    together = SweepResult.concat(results)
+    title = f"Knocking out source → last, window of {WINDOW} layers, scan or attention"
+    only_main = SweepResult(
+        together.table[together.table.path == "main"], together.skipped, together.facts, together.configs
+    )
+    flow(only_main, rows="wording", columns="model", title=title).savefig(out / "models.png", dpi=130)
+    return together
+
+
+def findings(result: SweepResult) -> pd.DataFrame:
+    """For every model, wording and path: the source and window that cost most, with the 95 % interval."""
+    summary = result.summary("bootstrap", by=("wording",))
+    keys = ["model", "wording", "path"]
+    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()]
+    last = worst.window_start + worst.window_size - 1
+    return pd.DataFrame(
+        {
+            **{key: worst[key] for key in keys},
+            "source": worst.source,
+            "layers": worst.window_start.astype(str) + "–" + last.astype(str),
+            "change of P(target)": worst["mean"].map("{:+.1f} %".format),
+            "95 % interval": "[" + worst.low.map("{:+.1f}".format) + ", " + worst.high.map("{:+.1f}".format) + "]",
+            "facts": worst.n,
+        }
+    ).reset_index(drop=True)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--facts", type=int, default=FACTS, help="facts for each wording")
+    options = parser.parse_args()
+    started = time.monotonic()
+    result = demo(options.out, list(checkpoints()), options.facts)
+    table = findings(result).to_string(index=False)
+    print(f"\nWhat costs most (each line: the worst source and window)\n\n{table}\n")
+    (options.out / "findings.txt").write_text(table + "\n")
+    print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,260 @@
+"""The lens: a model, its tokenizer and its hooks, and the questions one asks with them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mambalens.facts import Fact, Facts, as_facts
+from mambalens.hooks import HookManager, Knockout
+from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.knockout import Features
+from mambalens.hooks.knockout import Path as KnockoutPath
+from mambalens.loading import load_model
+from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts
+from mambalens.roles import check_role
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mambalens.result import SweepResult
+
+BATCH_TOKENS = 4096
+"""Tokens (padding included) of a batch where the user names no batch size."""
+
+FactLike = Fact | Iterable[Fact] | str | Path
+
+
+class Lens:
+    """Asks where a model's answer comes from.
+
+    Args:
+        model: any loaded Hugging Face causal LM with Mamba-1, Mamba-2 or attention layers.
+        tokenizer: its fast tokenizer.
+        name: what results call the model; its own name by default.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, name: str | None = None) -> None:
+        self.model, self.tokenizer = model, tokenizer
+        self.hooks = HookManager(model)
+        self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
+
+    @classmethod
+    def load(cls, name: str, **options: Any) -> Lens:
+        """Load a checkpoint.
+
+        Args:
+            name: bundled name ('atlas-mamba1'), local folder, or hub id ('state-spaces/mamba-130m-hf').
+            options: for `from_pretrained`: dtype, device_map, revision, attn_implementation; `tokenizer` names another
+                place to take the tokenizer from.
+        """
+        short, model, tokenizer = load_model(str(name), **options)
+        return cls(model, tokenizer, short)
+
+    def __repr__(self) -> str:
+        return f"<Lens on {self.name}: {self.n_layers} layers, {', '.join(self.hooks.kinds)}>"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return self.hooks.n_layers
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its input."""
+        return self.model.get_input_embeddings().weight.device
+
+    # ---- reading facts
+
+    def prompt(self, fact: Fact) -> Prompt:
+        """A fact as the model reads it: token ids, tokens, roles."""
+        return read_fact(fact, self.tokenizer)
+
+    def batches(self, prompts: Sequence[Prompt], batch_size: int | None = None) -> Iterator[Batch]:
+        """Right-padded batches of prompts."""
+        if batch_size is not None and batch_size < 1:
+            raise MambalensError(f"batch_size={batch_size}: give 1 or more.")
+        longest = max((len(prompt.ids) for prompt in prompts), default=1)
+        padding = self.tokenizer.pad_token_id
+        return batches(prompts, batch_size or max(1, BATCH_TOKENS // longest), 0 if padding is None else padding)
+
+    @torch.no_grad()
+    def last_logits(self, batch: Batch) -> Tensor:
+        """Logits behind every prompt's last token, on the CPU, in float32 or better [batch, vocabulary]."""
+        rows = torch.arange(len(batch.prompts))
+
+        def keep_last(module: Any, args: tuple[Any, ...]) -> Any:
+            hidden = args[0]  # [B, T, width]
+            return (hidden[rows.to(hidden.device), batch.last.to(hidden.device)][:, None], *args[1:])
+
+        # The head runs on one position a row; whatever the model does behind its head stays the model's code.
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
+        try:
+            logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+        finally:
+            handle.remove()
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+
+    # ---- questions
+
+    def predict(self, fact: Fact | str, k: int = 5) -> pd.DataFrame:
+        """The k most probable next tokens of a fact's prompt, or of a text.
+
+        Returns:
+            One row a token, the most probable first: token, prob, token_id.
+        """
+        import pandas as pd
+
+        if isinstance(fact, str):
+            fact = Fact(fact, subject="", target=fact[-1:] or ".")
+        (batch,) = self.batches([self.prompt(fact)])
+        top = self.last_logits(batch)[0].softmax(-1).topk(k)
+        tokens = [self.tokenizer.decode([i]) for i in top.indices.tolist()]
+        return pd.DataFrame({"token": tokens, "prob": top.values.tolist(), "token_id": top.indices.tolist()})
+
+    def evaluate(self, facts: FactLike, batch_size: int | None = None, progress: bool = True) -> pd.DataFrame:
+        """What the model answers, one row a fact, in the facts' order.
+
+        Returns:
+            fact_id, relation, target, target_prob, target_rank (1 is the top), correct (the target's first token is the
+            top prediction), top_token, top_prob, and `skipped`: why a fact could not be used, or ''.
+        """
+        import pandas as pd
+        from tqdm.auto import tqdm
+
+        facts = as_facts(facts)
+        prompts, skipped = read_facts(facts, self.tokenizer)
+        found: dict[str, dict[str, Any]] = {skip.fact_id: {"skipped": skip.reason} for skip in skipped}
+        bar = tqdm(total=len(prompts), desc=f"evaluate {self.name}", unit="fact", disable=not progress, leave=False)
+        with bar:
+            for batch in self.batches(prompts, batch_size):
+                probs = self.last_logits(batch).double().softmax(-1)
+                target = probs.gather(1, batch.targets[:, None])
+                rank = (probs > target).sum(1) + 1
+                best = probs.max(-1)
+                for row, prompt in enumerate(batch.prompts):
+                    found[str(prompt.fact.id)] = {
+                        "target_prob": float(target[row]),
+                        "target_rank": int(rank[row]),
+                        "correct": int(best.indices[row]) == prompt.target_id,
+                        "top_token": self.tokenizer.decode([int(best.indices[row])]),
+                        "top_prob": float(best.values[row]),
+                        "skipped": "",
+                    }
+                bar.update(len(batch.prompts))
+        empty = {"target_prob": float("nan"), "target_rank": 0, "correct": False, "top_token": "",
+                 "top_prob": float("nan"), "skipped": ""}  # fmt: skip
+        rows = [
+            {"fact_id": fact.id, "relation": fact.relation, "target": fact.target, **empty, **found[str(fact.id)]}
+            for fact in facts
+        ]
+        return pd.DataFrame(rows)
+
+    def known(
+        self,
+        facts: FactLike,
+        batch_size: int | None = None,
+        progress: bool = True,
+        limit: int | None = None,
+        seed: int = 0,
+    ) -> Facts:
+        """The facts whose target's first token is the model's top prediction, in their old order.
+
+        Args:
+            facts: facts, a name or a path.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+            limit: stop when so many are found, looking at the facts in a random order given by `seed`.
+        """
+        facts = as_facts(facts)
+        if limit is None:
+            correct = self.evaluate(facts, batch_size, progress).correct
+            return facts.pick(i for i, right in enumerate(correct) if right)
+        order = random.Random(seed).sample(range(len(facts)), len(facts))
+        found: list[int] = []
+        while order and len(found) < limit:
+            tried, order = order[: 2 * limit], order[2 * limit :]
+            correct = self.evaluate(facts.pick(tried), batch_size, progress).correct
+            found += [i for i, right in zip(tried, correct, strict=True) if right]
+        return facts.pick(sorted(found[:limit]))
+
+    @contextmanager
+    def knockout(
+        self,
+        fact: Fact,
+        source: str = "subject",
+        target: str = "last",
+        layers: Sequence[int] | int | str | None = None,
+        features: Features = "all",
+        path: KnockoutPath = "main",
+    ) -> Iterator[Knockout]:
+        """Block what a role of this fact's prompt hands to another while the block runs; see `HookManager.knockout`.
+
+        Args:
+            fact: the fact that `predict` is asked about inside the block.
+            source, target: roles (see `roles.ROLES`).
+        """
+        prompt = self.prompt(fact)
+        if not prompt.spans:
+            raise MambalensError(f"The subject {fact.subject!r} is not in the prompt {fact.prompt!r}.")
+        positions = {}
+        targets = prompt.positions(check_role(target))
+        for role, found in ((target, targets), (source, prompt.positions(check_role(source), targets))):
+            if not found:
+                raise MambalensError(f"The role {role!r} is empty in the prompt {fact.prompt!r}.")
+            positions[role] = found
+        with self.hooks.knockout(positions[source], targets, layers, features, path) as knockout:
+            yield knockout
+
+    def sweep(
+        self,
+        facts: FactLike,
+        sources: Sequence[str] | str = ("subject", "relation", "last", "first"),
+        target: str = "last",
+        window: int | Sequence[Sequence[int]] = 9,
+        features: Sequence[Features] | str = ("all",),
+        paths: Sequence[str] | str = ("main",),
+        batch_size: int | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
+    ) -> SweepResult:
+        """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
+
+        Args:
+            facts: facts, a name or a path; those that cannot be used are listed in `result.skipped`.
+            sources: roles whose information is blocked, each on its own ('each': every position on its own).
+            target: role that is not to receive it.
+            window: how many consecutive layers a knockout covers (every run of that many), or a list of layer lists.
+            features: groups of features, each on its own.
+            paths: 'main', 'conv', 'both', each on its own.
+            batch_size: prompts a batch; by default as many as fill `BATCH_TOKENS`.
+            out: a folder to save the result in.
+
+        Raises:
+            MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
+        """
+        from mambalens.sweep import Plan, run
+
+        as_tuple = lambda value: (value,) if isinstance(value, str) else tuple(value)  # noqa: E731
+        plan = Plan(as_tuple(sources), target, window, as_tuple(features), as_tuple(paths))
+        result = run(self, as_facts(facts), plan, batch_size, progress)
+        if out is not None:
+            result.save(out)
+        return result
+
+    def heatmap(
+        self, fact: Fact, window: int = 9, target: str = "last", features: Features = "all", path: str = "main"
+    ) -> Figure:
+        """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps)."""
+        from mambalens.figures import heatmap
+
+        result = self.sweep([fact], "each", target, window, (features,), path, progress=False)
+        prompt = self.prompt(fact)
+        return heatmap(result, prompt.tokens, prompt.positions("subject"))

@@ -1,0 +1,177 @@
+"""What a sweep found: the table, what was left out, summaries with intervals, and the folder they are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+from mambalens.hooks.errors import MambalensError, choose
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+INTERVALS = ("bootstrap", "t", "sem")
+METRICS = {
+    "change_pct": "Change of the target's probability (%)",
+    "prob": "Probability of the target",
+    "hit": "Target still on top (share of facts)",
+    "rank": "Rank of the target",
+    "kl": "KL from the base (nats)",
+}
+"""Columns that can be summarized and drawn, and what axes call them."""
+GROUP = ["model", "source", "target", "features", "path", "window_size", "window_start"]
+RESAMPLES = 2000
+LEVEL = 0.95
+FILES = {"table": "table.parquet", "skipped": "skipped.parquet", "facts": "facts.parquet"}
+CONFIG = "sweep.json"
+
+
+class SweepResult:
+    """A finished sweep, or several put together.
+
+    Attributes:
+        table: one row per fact, source, features, path and window; columns in `sweep.COLUMNS`.
+        skipped: fact_id, source ('' where the whole fact was left out) and reason.
+        facts: the facts that were asked for, with all their columns.
+        configs: what was run, one dict a model.
+    """
+
+    def __init__(
+        self, table: pd.DataFrame, skipped: pd.DataFrame, facts: pd.DataFrame, configs: list[dict[str, Any]]
+    ) -> None:
+        self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
+
+    def __repr__(self) -> str:
+        facts = self.table.fact_id.nunique()
+        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows>"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return [config["model"] for config in self.configs]
+
+    @property
+    def n_layers(self) -> dict[str, int]:
+        """Layers of each model."""
+        return {config["model"]: config["n_layers"] for config in self.configs}
+
+    @classmethod
+    def concat(cls, results: Sequence[SweepResult]) -> SweepResult:
+        """Several results as one, for comparing models."""
+        if not results:
+            raise MambalensError("There is no result to put together.")
+        tables = [result.table for result in results]
+        skipped = [result.skipped for result in results]
+        facts = pd.concat([result.facts for result in results]).drop_duplicates("fact_id", ignore_index=True)
+        configs = [config for result in results for config in result.configs]
+        return cls(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), facts, configs)
+
+    def summary(
+        self, interval: str = "bootstrap", metric: str = "change_pct", by: Sequence[str] = (), seed: int = 0
+    ) -> pd.DataFrame:
+        """Means over facts with 95 % intervals, one row per model, source, features, path and window.
+
+        Args:
+            interval: 'bootstrap' (percentiles of 2,000 resamples of the facts, seeded), 't' (Student's t) or 'sem' (one
+                standard error to each side).
+            metric: a column of `METRICS`.
+            by: columns of the facts to split by, such as 'wording' or 'relation'.
+
+        Returns:
+            The grouping columns, n (facts), mean, low, high; low and high are NaN for a single fact.
+        """
+        if interval not in INTERVALS:
+            raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
+        if metric not in METRICS:
+            raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, METRICS)}.")
+        table = self.table
+        for column in by:
+            if column not in self.facts.columns:
+                raise MambalensError(f"by={column!r} is no column of the facts: {choose(column, self.facts.columns)}.")
+            table = table.assign(**{column: table.fact_id.map(self.facts.set_index("fact_id")[column])})
+        keys = [*by, *GROUP]
+        rows = []
+        for key, group in table.groupby(keys, sort=False, dropna=False):
+            values = group[metric].to_numpy(float)
+            values = values[~np.isnan(values)]
+            rows.append((*key, len(values), *mean_interval(values, interval, seed)))
+        summary = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+        return summary
+
+    def plot(
+        self,
+        metric: str = "change_pct",
+        x: str = "layer",
+        rows: str = "path",
+        columns: str | None = None,
+        **options: Any,
+    ) -> Figure:
+        """Information-flow curves; see `figures.flow`."""
+        from mambalens.figures import flow
+
+        return flow(self, metric, x, rows, columns, **options)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write the tables as parquet and what was run as JSON; an interrupted save leaves no half file.
+
+        Returns:
+            The folder.
+        """
+        folder = Path(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, file in FILES.items():
+                temporary = folder / f".{file}.{os.getpid()}"
+                getattr(self, name).to_parquet(temporary, index=False)
+                temporary.replace(folder / file)
+            temporary = folder / f".{CONFIG}.{os.getpid()}"
+            temporary.write_text(json.dumps(self.configs, indent=1) + "\n")
+            temporary.replace(folder / CONFIG)
+        except OSError as error:
+            raise MambalensError(f"The result could not be written to {str(folder)!r} ({error.strerror}).") from error
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> SweepResult:
+        """Read what `save` wrote; a folder with results in its sub-folders gives them all as one."""
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise MambalensError(f"The folder {str(folder)!r} does not exist.")
+        if not (folder / CONFIG).is_file():
+            found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+            if not found:
+                raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
+            return cls.concat([cls.load(path) for path in found])
+        try:
+            tables = {name: pd.read_parquet(folder / file) for name, file in FILES.items()}
+            return cls(**tables, configs=json.loads((folder / CONFIG).read_text()))
+        except (OSError, ValueError) as error:
+            raise MambalensError(f"The sweep in {str(folder)!r} cannot be read ({error}).") from error
+
+
+def mean_interval(values: np.ndarray, interval: str, seed: int = 0) -> tuple[float, float, float]:
+    """Mean, low and high of values [n]; see `SweepResult.summary`."""
+    n = len(values)
+    mean = float(values.mean()) if n else float("nan")
+    if n < 2:
+        return mean, float("nan"), float("nan")
+    error = float(values.std(ddof=1) / np.sqrt(n))
+    if error == 0.0:
+        return mean, mean, mean
+    if interval == "sem":
+        return mean, mean - error, mean + error
+    if interval == "t":
+        reach = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
+        return mean, mean - reach, mean + reach
+    found = stats.bootstrap(
+        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
+        rng=np.random.default_rng(seed), batch=100,
+    ).confidence_interval  # fmt: skip
+    return mean, float(found.low), float(found.high)

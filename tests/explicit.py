@@ -1,0 +1,128 @@
+"""The slow, obvious twins: T x T attention with entries set to zero, plain loops, -inf scores.
+
+Nothing here uses the package. `blocked` masks are [batch, target, source, feature].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import eager_mask
+
+
+def convolution(inner: Tensor, weight: Tensor, bias: Tensor | None, blocked: Tensor) -> Tensor:
+    """sum_k w[K-1-k] inner[t-k] + bias tap by tap; `blocked` [B, T, S, channels]."""
+    out = torch.zeros_like(inner)
+    kernel = weight.shape[1]
+    for t in range(inner.shape[1]):
+        for k in range(min(kernel, t + 1)):
+            tap = weight[:, kernel - 1 - k] * inner[:, t - k]
+            out[:, t] += torch.where(blocked[:, t, t - k], torch.zeros_like(tap), tap)
+    return out if bias is None else out + bias
+
+
+def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """MambaMixer's output by explicit alpha[t, s, d]."""
+    pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
+    inner, gate = m.in_proj(hidden * pad).chunk(2, -1)
+    x = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * pad
+    dt, B, C = m.x_proj(x).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
+    dt = F.softplus(m.dt_proj(dt))
+    A = -torch.exp(m.A_log)
+    batch, time, channels = x.shape
+    alpha = x.new_zeros(batch, time, time, channels)
+    for t in range(time):
+        for s in range(t + 1):
+            decay = torch.exp(A * dt[:, s + 1 : t + 1].sum(1)[..., None])  # [B, D, N]
+            alpha[:, t, s] = (C[:, t, None] * decay * B[:, s, None]).sum(-1) * dt[:, s]
+    alpha = alpha.masked_fill(main, 0)
+    y = torch.einsum("btsd,bsd->btd", alpha, x) + m.D * x
+    return m.out_proj(y * F.silu(gate))
+
+
+def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """Mamba2Mixer's output by explicit alpha[t, s, head], one head after the other."""
+    pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
+    gate, inner, dt = m.in_proj(hidden * pad).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
+    dt = F.softplus(dt + m.dt_bias)
+    batch, time = hidden.shape[:2]
+    heads = []
+    for h in range(m.num_heads):
+        cut = conv[..., h, None].expand(-1, -1, -1, m.conv_dim)  # this head's own view of x, B and C
+        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut)) * pad
+        x, B, C = u.split([m.intermediate_size, m.n_groups * m.ssm_state_size, m.n_groups * m.ssm_state_size], -1)
+        group = slice((h * m.n_groups // m.num_heads) * m.ssm_state_size, None)
+        B, C = (v[..., group][..., : m.ssm_state_size] for v in (B, C))
+        x = x[..., h * m.head_dim : (h + 1) * m.head_dim]
+        alpha = x.new_zeros(batch, time, time)
+        for t in range(time):
+            for s in range(t + 1):
+                decay = torch.exp(-torch.exp(m.A_log[h]) * dt[:, s + 1 : t + 1, h].sum(1))
+                alpha[:, t, s] = (C[:, t] * B[:, s]).sum(-1) * decay * dt[:, s, h]
+        heads.append(alpha.masked_fill(main[..., h], 0) @ x + m.D[h] * x)
+    y = torch.cat(heads, -1) * F.silu(gate)
+    grouped = y.unflatten(-1, (m.n_groups, -1))
+    grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + m.norm.variance_epsilon)
+    return m.out_proj(grouped.flatten(-2) * m.norm.weight)
+
+
+MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
+_blocked: dict[int, Tensor] = {}
+
+
+def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float = 0.0,
+               **_: Any) -> tuple[Tensor, None]:  # fmt: skip
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if module.layer_idx in _blocked:
+        scores = scores.masked_fill(_blocked[module.layer_idx].permute(0, 3, 1, 2), -torch.inf)
+    future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+    weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+    # A target whose every allowed source is blocked has nothing to read: zeros.
+    weights = weights.nan_to_num(0.0)
+    lost = (scores < torch.finfo(scores.dtype).min / 4).all(-1, keepdim=True)
+    return (weights.masked_fill(lost & torch.isinf(scores).any(-1, keepdim=True), 0.0) @ value).transpose(1, 2), None
+
+
+AttentionInterface.register("explicit", _attention)
+AttentionMaskInterface.register("explicit", eager_mask)
+
+
+@contextmanager
+def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[int, Tensor]) -> Iterator[None]:
+    """While the block runs, every mixer of the model computes the explicit form with the entries blocked."""
+    if name not in MIXERS:
+        before = model.config._attn_implementation
+        model.config._attn_implementation = "explicit"
+        _blocked.update(main)
+        try:
+            yield
+        finally:
+            model.config._attn_implementation = before
+            _blocked.clear()
+        return
+    handles = []
+    for layer, block in enumerate(model.backbone.layers):
+        features = block.mixer.A_log.shape[0]
+
+        def hook(m: Any, args: Any, kwargs: Any, out: Tensor, layer: int = layer, features: int = features) -> Tensor:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            none = torch.zeros(*hidden.shape[:2], hidden.shape[1], features, dtype=torch.bool)
+            taps = conv.get(layer, none)
+            return MIXERS[name](m, hidden, kwargs.get("attention_mask"), main.get(layer, none), taps)
+
+        handles.append(block.mixer.register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,61 @@
+"""The bundled checkpoints know the Atlas, and a wheel carries them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from mambalens.data import checkpoints
+
+from mambalens import Lens, load_facts
+
+NAMES = ("atlas-gpt-neox", "atlas-mamba1", "atlas-mamba2")
+ROOT = Path(__file__).parent.parent
+
+
+def test_there_are_three_of_at_most_five_megabytes_each_with_one_tokenizer() -> None:
+    assert tuple(checkpoints()) == NAMES
+    tokenizers = set()
+    for folder in checkpoints().values():
+        assert sum(file.stat().st_size for file in folder.iterdir()) <= 5e6
+        assert 8 <= json.loads((folder / "config.json").read_text())["num_hidden_layers"] <= 12
+        tokenizers.add((folder / "tokenizer.json").read_bytes())
+    assert len(tokenizers) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_checkpoint_knows_trained_wordings_and_most_held_out_ones(name: str) -> None:
+    facts = load_facts("atlas")
+    table = Lens.load(name).evaluate(facts, progress=False)
+    correct = table.correct.groupby([facts.table.split, facts.table.wording]).mean()
+    for wording in ("near", "far"):
+        assert correct["trained", wording] >= 0.95
+        assert correct["held_out", wording] >= 0.60
+    assert (table.skipped == "").all()
+
+
+def test_subjects_span_several_tokens() -> None:
+    lens = Lens.load(NAMES[0])
+    lengths = [len(lens.prompt(fact).positions("subject")) for fact in load_facts("atlas").sample(300)]
+    assert sum(length >= 2 for length in lengths) / len(lengths) > 0.9
+
+
+def test_a_wheel_finds_its_facts_and_checkpoints_from_another_folder(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        assert not any("test" in name or ".training" in name for name in archive.namelist())
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    for arguments in (["models"], ["evaluate", NAMES[0], "--limit", "20"]):
+        command = [sys.executable, "-P", "-m", "mambalens", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        if arguments == ["models"]:
+            assert str(tmp_path / "site") in done.stdout

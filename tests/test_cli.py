@@ -1,0 +1,106 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from mambalens.data import checkpoints
+from typer.testing import CliRunner
+
+from mambalens import SweepResult
+from mambalens.cli import app
+
+MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
+VERBS = ("sweep", "evaluate", "heatmap", "plot", "models", "facts")
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def typed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mambalens", *arguments], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+def test_help_is_quick_has_examples_and_fits_a_screen() -> None:
+    for arguments in ([], *([verb] for verb in VERBS)):
+        text = typed(*arguments, "--help").stdout
+        assert len(text.splitlines()) <= 50
+        assert "Example" in text or arguments in (["models"],)
+    started = time.perf_counter()
+    probe = "import mambalens, mambalens.cli, sys; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    subprocess.run([sys.executable, "-c", probe], check=True)
+    assert time.perf_counter() - started < 5  # a stalled import; the usual time is a tenth of a second
+
+
+def test_sweep_twice_gives_the_same_table_value_for_value(tmp_path: Path) -> None:
+    options = ["--limit", "6", "--where", "wording=near", "--where", "relation=capital", "--window", "9"]
+    for out in ("one", "two"):
+        text = run("sweep", MODEL, "--out", str(tmp_path / out), *options)
+    assert "sweeping 6 facts that it knows" in text
+    tables = [pd.read_parquet(tmp_path / out / "table.parquet") for out in ("one", "two")]
+    pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
+    assert len(tables[0]) == 6 * 4 * 4
+    assert tables[0].base_rank.eq(1).all()
+    assert (tmp_path / "one" / "flow.png").stat().st_size > 10_000
+    run("plot", str(tmp_path / "one"), "--x", "depth", "--metric", "kl", "--out", str(tmp_path / "kl.png"))
+    assert (tmp_path / "kl.png").exists()
+
+
+def test_several_models_go_to_a_folder_each(tmp_path: Path) -> None:
+    names = list(checkpoints())[:2]
+    run(
+        "sweep", *names, "--out", str(tmp_path), "--limit", "2", "--where", "wording=near", "--where", "relation=symbol",
+        "--window", "6", "--source", "subject",
+    )  # fmt: skip
+    assert SweepResult.load(tmp_path).models == names
+    assert (tmp_path / "flow.png").exists()
+
+
+def test_a_persons_own_facts_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "mine.csv").write_text(
+        "prompt,subject,target,relation\nThe capital of Peru is,Peru,Lima,capital\nThe capital of Peru is,Chile,Lima,capital\n"
+    )
+    text = run("evaluate", MODEL, "--facts", str(tmp_path / "mine.csv"), "--out", str(tmp_path / "answers.csv"))
+    assert "capital" in text
+    assert "skipped 1: the subject 'Chile' is not in the prompt" in text
+    assert len(pd.read_csv(tmp_path / "answers.csv")) == 2
+
+
+def test_heatmap_models_and_facts(tmp_path: Path) -> None:
+    arguments = ["--prompt", "The capital of Peru is", "--subject", "Peru", "--target", "Lima", "--window", "6"]
+    assert "prob" in run("heatmap", MODEL, *arguments, "--out", str(tmp_path / "h.png"))
+    assert (tmp_path / "h.png").stat().st_size > 10_000
+    assert MODEL in run("models")
+    assert "capital" in run("facts", "--where", "relation=capital")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["evaluate", "atlas-mamba7"], "did you mean 'atlas-mamba"),
+        (["facts", "atals"], "did you mean 'atlas'"),
+        (["sweep", MODEL, "--window", "99", "--out", "x", "--limit", "2"], "window=99, but the model has 12 layers"),
+        (["sweep", MODEL, "--source", "subjct", "--out", "x", "--limit", "2"], "did you mean 'subject'"),
+        (["facts", "--where", "wording"], "is not COLUMN=VALUE"),
+        (["facts", "--where", "wording=nowhere"], "No fact of 'atlas' has wording=nowhere"),
+        (["plot", "nowhere"], "does not exist"),
+    ],
+    ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
+)
+def test_bad_input_ends_in_one_sentence(arguments: list[str], sentence: str, tmp_path: Path) -> None:
+    done = typed(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,241 @@
+"""The lens, the sweep and its result, on a tiny random model with the Atlas tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from mambalens.data import checkpoints
+from models import tiny
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
+from mambalens.figures import flow, heatmap
+from mambalens.result import mean_interval
+from mambalens.sweep import COLUMNS, kl_divergence
+
+FOLDER = next(iter(checkpoints().values()))
+FACTS = [
+    Fact("The capital of Peru is", "Peru", " Lima", "capital", "a"),
+    Fact("Chad, shown on a stamp of the nineteen sixties: the capital is", "Chad", " N'Djamena", "capital", "b"),
+    Fact("In São Tomé people pay with the", "São Tomé", " Dobra", "currency", "c"),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(FOLDER)
+
+
+@pytest.fixture(scope="module", params=["mamba1", "mamba2", "gpt_neox", "llama"])
+def lens(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast) -> Lens:
+    model = tiny(request.param, vocabulary=len(tokenizer))
+    return Lens(model, tokenizer, request.param)
+
+
+def test_a_sweep_is_what_single_hooked_passes_give(lens: Lens) -> None:
+    paths = ("main", "conv", "both") if lens.name.startswith("mamba") else ("main",)
+    result = lens.sweep(FACTS, ("subject", "relation", "context"), window=2, paths=paths, batch_size=2, progress=False)
+    assert tuple(result.table.columns) == COLUMNS
+    assert len(result.table) == (3 + 3 + 2) * 3 * len(paths)  # 'b' has no context
+    assert result.skipped.values.tolist() == [["b", "context", "the role 'context' is empty"]]
+    for row in result.table.itertuples():
+        fact = next(fact for fact in FACTS if fact.id == row.fact_id)
+        ids = torch.tensor([lens.prompt(fact).ids])
+        first = lens.tokenizer(fact.target)["input_ids"][0]
+        layers = range(row.window_start, row.window_start + row.window_size)
+        with torch.no_grad():
+            base = lens.model(ids).logits[0, -1].double().softmax(-1)
+            with lens.knockout(fact, row.source, row.target, layers, row.features, row.path):
+                cut = lens.model(ids).logits[0, -1].double().softmax(-1)
+        assert row.base_prob == pytest.approx(float(base[first]), rel=1e-4)
+        assert row.prob == pytest.approx(float(cut[first]), rel=1e-4)
+        assert row.change_pct == pytest.approx(100 * (row.prob - row.base_prob) / row.base_prob)
+        assert row.kl == pytest.approx(float((base * (base / cut).log()).sum()), abs=1e-5)
+        assert row.rank == int((cut > cut[first]).sum()) + 1
+        assert row.hit == (int(cut.argmax()) == first)
+        assert row.top_token == lens.tokenizer.decode([int(cut.argmax())])
+
+
+def test_the_same_sweep_twice_gives_the_same_table_and_batches_do_not_matter(lens: Lens) -> None:
+    tables = [lens.sweep(FACTS, window=3, batch_size=size, progress=False).table for size in (2, 2, 1, None)]
+    pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
+    for other in tables[2:]:
+        pd.testing.assert_frame_equal(tables[0], other, rtol=1e-4, atol=1e-6)
+
+
+def test_evaluate_predict_and_known_agree(lens: Lens) -> None:
+    table = lens.evaluate(FACTS, progress=False)
+    assert table.fact_id.tolist() == ["a", "b", "c"]
+    for fact, row in zip(FACTS, table.itertuples(), strict=True):
+        top = lens.predict(fact, k=3)
+        assert row.top_token == top.token[0]
+        assert row.top_prob == pytest.approx(top.prob[0], rel=1e-4)
+        assert top.prob.is_monotonic_decreasing
+    top = table.top_token[0]
+    mine = [Fact(FACTS[0].prompt, "Peru", top, id="right"), FACTS[1]]
+    answered = lens.evaluate(mine, progress=False)
+    assert [fact.id for fact in lens.known(mine, progress=False)] == answered[answered.correct].fact_id.tolist()
+
+
+def test_facts_that_cannot_be_used_are_listed_with_the_reason(lens: Lens) -> None:
+    facts = [*FACTS[:1], Fact("The capital of Peru is", "Chile", " Lima", id="x"), Fact("Peru", "Peru", "", id="y")]
+    result = lens.sweep(facts, "subject", window=2, progress=False)
+    assert set(result.table.fact_id) == {"a"}
+    assert result.skipped.fact_id.tolist() == ["x", "y"]
+    assert "the subject 'Chile' is not in the prompt" in result.skipped.reason[0]
+    assert "cannot be encoded" in result.skipped.reason[1]
+    evaluated = lens.evaluate(facts, progress=False)
+    assert (evaluated.skipped != "").tolist() == [False, True, True]
+    with pytest.raises(MambalensError, match="None of the 1 facts can be used .*Chile"):
+        lens.sweep(facts[1:2], window=2, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"window": 5}, "window=5, but the model has 4 layers"),
+        ({"window": 0}, "window=0"),
+        ({"window": [[1, 9]]}, r"layers has \[9\]"),
+        ({"window": [[1, 2], [1, 3]]}, "same first layer and the same size"),
+        ({"sources": ("subjct",)}, "'subjct' is not a role: did you mean 'subject'"),
+        ({"target": "each"}, "'each' is for sources"),
+        ({"features": ("slwo",)}, "slwo"),
+        ({"paths": ("cnov",)}, "did you mean 'conv'"),
+        ({"sources": ()}, "sources is empty"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+    ids=str,
+)
+def test_bad_plans_get_a_sentence(lens: Lens, arguments: dict, sentence: str) -> None:
+    with pytest.raises(MambalensError, match=sentence):
+        lens.sweep(FACTS, **({"window": 2, "progress": False} | arguments))
+
+
+def test_a_knockout_of_an_absent_subject_or_role_is_refused(lens: Lens) -> None:
+    with (
+        pytest.raises(MambalensError, match="'Chile' is not in the prompt"),
+        lens.knockout(Fact("Peru is", "Chile", " x")),
+    ):
+        pass
+    with (
+        pytest.raises(MambalensError, match="'context' is empty"),
+        lens.knockout(Fact("Peru is", "Peru", " x"), "context"),
+    ):
+        pass
+
+
+def test_targets_left_of_the_last_and_lists_of_windows(lens: Lens) -> None:
+    result = lens.sweep(FACTS, "first", "subject_last", [[0, 2], [1, 3], [2]], progress=False)
+    assert sorted(set(zip(result.table.window_start, result.table.window_size, strict=True))) == [
+        (0, 2),
+        (1, 2),
+        (2, 1),
+    ]
+    assert result.configs[0]["window"] == [[0, 2], [1, 3], [2]]
+
+
+def test_a_result_is_saved_loaded_and_put_together(lens: Lens, tmp_path: Path) -> None:
+    result = lens.sweep(FACTS, window=2, out=tmp_path / "runs" / "x", progress=False)
+    loaded = SweepResult.load(tmp_path / "runs" / "x")
+    pd.testing.assert_frame_equal(loaded.table, result.table, check_exact=True)
+    pd.testing.assert_frame_equal(loaded.skipped, result.skipped, check_dtype=False)
+    assert loaded.configs == result.configs
+    assert not list((tmp_path / "runs" / "x").glob(".*"))
+    assert len(SweepResult.load(tmp_path / "runs").table) == len(result.table)
+    with pytest.raises(MambalensError, match="does not exist"):
+        SweepResult.load(tmp_path / "nowhere")
+    with pytest.raises(MambalensError, match="holds no sweep"):
+        SweepResult.load(tmp_path / "runs" / "x" / ".." / ".." / "..")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MambalensError, match="could not be written"):
+        result.save(tmp_path / "file" / "below")
+
+
+def test_summary_means_and_intervals(lens: Lens) -> None:
+    result = lens.sweep(FACTS, ("subject", "last"), window=2, progress=False)
+    for interval in ("bootstrap", "t", "sem"):
+        summary = result.summary(interval)
+        row = summary.iloc[0]
+        values = result.table[
+            (result.table.source == row.source) & (result.table.window_start == row.window_start)
+        ].change_pct
+        assert row.n == 3
+        assert row["mean"] == pytest.approx(values.mean())
+        assert row.low <= row["mean"] <= row.high
+    pd.testing.assert_frame_equal(result.summary(), result.summary(), check_exact=True)
+    assert set(result.summary(by=("relation",)).relation) == {"capital", "currency"}
+    with pytest.raises(MambalensError, match="did you mean 'bootstrap'"):
+        result.summary("bootstrp")
+    with pytest.raises(MambalensError, match="no column of the facts"):
+        result.summary(by=("wordin",))
+
+
+def test_intervals_cover_what_they_promise() -> None:
+    rng = np.random.default_rng(0)
+    draws = rng.normal(3.0, 2.0, (300, 40))
+    for interval, level in (("bootstrap", 0.95), ("t", 0.95), ("sem", 0.68)):
+        found = [mean_interval(values, interval) for values in draws]
+        assert np.mean([low <= 3.0 <= high for _, low, high in found]) == pytest.approx(level, abs=0.06)
+
+
+def test_kl_of_known_distributions() -> None:
+    base, other = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    expected = 0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)
+    assert kl_divergence(base, other).item() == pytest.approx(expected)
+    assert kl_divergence(base, base).item() == 0
+
+
+def test_figures_say_what_they_show(lens: Lens) -> None:
+    result = lens.sweep(FACTS, ("subject", "last"), window=2, progress=False)
+    figure = flow(result, rows="relation", x="depth")
+    assert len(figure.axes) == 2
+    assert "capital" in figure.axes[0].get_title()
+    assert "2 facts" in figure.axes[0].get_title()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["subject", "last"]
+    line = figure.axes[0].get_lines()[1]
+    shown = result.summary(by=("relation",)).query("relation == 'capital' and source == 'subject'")
+    assert line.get_ydata() == pytest.approx(shown["mean"].to_numpy())
+    drawn = lens.heatmap(FACTS[0], window=3)
+    tokens = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert "".join(tokens).replace("·", " ") == FACTS[0].prompt
+    assert drawn.axes[0].get_images()[0].get_array().shape == (len(tokens), 2)
+    with pytest.raises(MambalensError, match="sources='each'"):
+        heatmap(result, tokens)
+    with pytest.raises(MambalensError, match="'depht' is not an axis"):
+        flow(result, x="depht")
+
+
+def test_a_heatmap_row_is_a_knockout_of_that_position(lens: Lens) -> None:
+    fact = FACTS[0]
+    ids = torch.tensor([lens.prompt(fact).ids])
+    first = lens.tokenizer(fact.target)["input_ids"][0]
+    table = lens.sweep([fact], "each", window=3, progress=False).table
+    assert table.source.nunique() == ids.shape[1]
+    for row in table.itertuples():
+        position = int(row.source.removeprefix("each:"))
+        layers = range(row.window_start, row.window_start + 3)
+        with torch.no_grad(), lens.hooks.knockout([position], [-1], layers):
+            expected = lens.model(ids).logits[0, -1].double().softmax(-1)[first]
+        assert row.prob == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_models_that_cannot_be_found_get_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(MambalensError, match="no folder and no hub id.*did you mean 'atlas-mamba"):
+        Lens.load("atlas-mamba")
+    with pytest.raises(MambalensError, match=r"has no config\.json"):
+        Lens.load(str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(MambalensError, match="could not be loaded .* local folder"):
+        Lens.load("nobody/nothing")
+
+
+def test_a_local_folder_is_loaded_with_options() -> None:
+    lens = Lens.load(str(FOLDER), dtype=torch.bfloat16, device_map="cpu")
+    assert lens.model.dtype == torch.bfloat16
+    assert lens.name == FOLDER.name
+    with lens.knockout(load_facts("atlas")[0]):
+        assert len(lens.predict(load_facts("atlas")[0])) == 5

@@ -52,7 +52,7 @@ def configs() -> dict[str, Any]:
     return {
         "atlas-mamba1": MambaConfig(**common, state_size=8, expand=2, conv_kernel=4, time_step_rank=8),
         "atlas-mamba2": Mamba2Config(
-            **common, state_size=16, expand=2, conv_kernel=4, head_dim=16, num_heads=10, n_groups=1, chunk_size=64
+            **common, state_size=16, expand=2, conv_kernel=4, head_dim=16, num_heads=10, n_groups=1, chunk_size=32
         ),
         "atlas-gpt-neox": GPTNeoXConfig(
             **common, num_attention_heads=5, intermediate_size=4 * WIDTH, max_position_embeddings=512,

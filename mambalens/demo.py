@@ -18,7 +18,7 @@ from mambalens.result import SweepResult
 
 SOURCES = ("subject", "relation", "last", "first", "others")
 WINDOW = 6
-FACTS = 80
+FACTS = 60
 """Facts drawn for each wording, among those the model knows."""
 
 

@@ -76,6 +76,7 @@ def flow(
     else:
         summary["x"] = summary.window_start
     hue = "features" if summary.features.nunique() > 1 and summary.source.nunique() == 1 else "source"
+    order = list(summary[hue].unique())
     row_values, column_values = list(summary[rows].unique()), list(summary[columns].unique())
     height, width = 2.6 * len(row_values) + 1.4, 3.6 * len(column_values) + 0.8
     figure, axes = plt.subplots(
@@ -91,7 +92,7 @@ def flow(
     for axis_row, row_value in zip(axes, row_values, strict=True):
         for axis, column_value in zip(axis_row, column_values, strict=True):
             panel = summary[(summary[rows] == row_value) & (summary[columns] == column_value)]
-            _panel(axis, panel, hue, handles, baseline=metric == "change_pct")
+            _panel(axis, panel, hue, order, handles, baseline=metric == "change_pct")
             n = sorted(panel.n.unique())
             counted = f" · {n[0]} facts" if len(n) == 1 else f" · {n[0]} to {n[-1]} facts" if n else " · not run"
             words = [
@@ -115,15 +116,15 @@ def flow(
     return figure
 
 
-def _panel(axis: Any, panel: pd.DataFrame, hue: str, handles: dict[str, Any], baseline: bool) -> None:
+def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: dict[str, Any], baseline: bool) -> None:
     if baseline:
         axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-    for index, (name, line) in enumerate(panel.groupby(hue, sort=False)):
-        line = line.sort_values("x")
+    for name, line in panel.groupby(hue, sort=False):
+        line, index = line.sort_values("x"), order.index(str(name))
         colour, marker = style(str(name), index)
         drawn = axis.plot(
             line.x, line["mean"], color=colour, marker=marker, markersize=4.5, linewidth=1.6, markeredgecolor="white",
-            markeredgewidth=0.5,
+            markeredgewidth=0.5, zorder=20 - index,  # the first source named lies on top where lines meet
         )  # fmt: skip
         axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         handles.setdefault(str(name), drawn[0])
@@ -184,7 +185,7 @@ def heatmap(
     bar = figure.colorbar(image, ax=axis, label=METRICS[metric])
     if metric == "change_pct":
         bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
-        bar.ax.yaxis.set_major_formatter("{x:+.0f}")
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}" if value else "0")
     plt.close(figure)
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -46,7 +47,10 @@ def test_subjects_span_several_tokens() -> None:
 
 
 def test_a_wheel_finds_its_facts_and_checkpoints_from_another_folder(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    clone = tmp_path / "clone"
+    leave = shutil.ignore_patterns(".*", "build", "*.egg-info", "runs", "__pycache__")  # .training and .venv among them
+    shutil.copytree(ROOT, clone, ignore=leave)
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(clone)]
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:

@@ -67,6 +67,7 @@ def sweep(
 
     Example: mambalens sweep atlas-mamba1 --where wording=far --window 6 --path main --path both --out runs/far
     """
+    from mambalens.hooks.errors import MambalensError
     from mambalens.result import SweepResult
     from mambalens.sweep import Plan
 
@@ -88,7 +89,11 @@ def sweep(
         folder = out if len(models) == 1 else out / lens.name
         results.append(lens.sweep(mine, source, target, window, features, path, batch_size, folder))
     result = SweepResult.concat(results)
-    result.plot().savefig(out / "flow.png", dpi=130)
+    flow = out / "flow.png"
+    try:
+        result.plot().savefig(flow, dpi=130)
+    except MambalensError as error:
+        typer.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
     summary = result.summary()
     worst = summary.loc[summary.groupby(["model", "source", "features", "path"], sort=False)["mean"].idxmin()]
     typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
@@ -96,7 +101,7 @@ def sweep(
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
         typer.echo(f"\nSkipped (listed in skipped.parquet):\n{reasons.value_counts().to_string(header=False)}")
-    typer.echo(f"\n{len(result.table)} rows and flow.png in {out}")
+    typer.echo(f"\n{len(result.table)} rows{' and flow.png' if flow.exists() else ''} in {out}")
 
 
 @app.command()
@@ -172,6 +177,7 @@ def plot(
         str, typer.Option("--rows", help="What rows of panels differ in: path, model, wording, ...")
     ] = "path",
     columns: Annotated[str | None, typer.Option("--columns", help="What columns of panels differ in.")] = None,
+    where: Where = [],  # noqa: B006
     interval: Annotated[str, typer.Option("--interval", help="bootstrap, t or sem.")] = "bootstrap",
     out: Annotated[Path | None, typer.Option("--out", help="Figure file; by default flow.png in DIR.")] = None,
 ) -> None:
@@ -182,7 +188,10 @@ def plot(
     from mambalens.figures import flow
     from mambalens.result import SweepResult
 
-    figure = flow(SweepResult.load(folder), metric, x, rows, columns, interval)
+    result = SweepResult.load(folder)
+    if where:
+        result = result.where(**dict(_condition(condition) for condition in where))
+    figure = flow(result, metric, x, rows, columns, interval)
     figure.savefig(out or folder / "flow.png", dpi=130)
     typer.echo(f"Figure: {out or folder / 'flow.png'}")
 
@@ -229,13 +238,18 @@ def _facts(name: str, where: list[str], limit: int | None) -> Facts:
 
     chosen = load_facts(name)
     for condition in where:
-        column, equals, value = condition.partition("=")
-        if not equals:
-            _fail(f"--where {condition!r} is not COLUMN=VALUE.")
+        column, value = _condition(condition)
         chosen = chosen.where(**{column: value})
         if not len(chosen):
             _fail(f"No fact of {name!r} has {condition}.")
     return chosen.sample(limit) if limit else chosen
+
+
+def _condition(text: str) -> tuple[str, str]:
+    column, equals, value = text.partition("=")
+    if not equals:
+        _fail(f"--where {text!r} is not COLUMN=VALUE.")
+    return column, value
 
 
 def _lens(model: str, dtype: str, tokenizer: str | None) -> Lens:

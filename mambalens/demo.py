@@ -43,29 +43,29 @@ def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
         results.append(result)
     together = SweepResult.concat(results)
     title = f"Knocking out source → last, window of {WINDOW} layers, scan or attention"
-    only_main = SweepResult(
-        together.table[together.table.path == "main"], together.skipped, together.facts, together.configs
-    )
-    flow(only_main, rows="wording", columns="model", title=title).savefig(out / "models.png", dpi=130)
+    main_path = together.where(path="main")
+    flow(main_path, rows="wording", columns="model", title=title).savefig(out / "models.png", dpi=130)
     return together
 
 
 def findings(result: SweepResult) -> pd.DataFrame:
-    """For every model, wording and path: the source and window that cost most, with the 95 % interval."""
+    """For every model, wording and path: the source and window that cost most, and the subject's, with intervals."""
     summary = result.summary("bootstrap", by=("wording",))
     keys = ["model", "wording", "path"]
-    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()]
-    last = worst.window_start + worst.window_size - 1
-    return pd.DataFrame(
-        {
-            **{key: worst[key] for key in keys},
-            "source": worst.source,
-            "layers": worst.window_start.astype(str) + "–" + last.astype(str),
-            "change of P(target)": worst["mean"].map("{:+.1f} %".format),
-            "95 % interval": "[" + worst.low.map("{:+.1f}".format) + ", " + worst.high.map("{:+.1f}".format) + "]",
-            "facts": worst.n,
-        }
-    ).reset_index(drop=True)
+    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()].set_index(keys)
+    of_subject = summary[summary.source == "subject"]
+    subject = of_subject.loc[of_subject.groupby(keys, sort=False)["mean"].idxmin()].set_index(keys).reindex(worst.index)
+    cells = {"facts": worst.n, "costs most": worst.source + ", " + _effect(worst), "subject alone": _effect(subject)}
+    return pd.DataFrame(cells).reset_index()
+
+
+def _effect(rows: pd.DataFrame) -> pd.Series:
+    """'layers 1–6: -85.0 % [-91.7, -77.5]'."""
+    last = rows.window_start + rows.window_size - 1
+    change = (
+        rows["mean"].map("{:+.1f} %".format) + rows.low.map(" [{:+.1f}, ".format) + rows.high.map("{:+.1f}]".format)
+    )
+    return "layers " + rows.window_start.astype(str) + "–" + last.astype(str) + ": " + change
 
 
 def main() -> None:
@@ -77,7 +77,10 @@ def main() -> None:
     started = time.monotonic()
     result = demo(options.out, list(checkpoints()), options.facts)
     table = findings(result).to_string(index=False)
-    print(f"\nWhat costs most (each line: the worst source and window)\n\n{table}\n")
+    print(
+        "\nChange of the target's probability with 95 % intervals: the source and window that cost most, and the worst "
+        f"window for the subject alone.\n\n{table}\n"
+    )
     (options.out / "findings.txt").write_text(table + "\n")
     print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}", file=sys.stdout)
 

@@ -5,6 +5,7 @@ A role has the same colour, marker and dash everywhere; the colours are told apa
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ _STYLES: dict[str, tuple[str, str]] = {
     "all": ("#666666", ">"),
 }
 _SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
-_PATHS = {"main": "scan or attention", "conv": "convolution", "both": "both paths"}
+_PATHS = {"conv": "convolution", "both": "both paths"}
 _AXES = {
     "layer": "First layer of the window",
     "depth": "Depth of the window's first layer (%)",
@@ -50,7 +51,7 @@ def flow(
     result: SweepResult,
     metric: str = "change_pct",
     x: str = "layer",
-    rows: str = "path",
+    rows: str | None = None,
     columns: str | None = None,
     interval: str = "bootstrap",
     title: str | None = None,
@@ -61,21 +62,23 @@ def flow(
         result: a sweep.
         metric: a column of `result.METRICS`.
         x: 'layer' (the window's first layer) or 'depth' (the same in % of the model's layers).
-        rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', or a column of the facts
-            ('wording', 'relation'). Columns: by default 'model' where there are several.
+        rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', 'target', 'window_size', or a
+            column of the facts ('wording', 'relation'). By default whatever the sweep has several of.
         interval: see `SweepResult.summary`.
-        title: a heading; by default model, facts and window.
+        title: a heading; by default models, source, target and window.
+
+    Raises:
+        MambalensError: where lines and panels cannot show everything that varies; `SweepResult.where` keeps a part.
     """
     if x not in _AXES:
         raise MambalensError(f"x={x!r} is not an axis: {choose(x, _AXES)}.")
-    columns = columns or ("model" if rows != "model" else "path")
+    hue, rows, columns = _layout(result.table, rows, columns)
     by = [name for name in (rows, columns) if name not in result.table.columns]
     summary = result.summary(interval, metric, by)
     if x == "depth":
         summary["x"] = 100 * summary.window_start / summary.model.map(result.n_layers)
     else:
         summary["x"] = summary.window_start
-    hue = "features" if summary.features.nunique() > 1 and summary.source.nunique() == 1 else "source"
     order = list(summary[hue].unique())
     row_values, column_values = list(summary[rows].unique()), list(summary[columns].unique())
     height, width = 2.6 * len(row_values) + 1.4, 3.6 * len(column_values) + 0.8
@@ -95,11 +98,8 @@ def flow(
             _panel(axis, panel, hue, order, handles, baseline=metric == "change_pct")
             n = sorted(panel.n.unique())
             counted = f" · {n[0]} facts" if len(n) == 1 else f" · {n[0]} to {n[-1]} facts" if n else " · not run"
-            words = [
-                _label(name, value)
-                for name, value in ((rows, row_value), (columns, column_value))
-                if name != "features"
-            ]
+            values = ((rows, row_value), (columns, column_value))
+            words = [_label(name, value, result) for name, value in values]
             axis.set_title(", ".join(dict.fromkeys(words)) + counted, fontsize=9)
     figure.supxlabel(_AXES[x], fontsize=10)
     figure.supylabel(METRICS[metric], fontsize=10)
@@ -107,13 +107,32 @@ def flow(
     window = f"window of {sizes[0]} layers" if len(sizes) == 1 else f"windows of {sizes[0]} to {sizes[-1]} layers"
     target = ", ".join(summary.target.unique())
     heading = title or f"{', '.join(result.models)}: knocking out {hue} → {target}, {window}"
-    figure.suptitle(heading, fontsize=11)
+    figure.suptitle("\n".join(textwrap.wrap(heading, int(11 * figure.get_figwidth()))), fontsize=11)
     figure.legend(
         handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9, title=hue,
         title_fontsize=9, alignment="left",
     )  # fmt: skip
     plt.close(figure)  # shown by whoever gets it, once
     return figure
+
+
+def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple[str, str, str]:
+    """What lines, rows and columns of panels stand for, so that each line has one value at each window."""
+    varying = [name for name in ("path", "model", "features", "target", "window_size") if table[name].nunique() > 1]
+    hue = "source"
+    if table.source.nunique() == 1 and "features" in varying and "features" not in (rows, columns):
+        hue = "features"
+    left = [name for name in varying if name not in (hue, rows, columns)]
+    if rows is None:
+        rows = left.pop(0) if left else "path" if columns != "path" else "model"
+    if columns is None:
+        columns = left.pop(0) if left else "model" if rows != "model" else "path"
+    if left:
+        raise MambalensError(
+            f"One figure cannot show sources by {rows}, {columns} and {', '.join(left)}: keep one of them, for example "
+            f"result.where({left[0]}={table[left[0]].iloc[0]!r}), or --where {left[0]}={table[left[0]].iloc[0]}."
+        )
+    return hue, rows, columns
 
 
 def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: dict[str, Any], baseline: bool) -> None:
@@ -134,14 +153,16 @@ def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: 
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _label(name: str, value: Any) -> str:
-    return (
-        _PATHS.get(str(value), str(value))
-        if name == "path"
-        else f"{value} wording"
-        if name == "wording"
-        else str(value)
-    )
+def _label(name: str, value: Any, result: SweepResult) -> str:
+    if name == "path":
+        return _PATHS.get(str(value), main_path(result))
+    return f"{value} wording" if name == "wording" else str(value)
+
+
+def main_path(result: SweepResult) -> str:
+    """What the main path is in these models: 'scan', 'attention', or 'scan or attention'."""
+    kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config["kinds"]}
+    return " or ".join(sorted(kinds, reverse=True))
 
 
 def heatmap(
@@ -176,9 +197,9 @@ def heatmap(
     fact = result.facts.iloc[0]
     for position in subject:
         axis.get_yticklabels()[position].set_fontweight("bold")
-    path = "" if first.path == "main" else f", {_PATHS[first.path]}"
+    path = _PATHS.get(first.path, main_path(result))
     axis.set_title(
-        f"{first.model}: token → {first.target}{path}\n"
+        f"{first.model}: token → {first.target}, {path}\n"
         f"P({str(fact.target).strip()!r}) = {first.base_prob:.3g} without a knockout",
         fontsize=10,
     )

@@ -73,6 +73,30 @@ class SweepResult:
         configs = [config for result in results for config in result.configs]
         return cls(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), facts, configs)
 
+    def where(self, **values: Any) -> SweepResult:
+        """The part of the sweep whose columns have these values; a list means any of them.
+
+        Raises:
+            MambalensError: for a column that neither the table nor the facts have, or if nothing is left.
+        """
+        table = self.table
+        for column, value in values.items():
+            wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
+            table = table[self.column(column, table).astype(str).isin(wanted)]
+        if not len(table):
+            raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
+        configs = [config for config in self.configs if config["model"] in set(table.model)]
+        return SweepResult(table.reset_index(drop=True), self.skipped, self.facts, configs)
+
+    def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
+        """A column of the table, or of the facts, for every row of the table."""
+        table = self.table if table is None else table
+        if name in table.columns:
+            return table[name]
+        if name not in self.facts.columns:
+            raise MambalensError(f"{name!r} is no column of the facts: {choose(name, self.facts.columns)}.")
+        return table.fact_id.map(self.facts.set_index("fact_id")[name])
+
     def summary(
         self, interval: str = "bootstrap", metric: str = "change_pct", by: Sequence[str] = (), seed: int = 0
     ) -> pd.DataFrame:
@@ -91,11 +115,7 @@ class SweepResult:
             raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
         if metric not in METRICS:
             raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, METRICS)}.")
-        table = self.table
-        for column in by:
-            if column not in self.facts.columns:
-                raise MambalensError(f"by={column!r} is no column of the facts: {choose(column, self.facts.columns)}.")
-            table = table.assign(**{column: table.fact_id.map(self.facts.set_index("fact_id")[column])})
+        table = self.table.assign(**{name: self.column(name) for name in by})
         keys = [*by, *GROUP]
         rows = []
         for key, group in table.groupby(keys, sort=False, dropna=False):
@@ -109,7 +129,7 @@ class SweepResult:
         self,
         metric: str = "change_pct",
         x: str = "layer",
-        rows: str = "path",
+        rows: str | None = None,
         columns: str | None = None,
         **options: Any,
     ) -> Figure:

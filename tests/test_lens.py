@@ -172,6 +172,25 @@ def test_summary_means_and_intervals(lens: Lens) -> None:
         result.summary("bootstrp")
     with pytest.raises(MambalensError, match="no column of the facts"):
         result.summary(by=("wordin",))
+    part = result.where(source="last", relation="capital")
+    assert set(part.table.fact_id) == {"a", "b"}
+    assert set(part.table.source) == {"last"}
+    with pytest.raises(MambalensError, match="No row of the sweep has source='nobody'"):
+        result.where(source="nobody")
+
+
+def test_a_figure_never_draws_two_values_into_one_line(lens: Lens) -> None:
+    sizes = [list(range(start, start + size)) for size in (1, 2) for start in range(3)]
+    result = lens.sweep(FACTS, "subject", window=sizes, features=("all", [0, 1]), progress=False)
+    figure = flow(result)  # lines: features; rows: window sizes
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "selection 1"]
+    for axis in figure.axes:
+        for line in axis.get_lines():
+            assert len(set(line.get_xdata())) == len(line.get_xdata())
+    two = SweepResult.concat([result, lens.sweep(FACTS, ("subject", "last"), "subject_last", 2, progress=False)])
+    with pytest.raises(MambalensError, match="cannot show sources by .* --where"):
+        flow(two)
 
 
 def test_intervals_cover_what_they_promise() -> None:

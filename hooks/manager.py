@@ -101,10 +101,7 @@ class HookManager:
         if knockout.path == "conv" and layers and not any(by_layer[layer].has_conv for layer in layers):
             kinds = sorted({by_layer[layer].kind for layer in layers})
             raise MambalensError(f"path='conv', but none of the layers has a convolution: they are {', '.join(kinds)}.")
-        features = {
-            layer: self._feature_mask(by_layer[layer], for_layer(knockout.features, layer, layers, self.n_layers))
-            for layer in layers
-        }
+        features = self.feature_masks(knockout.features, layers)
         active = _Active(knockout, features)
         with ExitStack() as stack:
             if not self._active:
@@ -133,6 +130,14 @@ class HookManager:
                 f"layers has {wrong}, but the model has {self.n_layers} layers: 0 to {self.n_layers - 1}."
             )
         return numbers
+
+    def feature_masks(self, features: Features, layers: Sequence[int]) -> dict[int, Tensor | None]:
+        """Boolean masks of a knockout's features by layer; None stands for every feature."""
+        by_layer = {mixer.layer: mixer for mixer in self.mixers}
+        return {
+            layer: self._feature_mask(by_layer[layer], for_layer(features, layer, layers, self.n_layers))
+            for layer in layers
+        }
 
     def _feature_mask(self, mixer: Mixer, features: Any) -> Tensor | None:
         if not isinstance(features, str):

@@ -9,11 +9,12 @@ import importlib
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
+from mambalens.hooks.rows import Base, Rows
 from torch import Tensor, nn
 
 
@@ -100,6 +101,32 @@ class Mixer(ABC):
     @abstractmethod
     def parity(self, call: Captured) -> float:
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
+
+    @abstractmethod
+    def remember(self, call: Captured, base: Base) -> Any:
+        """What rows have to know of the base pass to replay the last position of its prompts in this layer.
+
+        Args:
+            call: the module's call in the base pass, without padding on the left.
+            base: last positions and source sets.
+
+        Returns:
+            Anything with a `row_bytes`: what a row will copy of it.
+        """
+
+    @abstractmethod
+    def resuming(
+        self, memory: Any, base: Base, rows: Rows, kwargs: dict[str, Any]
+    ) -> AbstractContextManager[dict[str, Any]]:
+        """While the block runs, the module takes rows [rows, 1, width] and continues the base pass with each.
+
+        Args:
+            memory: from `remember`.
+            base: last positions and source sets.
+            rows: which prompt each row continues, and what is cut in it.
+            kwargs: keyword arguments of the decoder layer in the base pass; what is tied to positions is replaced in
+                the dict that the block gives.
+        """
 
     @contextmanager
     def probing(self) -> Iterator[Any]:

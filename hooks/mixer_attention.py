@@ -10,13 +10,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing
+from mambalens.hooks.rows import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
 from torch import Tensor, nn
 from transformers import Cache
@@ -169,10 +170,93 @@ class AttentionMixer(Mixer):
         output = call.probe.output.unflatten(-1, (self.n_features, -1))
         return TokenMixing(alpha, values, output.new_zeros(self.n_features), output)
 
+    def remember(self, call: Captured, base: Base) -> Memory:
+        bound = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs)
+        cache = next(v for v in bound.arguments.values() if isinstance(v, Cache))
+        kept = cache.layers[self.module.layer_idx]
+        mask = bound.arguments.get("attention_mask")
+        allowed = base.before_last[:, None]  # [B, 1 or H, T]
+        if mask is not None:  # a sliding window, or whatever else the model masks
+            mask = mask.expand(len(base.last), *mask.shape[1:])[..., : kept.keys.shape[2]]
+            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+            allowed = allowed & seen[torch.arange(len(base.last), device=seen.device), :, base.last]
+        return Memory(kept.keys, kept.values, allowed)
+
+    @contextmanager
+    def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        sources = base.sources[torch.where(rows.main, rows.source, 0), rows.prompt]  # [R, T]
+        own = sources.gather(1, base.last[rows.prompt][:, None])
+        blocked = torch.cat([sources, own], 1)[:, None]  # [R, 1, T + 1]
+        if rows.features is not None:
+            blocked = blocked & rows.features[..., None]
+        allowed = memory.allowed[rows.prompt]
+        allowed = torch.cat([allowed, torch.ones_like(allowed[..., :1])], -1)
+        silent = ~(allowed & ~blocked).any(-1)  # [R, 1 or H]
+        mask = (allowed & ~(blocked & ~silent[..., None]))[:, :, None]  # [R, 1 or H, 1, T + 1]
+        if self.module.config._attn_implementation != "sdpa":
+            low = torch.finfo(memory.keys.dtype).min
+            mask = torch.zeros_like(mask, dtype=memory.keys.dtype).masked_fill(~mask, low)
+
+        def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
+            heads = args[0].unflatten(-1, (self.n_features, -1))  # [R, 1, H, width]
+            return (heads.masked_fill(silent[:, None, :, None], 0).flatten(-2), *args[1:])
+
+        last, time = base.last[rows.prompt], base.sources.shape[2]
+
+        def at_rows(value: Any) -> Any:
+            """Position ids and rotary angles [1 or B, T, ...] of the rows' own positions."""
+            if isinstance(value, tuple):
+                return tuple(at_rows(v) for v in value)
+            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == time:
+                return value.expand(len(base.last), *value.shape[1:])[rows.prompt, last][:, None]
+            return value
+
+        replaced = {
+            name: _RowCache(memory, rows.prompt) if isinstance(value, Cache) else at_rows(value)
+            for name, value in kwargs.items()
+        }
+        projection = _output_projection(self.module)
+        assert projection is not None
+        handle = projection.register_forward_pre_hook(silence)
+        try:
+            yield replaced | {"attention_mask": mask}
+        finally:
+            handle.remove()
+
     def parity(self, call: Captured) -> float:
         mixing = self.token_mixing(call, ())
         ours = torch.einsum("bfts,bsfp->btfp", mixing.alpha, mixing.values)
         return float((ours - mixing.output).abs().max() / mixing.output.abs().max().clamp_min(1e-30))
+
+
+class Memory(NamedTuple):
+    """What rows resume from in an attention layer."""
+
+    keys: Tensor
+    """[batch, key/value heads, T, width]."""
+    values: Tensor
+    """As the keys."""
+    allowed: Tensor
+    """Positions left of the last that the model lets it read [batch, 1 or heads, T]."""
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes of memory: its prompt's keys and values, copied once more for grouped queries."""
+        return 4 * self.keys[0].numel() * self.keys.element_size()
+
+
+class _RowCache:
+    """Stands in for a cache: a row sees its prompt's keys and values, then its own."""
+
+    def __init__(self, memory: Memory, prompt: Tensor) -> None:
+        self.memory, self.prompt = memory, prompt
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows, heads, T + 1, width]."""
+        return (
+            torch.cat([self.memory.keys[self.prompt], keys], 2),
+            torch.cat([self.memory.values[self.prompt], values], 2),
+        )
 
 
 class _Probe:

@@ -40,6 +40,11 @@ class Mamba1Mixer(SSMMixer):
         y, state = selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
         return y[..., None], state
 
+    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        dt, B, C = inputs.dt[:, 0], inputs.B[:, 0], inputs.C[:, 0]  # [R, D], [R, 1, N]
+        carried = (torch.exp(dt[..., None] * inputs.A) * state * C).sum(-1)  # [R, D]
+        return (carried + (B * C).sum(-1) * dt * x[:, 0, :, 0])[:, None, :, None]
+
     def alpha(self, inputs: ScanInputs) -> Tensor:
         return selective_attention(inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
 

@@ -53,6 +53,12 @@ class Mamba2Mixer(SSMMixer):
     def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
         return ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C)
 
+    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        dt, per_group = inputs.dt[:, 0], x.shape[2] // inputs.B.shape[2]  # [R, H]
+        B, C = (t[:, 0].repeat_interleave(per_group, 1) for t in (inputs.B, inputs.C))  # [R, H, N]
+        carried = torch.exp(dt * inputs.A)[..., None] * (state @ C[..., None])[..., 0]  # [R, H, P]
+        return (carried + ((B * C).sum(-1) * dt)[..., None] * x[:, 0])[:, None]
+
     def alpha(self, inputs: ScanInputs) -> Tensor:
         return ssd_attention(inputs.dt, inputs.A, inputs.B, inputs.C)
 

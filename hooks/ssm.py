@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import inspect
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -19,6 +20,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing, replace_forward
+from mambalens.hooks.rows import Base, Rows
 from torch import Tensor
 
 
@@ -57,6 +59,20 @@ class History(NamedTuple):
     """The cached state after them, to notice a cache that was reordered in between."""
 
 
+class Memory(NamedTuple):
+    """What rows resume from in a state-space layer."""
+
+    states: Tensor
+    """State before the last position, without the inputs of each source set [sets, batch, features, ...]."""
+    window: Tensor
+    """Inputs of the convolution before the last position [batch, kernel - 1, channels]."""
+
+    @property
+    def row_bytes(self) -> int:
+        """What a row takes of memory: its state, the decayed state and their product with C."""
+        return 3 * self.states[0, 0].numel() * self.states.element_size()
+
+
 class SSMMixer(Mixer):
     """Base of the adapters for mixers with a causal convolution and a scan."""
 
@@ -79,6 +95,10 @@ class SSMMixer(Mixer):
     @abstractmethod
     def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
         """The scan of `x` [batch, T, features, width] without the skip, and the last state in the cache's layout."""
+
+    @abstractmethod
+    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        """One position [batch, 1, features, width] of the scan, from the state before it in the cache's layout."""
 
     @abstractmethod
     def alpha(self, inputs: ScanInputs) -> Tensor:
@@ -196,6 +216,54 @@ class SSMMixer(Mixer):
         if main:
             alpha = alpha.masked_fill(blocked_entries(main), 0.0)
         return TokenMixing(alpha, inputs.x, self.skip(inputs)[:, 0], y + self.skip(inputs) * inputs.x)
+
+    def remember(self, call: Captured, base: Base) -> Memory:
+        given = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs).arguments
+        hidden = given["hidden_states"]
+        inner = self.project(hidden).inner
+        inputs, _ = self.inputs(hidden, None, ())
+        # A step size of zero neither decays nor writes: the state stays what it was before the last position.
+        inputs = inputs._replace(dt=inputs.dt * base.before_last[..., None])
+        states = [self.scan(inputs, inputs.x * ~source[..., None, None])[1] for source in base.sources]
+        reach = int(self.module.conv_kernel_size) - 1
+        at = base.last[:, None] + torch.arange(reach, device=hidden.device)  # columns of the padded input
+        window = F.pad(inner, (0, 0, reach, 0)).gather(1, at[..., None].expand(-1, -1, inner.shape[-1]))
+        return Memory(torch.stack(states), window)
+
+    @contextmanager
+    def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return self.resume(memory, base, rows, hidden_states)
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield kwargs | {"cache_params": None, "attention_mask": None}
+        finally:
+            restore()
+
+    def resume(self, memory: Memory, base: Base, rows: Rows, hidden: Tensor) -> Tensor:
+        """The mixer's output for rows [rows, 1, width]: the convolution's last step, and the scan's."""
+        projected = self.project(hidden)
+        kernel = int(self.module.conv_kernel_size)
+        inner = torch.cat([memory.window[rows.prompt], projected.inner], 1)  # [R, kernel, channels]
+        keep = None
+        if rows.conv.any():
+            keep = []
+            for k in range(kernel):
+                column = base.last[rows.prompt] - k
+                cut = base.sources[rows.source, rows.prompt, column.clamp_min(0)] & (column >= 0) & rows.conv
+                keep.append(~_by_feature(cut[:, None], None if rows.features is None else rows.features[:, None]))
+        convolved = self.module.act(self.convolve(inner, keep)[:, -1:])
+        inputs = self.scan_inputs(convolved, projected)
+        cut_set = torch.where(rows.main, rows.source, 0)
+        state = memory.states[cut_set, rows.prompt]  # [R, features, ...]
+        own = ~(base.sources[cut_set, rows.prompt, base.last[rows.prompt]])[:, None]  # [R, 1]
+        if rows.features is not None:
+            cut = rows.features.reshape(*rows.features.shape, *[1] * (state.ndim - 2))
+            state = torch.where(cut, state, memory.states[0, rows.prompt])
+            own = own | ~rows.features
+        y = self.step(inputs, inputs.x * own[:, None, :, None], state)
+        return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
 
     def parity(self, call: Captured) -> float:
         given = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs).arguments

@@ -18,7 +18,7 @@ from mambalens.result import SweepResult
 
 SOURCES = ("subject", "relation", "last", "first", "others")
 WINDOW = 6
-FACTS = 60
+FACTS = 200
 """Facts drawn for each wording, among those the model knows."""
 
 
@@ -63,7 +63,7 @@ def _effect(rows: pd.DataFrame) -> pd.Series:
     """'layers 1–6: -85.0 % [-91.7, -77.5]'."""
     last = rows.window_start + rows.window_size - 1
     change = (
-        rows["mean"].map("{:+.1f} %".format) + rows.low.map(" [{:+.1f}, ".format) + rows.high.map("{:+.1f}]".format)
+        rows["mean"].map("{:+z.1f} %".format) + rows.low.map(" [{:+z.1f}, ".format) + rows.high.map("{:+z.1f}]".format)
     )
     return "layers " + rows.window_start.astype(str) + "–" + last.astype(str) + ": " + change
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from mambalens.facts import Facts
@@ -27,6 +29,10 @@ COLUMNS = (
 """Columns of a sweep's table. Probabilities and ranks (1 is the top) are those of the target's first token,
 `change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
 on top, `kl` KL(base || knocked out) in nats."""
+
+
+UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
+"""Largest difference of a probability between the model and a replay that cuts nothing."""
 
 
 @dataclass(frozen=True)
@@ -107,8 +113,33 @@ def kl_divergence(base: Tensor, knocked_out: Tensor) -> Tensor:
     return (base.exp() * (base - knocked_out)).sum(-1).clamp_min(0.0)
 
 
-def run(lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, progress: bool = True) -> SweepResult:
-    """Run a plan: one batched, hooked forward pass for every knockout."""
+class _Knockout(NamedTuple):
+    """One knockout of a batch."""
+
+    layers: list[int]
+    features: Features
+    name: str
+    """What the table calls the features."""
+    path: Path
+    source: str
+    positions: list[list[int]]
+    """The source's positions in every prompt."""
+
+
+def run(
+    lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, progress: bool = True, replay: bool = True
+) -> SweepResult:
+    """Run a plan.
+
+    Args:
+        lens: model and tokenizer.
+        facts: facts to sweep.
+        plan: what to knock out.
+        batch_size: prompts a batch.
+        progress: show a progress bar.
+        replay: answer knockouts of the last position by the replay engine (`mambalens.replay`), wherever it reproduces
+            the model; otherwise, and for other targets, one hooked forward pass for every knockout.
+    """
     import pandas as pd
     from tqdm.auto import tqdm
 
@@ -122,7 +153,8 @@ def run(lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, pro
         reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in skipped[:3])
         raise MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")
     groups = list(zip(plan.features, plan.names, strict=True))
-    combinations = len(groups) * len(plan.paths) * len(windows)
+    roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
+    combinations = len(groups) * len(plan.paths) * len(windows) * roles
     rows: list[tuple[Any, ...]] = []
     bar = tqdm(total=len(prompts) * combinations, desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
@@ -136,16 +168,29 @@ def run(lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, pro
                 for prompt, found in zip(batch.prompts, positions, strict=True)
                 if not found and not role.startswith("each:")
             ]
-            for layers, (features, name), path in product(windows, groups, plan.paths):
-                for source, positions in sources:
-                    if not any(positions):
-                        continue
-                    knockout = Knockout(batch.mask(positions), batch.mask(targets), layers, features, path)
-                    with lens.hooks.apply(knockout):
-                        now = Prediction.of(lens.last_logits(batch), batch.targets)
-                    labels = (lens.name, source, plan.target, name, path, min(layers), len(layers))
-                    rows += _rows(batch, positions, labels, base, now, lens.tokenizer)
+            knockouts = [
+                _Knockout(layers, features, name, path, source, positions)
+                for layers, (features, name), path in product(windows, groups, plan.paths)
+                for source, positions in sources
+                if any(positions)
+            ]
+            answers = _replayed(lens, batch, knockouts, base) if replay and plan.target == "last" else None
+            answers = answers if answers is not None else _eager(lens, batch, knockouts, targets)
+            for knockout, logits in zip(knockouts, answers, strict=True):
+                now = Prediction.of(logits, batch.targets)
+                layers = knockout.layers
+                labels = (
+                    lens.name,
+                    knockout.source,
+                    plan.target,
+                    knockout.name,
+                    knockout.path,
+                    min(layers),
+                    len(layers),
+                )
+                rows += _rows(batch, knockout.positions, labels, base, now, lens.tokenizer)
                 bar.update(len(batch.prompts))
+            bar.update(len(batch.prompts) * (combinations - len(knockouts)))
     order = {fact.id: i for i, fact in enumerate(facts)}
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     # Batches are made by length; the table is in the order of the facts.
@@ -166,6 +211,41 @@ def run(lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, pro
         "dtype": str(lens.model.dtype).removeprefix("torch."),
     }
     return SweepResult(table, missing, facts.table, [config])
+
+
+def _eager(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Iterator[Tensor]:
+    """Logits [batch, vocabulary] under each knockout: one hooked forward pass for each."""
+    for knockout in knockouts:
+        sources, features = batch.mask(knockout.positions), knockout.features
+        with lens.hooks.knockout(sources, batch.mask(targets), knockout.layers, features, knockout.path):
+            yield lens.last_logits(batch)
+
+
+def _replayed(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], base: Prediction) -> Iterator[Tensor] | None:
+    """The same by replay; None where replaying the uncut prompts does not give the model's own prediction."""
+    from mambalens.replay import Cut, Replay, can_replay
+
+    if not knockouts or not can_replay(lens.hooks):
+        return None
+    sets = {knockout.source: knockout.positions for knockout in knockouts}
+    numbers = {source: number for number, source in enumerate(sets, 1)}
+    masks = torch.stack([batch.mask(positions) for positions in sets.values()])
+    cuts = [Cut([0], 0, False, False, {})]  # nothing cut: checks the engine on this batch
+    for knockout in knockouts:
+        features = lens.hooks.feature_masks(knockout.features, knockout.layers)
+        main, conv = knockout.path != "conv", knockout.path != "main"
+        cuts.append(Cut(knockout.layers, numbers[knockout.source], main, conv, features))
+    answers = Replay(lens.hooks, batch.ids, batch.last, masks).logits(cuts)
+    uncut = next(answers).double().log_softmax(-1).exp()
+    difference = float((uncut - base.log_probs.exp()).abs().max())
+    if not difference < UNCUT_TOLERANCE.get(lens.model.dtype, 0.05):
+        warnings.warn(
+            f"Replaying {lens.name} without a knockout misses its prediction by {difference:.1e}; running one forward "
+            "pass for every knockout instead, which is slow and exact.",
+            stacklevel=2,
+        )
+        return None
+    return answers
 
 
 def _rows(

@@ -68,9 +68,10 @@ def sweep(
     Example: mambalens sweep atlas-mamba1 --where wording=far --window 6 --path main --path both --out runs/far
     """
     from mambalens.hooks.errors import MambalensError
-    from mambalens.result import SweepResult
+    from mambalens.result import SweepResult, writable_folder
     from mambalens.sweep import Plan
 
+    writable_folder(out)
     chosen = _facts(facts, where, limit if all_facts else None)
     plan = Plan(tuple(source), target, window, tuple(features), cast(Any, tuple(path)))
     results = []

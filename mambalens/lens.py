@@ -240,10 +240,12 @@ class Lens:
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
         """
+        from mambalens.result import writable_folder
         from mambalens.sweep import Plan, run
 
-        as_tuple = lambda value: (value,) if isinstance(value, str) else tuple(value)  # noqa: E731
-        plan = Plan(as_tuple(sources), target, window, as_tuple(features), as_tuple(paths))
+        if out is not None:
+            writable_folder(out)
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths))
         result = run(self, as_facts(facts), plan, batch_size, progress)
         if out is not None:
             result.save(out)
@@ -258,3 +260,8 @@ class Lens:
         result = self.sweep([fact], "each", target, window, (features,), path, progress=False)
         prompt = self.prompt(fact)
         return heatmap(result, prompt.tokens, prompt.positions("subject"))
+
+
+def _tuple(values: Any) -> tuple[Any, ...]:
+    """One name is a tuple of one."""
+    return (values,) if isinstance(values, str) else tuple(values)

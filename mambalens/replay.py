@@ -131,9 +131,13 @@ class Replay:
                     parts.append(_hidden(layer(hidden[tile], **kwargs)))
             hidden = torch.cat(parts)
         assert hidden is not None
-        place = {cut: at for at, cut in enumerate(order.tolist())}
-        for number in range(len(cuts)):
-            yield self._head(hidden[place[number] * batch :][:batch])
+        hidden = hidden.unflatten(0, (len(cuts), batch))[
+            torch.argsort(order).to(hidden.device)
+        ]  # [cuts, batch, 1, width]
+        # The head's weights are read once a call: as many cuts at a time as their logits fit.
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        for part in hidden.split(max(1, TILE_BYTES // (4 * batch * vocabulary))):
+            yield from self._head(part.flatten(0, 1)).unflatten(0, (len(part), batch))
 
     def _rows(self, joined: Sequence[Cut], number: int, mixer: Mixer) -> Rows:
         """The rows of all joined cuts in one layer, cut by cut."""

@@ -144,9 +144,8 @@ class SweepResult:
         Returns:
             The folder.
         """
-        folder = Path(folder)
+        folder = writable_folder(folder)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for name, file in FILES.items():
                 temporary = folder / f".{file}.{os.getpid()}"
                 getattr(self, name).to_parquet(temporary, index=False)
@@ -174,6 +173,22 @@ class SweepResult:
             return cls(**tables, configs=json.loads((folder / CONFIG).read_text()))
         except (OSError, ValueError) as error:
             raise MambalensError(f"The sweep in {str(folder)!r} cannot be read ({error}).") from error
+
+
+def writable_folder(folder: str | Path) -> Path:
+    """The folder, made if need be; asked for before long work starts.
+
+    Raises:
+        MambalensError: if it cannot be made or written to.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".probe.{os.getpid()}").touch()
+        (folder / f".probe.{os.getpid()}").unlink()
+    except OSError as error:
+        raise MambalensError(f"The result could not be written to {str(folder)!r} ({error.strerror}).") from error
+    return folder
 
 
 def mean_interval(values: np.ndarray, interval: str, seed: int = 0) -> tuple[float, float, float]:

@@ -62,8 +62,6 @@ class HookManager:
         """The kinds of mixers that the model has."""
         return list(dict.fromkeys(mixer.kind for mixer in self.mixers))
 
-    # ---- knockout
-
     @contextmanager
     def knockout(
         self,
@@ -213,8 +211,6 @@ class HookManager:
         if cache is not None:
             self._prompts[cache] = (self._prompt, self._length)
         self._pass = None
-
-    # ---- reading
 
     @torch.no_grad()
     def effective_attention(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> Tensor:

@@ -78,8 +78,6 @@ class SSMMixer(Mixer):
 
     has_conv = True
 
-    # ---- what an adapter says about its module
-
     @abstractmethod
     def project(self, hidden: Tensor) -> Projected:
         """The input projection of `hidden` [batch, T, width]."""
@@ -107,8 +105,6 @@ class SSMMixer(Mixer):
     @abstractmethod
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         """Gate, norm and output projection of the scan's output with its skip [batch, T, features, width]."""
-
-    # ---- what follows from it
 
     @property
     def n_features(self) -> int:

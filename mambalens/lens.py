@@ -71,8 +71,6 @@ class Lens:
         """Where the model takes its input."""
         return self.model.get_input_embeddings().weight.device
 
-    # ---- reading facts
-
     def prompt(self, fact: Fact) -> Prompt:
         """A fact as the model reads it: token ids, tokens, roles."""
         return read_fact(fact, self.tokenizer)
@@ -101,8 +99,6 @@ class Lens:
         finally:
             handle.remove()
         return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)).cpu()
-
-    # ---- questions
 
     def predict(self, fact: Fact | str, k: int = 5) -> pd.DataFrame:
         """The k most probable next tokens of a fact's prompt, or of a text.

@@ -98,7 +98,7 @@ def test_eager_attention_with_padding_equals_sdpa(name: str, padded: list[int]) 
 def plain_group(A_log: Tensor, group: str) -> Tensor:
     """The table of groups, by sorting."""
     count = A_log.shape[0]
-    norms = [sum(float(torch.exp(-torch.exp(a))) for a in A_log[f].reshape(-1).double()) for f in range(count)]
+    norms = [sum(float(torch.exp(-torch.exp(a))) for a in A_log[f].detach().reshape(-1).double()) for f in range(count)]
     order = sorted(range(count), key=lambda f: (-norms[f], f))
     third = count // 3
     slow, fast = set(order[:third]), set(order[count - third :]) if third else set()

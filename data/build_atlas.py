@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+
 from mambalens.data.wordings import WORDINGS, held_out_template, word
 
 CITIES = 1000

@@ -17,8 +17,6 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from mambalens.data import ATLAS_FACTS, CHECKPOINTS
-from mambalens.data.wordings import WORDINGS, held_out_template, word
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm.auto import tqdm
 from transformers import (
@@ -29,6 +27,9 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
+
+from mambalens.data import ATLAS_FACTS, CHECKPOINTS
+from mambalens.data.wordings import WORDINGS, held_out_template, word
 
 VOCABULARY = 2048
 END, PAD = "<|endoftext|>", "<|pad|>"

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from mambalens.hooks.errors import MambalensError, choose
 from torch import Tensor
+
+from mambalens.hooks.errors import MambalensError, choose
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "all": ("slow", "middle", "fast"),

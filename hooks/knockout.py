@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from mambalens.hooks.errors import MambalensError, choose
 from torch import Tensor
+
+from mambalens.hooks.errors import MambalensError, choose
 
 Path = Literal["main", "conv", "both"]
 PATHS: tuple[str, ...] = get_args(Path)
@@ -55,7 +56,8 @@ def position_mask(
         length: columns to cover; past `prompt` only while generating.
 
     Returns:
-        A mask [batch, length]; positions past `length` (they may be generated later); whether there are any.
+        A mask [batch, length]; positions past `length` (they may be generated later); whether any position, reached or
+        not, lies past the prompt.
     """
     mask = torch.zeros(batch, length, dtype=torch.bool)
     tensor = positions if isinstance(positions, Tensor) else None

@@ -10,11 +10,12 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor, nn
+
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.features import GROUPS, explicit_mask, for_layer, group_mask
 from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
 from mambalens.hooks.mixer import Captured, Mixer, Pass, TokenMixing, adapters
-from torch import Tensor, nn
 
 SUPPORTED = "MambaForCausalLM, Mamba2ForCausalLM and causal transformers whose attention takes an attention mask"
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -61,6 +62,11 @@ class HookManager:
     def kinds(self) -> list[str]:
         """The kinds of mixers that the model has."""
         return list(dict.fromkeys(mixer.kind for mixer in self.mixers))
+
+    @property
+    def cutting(self) -> bool:
+        """Whether a knockout block is running."""
+        return bool(self._active)
 
     @contextmanager
     def knockout(
@@ -193,13 +199,16 @@ class HookManager:
             active.reached = max(active.reached, length)
             active.wanted = max(active.wanted, *(p + 1 for p in later_s + later_t), 0)
             keep_history |= generated
+            # A target without a source at or left of it loses nothing, and keeps the module's output exactly.
+            targets = targets & (sources.long().cumsum(1) > 0)
             for mixer in self.mixers:
-                if mixer.layer not in active.features:
+                mask = active.features.get(mixer.layer)
+                if mixer.layer not in active.features or (mask is not None and not mask.any()):
                     continue
                 main = knockout.path != "conv"
                 conv = knockout.path != "main" and mixer.has_conv
                 if main or conv:
-                    cut = Cut(sources, targets, active.features[mixer.layer], main, conv)
+                    cut = Cut(sources, targets, mask, main, conv)
                     self._cuts.setdefault(mixer, []).append(cut)
         self._pass = Pass(past, keep_history)
         self._prompt, self._length = prompt, length

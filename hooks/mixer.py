@@ -6,16 +6,18 @@ An adapter is one file `mixer_<name>.py` in this folder with one subclass of `Mi
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
+from torch import Tensor, nn
+
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.rows import Base, Rows
-from torch import Tensor, nn
 
 
 class TokenMixing(NamedTuple):
@@ -51,6 +53,10 @@ class Captured(NamedTuple):
     output: Any
     probe: Any
     """What `Mixer.probing` gave."""
+
+    def arguments(self, module: nn.Module) -> dict[str, Any]:
+        """The call's arguments by name."""
+        return dict(inspect.signature(type(module).forward).bind(module, *self.args, **self.kwargs).arguments)
 
 
 class Mixer(ABC):

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache
+
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing
 from mambalens.hooks.rows import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
-from torch import Tensor, nn
-from transformers import Cache
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
@@ -171,10 +172,10 @@ class AttentionMixer(Mixer):
         return TokenMixing(alpha, values, output.new_zeros(self.n_features), output)
 
     def remember(self, call: Captured, base: Base) -> Memory:
-        bound = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs)
-        cache = next(v for v in bound.arguments.values() if isinstance(v, Cache))
+        given = call.arguments(self.module)
+        cache = next(v for v in given.values() if isinstance(v, Cache))
         kept = cache.layers[self.module.layer_idx]
-        mask = bound.arguments.get("attention_mask")
+        mask = given.get("attention_mask")
         allowed = base.before_last[:, None]  # [B, 1 or H, T]
         if mask is not None:  # a sliding window, or whatever else the model masks
             mask = mask.expand(len(base.last), *mask.shape[1:])[..., : kept.keys.shape[2]]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+
 from mambalens.hooks.scan import causal_conv, ssd_attention, ssd_scan
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
-from torch import Tensor, nn
 
 
 class Mamba2Mixer(SSMMixer):

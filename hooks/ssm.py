@@ -16,12 +16,13 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing, replace_forward
 from mambalens.hooks.rows import Base, Rows
-from torch import Tensor
 
 
 class Projected(NamedTuple):
@@ -113,13 +114,13 @@ class SSMMixer(Mixer):
     def decay_norm(self) -> Tensor:
         return decay_norm(self.module.A_log)
 
-    def inputs(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[ScanInputs, Tensor]:
-        """Inputs of the scan under the cuts of the convolution's taps, and the gate."""
+    def inputs(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[ScanInputs, Projected]:
+        """Inputs of the scan under the cuts of the convolution's taps, and the projection they come from."""
         projected = self.project(_without_padding(hidden, padding))
         kernel = int(self.module.conv_kernel_size)
         keep = kept_taps([cut for cut in cuts if cut.conv], kernel)
         convolved = self.module.act(self.convolve(projected.inner, keep))
-        return self.scan_inputs(_without_padding(convolved, padding), projected), projected.gate
+        return self.scan_inputs(_without_padding(convolved, padding), projected), projected
 
     def knocked_out(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[Tensor, Tensor | None]:
         """The mixer's output under the cuts, right at every position where `changed` holds.
@@ -132,9 +133,9 @@ class SSMMixer(Mixer):
         Returns:
             Output [batch, T, width], and the state after the last position where cut taps have changed it.
         """
-        inputs, gate = self.inputs(hidden, padding, cuts)
+        inputs, projected = self.inputs(hidden, padding, cuts)
         y, state = self.mix(inputs, cuts, base=any(cut.conv for cut in cuts))
-        return self.finish(y + self.skip(inputs) * inputs.x, gate, hidden.dtype), state
+        return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype), state
 
     def mix(self, inputs: ScanInputs, cuts: Sequence[Cut], base: bool) -> tuple[Tensor, Tensor | None]:
         """The scan under the cuts of the main path: one more scan for every distinct set of cuts at a target.
@@ -202,7 +203,7 @@ class SSMMixer(Mixer):
             )
 
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
-        given = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs).arguments
+        given = call.arguments(self.module)
         hidden = given["hidden_states"]
         cuts = [cut.to(hidden.device) for cut in cuts]
         inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
@@ -214,16 +215,16 @@ class SSMMixer(Mixer):
         return TokenMixing(alpha, inputs.x, self.skip(inputs)[:, 0], y + self.skip(inputs) * inputs.x)
 
     def remember(self, call: Captured, base: Base) -> Memory:
-        given = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs).arguments
+        given = call.arguments(self.module)
         hidden = given["hidden_states"]
-        inner = self.project(hidden).inner
-        inputs, _ = self.inputs(hidden, None, ())
+        inputs, projected = self.inputs(hidden, None, ())
         # A step size of zero neither decays nor writes: the state stays what it was before the last position.
         inputs = inputs._replace(dt=inputs.dt * base.before_last[..., None])
         states = [self.scan(inputs, inputs.x * ~source[..., None, None])[1] for source in base.sources]
         reach = int(self.module.conv_kernel_size) - 1
         at = base.last[:, None] + torch.arange(reach, device=hidden.device)  # columns of the padded input
-        window = F.pad(inner, (0, 0, reach, 0)).gather(1, at[..., None].expand(-1, -1, inner.shape[-1]))
+        window = F.pad(projected.inner, (0, 0, reach, 0))
+        window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
         return Memory(torch.stack(states), window)
 
     @contextmanager
@@ -262,11 +263,11 @@ class SSMMixer(Mixer):
         return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
 
     def parity(self, call: Captured) -> float:
-        given = inspect.signature(type(self.module).forward).bind(None, *call.args, **call.kwargs).arguments
+        given = call.arguments(self.module)
         hidden = given["hidden_states"]
-        inputs, gate = self.inputs(hidden, given.get("attention_mask"), ())
+        inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
         y, _ = self.mix(inputs, (), base=True)
-        ours = self.finish(y + self.skip(inputs) * inputs.x, gate, hidden.dtype)
+        ours = self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
         return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
 
 

@@ -175,8 +175,8 @@ def plot(
     metric: Metric = "change_pct",
     x: Annotated[str, typer.Option("--x", help="layer, or depth in %.")] = "layer",
     rows: Annotated[
-        str, typer.Option("--rows", help="What rows of panels differ in: path, model, wording, ...")
-    ] = "path",
+        str | None, typer.Option("--rows", help="What rows of panels differ in: path, wording, ...")
+    ] = None,
     columns: Annotated[str | None, typer.Option("--columns", help="What columns of panels differ in.")] = None,
     where: Where = [],  # noqa: B006
     interval: Annotated[str, typer.Option("--interval", help="bootstrap, t or sem.")] = "bootstrap",
@@ -199,7 +199,10 @@ def plot(
 
 @app.command()
 def models() -> None:
-    """List the bundled checkpoints."""
+    """List the bundled checkpoints.
+
+    Example: mambalens models
+    """
     import json
 
     from mambalens.data import checkpoints

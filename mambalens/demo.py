@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +81,7 @@ def main() -> None:
         f"window for the subject alone.\n\n{table}\n"
     )
     (options.out / "findings.txt").write_text(table + "\n")
-    print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}", file=sys.stdout)
+    print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}")
 
 
 if __name__ == "__main__":

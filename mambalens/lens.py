@@ -17,6 +17,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.loading import load_model
+from mambalens.prediction import Prediction
 from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts
 from mambalens.roles import check_role
 
@@ -131,17 +132,15 @@ class Lens:
         bar = tqdm(total=len(prompts), desc=f"evaluate {self.name}", unit="fact", disable=not progress, leave=False)
         with bar:
             for batch in self.batches(prompts, batch_size):
-                probs = self.last_logits(batch).double().softmax(-1)
-                target = probs.gather(1, batch.targets[:, None])
-                rank = (probs > target).sum(1) + 1
-                best = probs.max(-1)
+                answer = Prediction.of(self.last_logits(batch), batch.targets)
                 for row, prompt in enumerate(batch.prompts):
+                    top = int(answer.top[row])
                     found[str(prompt.fact.id)] = {
-                        "target_prob": float(target[row]),
-                        "target_rank": int(rank[row]),
-                        "correct": int(best.indices[row]) == prompt.target_id,
-                        "top_token": self.tokenizer.decode([int(best.indices[row])]),
-                        "top_prob": float(best.values[row]),
+                        "target_prob": float(answer.prob[row]),
+                        "target_rank": int(answer.rank[row]),
+                        "correct": top == prompt.target_id,
+                        "top_token": self.tokenizer.decode([top]),
+                        "top_prob": float(answer.log_probs[row, top].exp()),
                         "skipped": "",
                     }
                 bar.update(len(batch.prompts))

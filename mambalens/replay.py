@@ -26,7 +26,7 @@ TILE_BYTES = 256 * 2**20
 """Memory for what rows copy of the base pass at a time; rows go through a layer in tiles of that size."""
 
 
-class Cut(NamedTuple):
+class LastKnockout(NamedTuple):
     """One knockout of the last position, for every prompt of a batch."""
 
     layers: Sequence[int]
@@ -100,7 +100,7 @@ class Replay:
         self.calls = [calls[number] for number in range(len(self.layers))]
 
     @torch.no_grad()
-    def logits(self, cuts: Sequence[Cut]) -> Iterator[Tensor]:
+    def logits(self, cuts: Sequence[LastKnockout]) -> Iterator[Tensor]:
         """Logits behind the last token under every cut.
 
         Yields:
@@ -139,7 +139,7 @@ class Replay:
         for part in hidden.split(max(1, TILE_BYTES // (4 * batch * vocabulary))):
             yield from self._head(part.flatten(0, 1)).unflatten(0, (len(part), batch))
 
-    def _rows(self, joined: Sequence[Cut], number: int, mixer: Mixer) -> Rows:
+    def _rows(self, joined: Sequence[LastKnockout], number: int, mixer: Mixer) -> Rows:
         """The rows of all joined cuts in one layer, cut by cut."""
         batch, device = len(self.base.last), self.base.last.device
         inside = torch.tensor([number in cut.layers for cut in joined])
@@ -171,7 +171,9 @@ class Replay:
 
 
 def can_replay(hooks: HookManager) -> bool:
-    """Whether the engine can walk the model: one list of layers, all on one device."""
+    """Whether the engine can walk the model: one list of layers, all on one device, no knockout running."""
+    if hooks.cutting:  # rows would resume without the knockouts of the block around
+        return False
     devices = {parameter.device for parameter in hooks.model.parameters()}
     if len(devices) > 1 or devices == {torch.device("meta")}:
         return False

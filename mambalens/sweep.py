@@ -14,6 +14,7 @@ from torch import Tensor
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.prediction import Prediction, kl_divergence
 from mambalens.prompts import Batch, Prompt, Skip, read_facts
 from mambalens.roles import check_role
 
@@ -89,28 +90,6 @@ class Plan:
                     with hooks.apply(Knockout([0], [0], layers, features, path)):
                         pass
         return windows
-
-
-class Prediction(NamedTuple):
-    """What a batch predicts behind its last tokens."""
-
-    log_probs: Tensor
-    """[batch, vocabulary], float64."""
-    prob: Tensor
-    rank: Tensor
-    top: Tensor
-
-    @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> Prediction:
-        """Log-probabilities, and the targets' probability and rank."""
-        log_probs = logits.double().log_softmax(-1)
-        target = log_probs.gather(1, targets[:, None])
-        return cls(log_probs, target[:, 0].exp(), (log_probs > target).sum(1) + 1, log_probs.argmax(-1))
-
-
-def kl_divergence(base: Tensor, knocked_out: Tensor) -> Tensor:
-    """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative."""
-    return (base.exp() * (base - knocked_out)).sum(-1).clamp_min(0.0)
 
 
 class _Knockout(NamedTuple):
@@ -223,18 +202,18 @@ def _eager(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], targets: li
 
 def _replayed(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], base: Prediction) -> Iterator[Tensor] | None:
     """The same by replay; None where replaying the uncut prompts does not give the model's own prediction."""
-    from mambalens.replay import Cut, Replay, can_replay
+    from mambalens.replay import LastKnockout, Replay, can_replay
 
     if not knockouts or not can_replay(lens.hooks):
         return None
     sets = {knockout.source: knockout.positions for knockout in knockouts}
     numbers = {source: number for number, source in enumerate(sets, 1)}
     masks = torch.stack([batch.mask(positions) for positions in sets.values()])
-    cuts = [Cut([0], 0, False, False, {})]  # nothing cut: checks the engine on this batch
+    cuts = [LastKnockout([0], 0, False, False, {})]  # nothing cut: checks the engine on this batch
     for knockout in knockouts:
         features = lens.hooks.feature_masks(knockout.features, knockout.layers)
         main, conv = knockout.path != "conv", knockout.path != "main"
-        cuts.append(Cut(knockout.layers, numbers[knockout.source], main, conv, features))
+        cuts.append(LastKnockout(knockout.layers, numbers[knockout.source], main, conv, features))
     answers = Replay(lens.hooks, batch.ids, batch.last, masks).logits(cuts)
     uncut = next(answers).double().log_softmax(-1).exp()
     difference = float((uncut - base.log_probs.exp()).abs().max())

@@ -27,10 +27,10 @@ def convolution(inner: Tensor, weight: Tensor, bias: Tensor | None, blocked: Ten
     return out if bias is None else out + bias
 
 
-def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
-    """MambaMixer's output by explicit alpha[t, s, d]."""
+def mamba1_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """MambaMixer's scan with skip by explicit alpha[t, s, d] [batch, T, channels]."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
-    inner, gate = m.in_proj(hidden * pad).chunk(2, -1)
+    inner, _ = m.in_proj(hidden * pad).chunk(2, -1)
     x = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * pad
     dt, B, C = m.x_proj(x).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
     dt = F.softplus(m.dt_proj(dt))
@@ -42,14 +42,20 @@ def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: T
             decay = torch.exp(A * dt[:, s + 1 : t + 1].sum(1)[..., None])  # [B, D, N]
             alpha[:, t, s] = (C[:, t, None] * decay * B[:, s, None]).sum(-1) * dt[:, s]
     alpha = alpha.masked_fill(main, 0)
-    y = torch.einsum("btsd,bsd->btd", alpha, x) + m.D * x
-    return m.out_proj(y * F.silu(gate))
+    return torch.einsum("btsd,bsd->btd", alpha, x) + m.D * x
 
 
-def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
-    """Mamba2Mixer's output by explicit alpha[t, s, head], one head after the other."""
+def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """MambaMixer's output."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
-    gate, inner, dt = m.in_proj(hidden * pad).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
+    gate = m.in_proj(hidden * pad).chunk(2, -1)[1]
+    return m.out_proj(mamba1_scan(m, hidden, padding, main, conv) * F.silu(gate))
+
+
+def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """Mamba2Mixer's scan with skip by explicit alpha[t, s, head], one head after the other."""
+    pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
+    _, inner, dt = m.in_proj(hidden * pad).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
     dt = F.softplus(dt + m.dt_bias)
     batch, time = hidden.shape[:2]
     heads = []
@@ -66,12 +72,20 @@ def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: T
                 decay = torch.exp(-torch.exp(m.A_log[h]) * dt[:, s + 1 : t + 1, h].sum(1))
                 alpha[:, t, s] = (C[:, t] * B[:, s]).sum(-1) * decay * dt[:, s, h]
         heads.append(alpha.masked_fill(main[..., h], 0) @ x + m.D[h] * x)
-    y = torch.cat(heads, -1) * F.silu(gate)
+    return torch.cat(heads, -1)
+
+
+def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+    """Mamba2Mixer's output."""
+    pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
+    gate = m.in_proj(hidden * pad)[..., : m.intermediate_size]
+    y = mamba2_scan(m, hidden, padding, main, conv) * F.silu(gate)
     grouped = y.unflatten(-1, (m.n_groups, -1))
     grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + m.norm.variance_epsilon)
     return m.out_proj(grouped.flatten(-2) * m.norm.weight)
 
 
+SCANS = {"mamba1": mamba1_scan, "mamba2": mamba2_scan}
 MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
 _blocked: dict[int, Tensor] = {}
 

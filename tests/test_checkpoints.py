@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from mambalens.data import checkpoints
 
 from mambalens import Lens, load_facts
+from mambalens.data import checkpoints
 
 NAMES = ("atlas-gpt-neox", "atlas-mamba1", "atlas-mamba2")
 ROOT = Path(__file__).parent.parent

@@ -8,12 +8,12 @@ import pkgutil
 import re
 from pathlib import Path
 
-import mambalens.hooks
 import matplotlib
 import pytest
 import torch
 
 import mambalens
+import mambalens.hooks
 
 matplotlib.use("agg")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mambalens.data import ATLAS_FACTS
-from mambalens.data.wordings import WORDINGS
 
 from mambalens import Fact, Facts, MambalensError, load_facts
+from mambalens.data import ATLAS_FACTS
+from mambalens.data.wordings import WORDINGS
 
 RECORDS = [
     {"prompt": "The capital of Peru is", "subject": "Peru", "target": "Lima", "relation": "capital", "note": "a"},

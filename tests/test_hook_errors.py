@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from mambalens.hooks import HookManager, MambalensError
 from models import tiny, token_ids
 from transformers import (
     AutoModelForCausalLM,
@@ -14,6 +13,8 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+
+from mambalens.hooks import HookManager, MambalensError
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from mambalens.data import checkpoints
 from models import tiny
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
+from mambalens.data import checkpoints
 from mambalens.facts import as_facts
 from mambalens.figures import flow, heatmap
+from mambalens.prediction import kl_divergence
 from mambalens.result import mean_interval
-from mambalens.sweep import COLUMNS, Plan, kl_divergence, run
+from mambalens.sweep import COLUMNS, Plan, run
 
 FOLDER = next(iter(checkpoints().values()))
 FACTS = [
@@ -88,6 +89,16 @@ def test_a_model_that_replay_misses_is_swept_by_single_passes(lens: Lens, monkey
         slow = lens.sweep(FACTS, window=2, progress=False).table
     monkeypatch.undo()
     same_to_rounding(slow, lens.sweep(FACTS, window=2, progress=False).table)
+
+
+def test_a_sweep_inside_a_knockout_keeps_it(lens: Lens) -> None:
+    plan = Plan(("subject",), "last", 2)
+    with lens.hooks.knockout([0], [-1], path="both" if lens.name.startswith("mamba") else "main"):
+        inside, slow = (run(lens, as_facts(FACTS[:1]), plan, None, False, replay).table for replay in (True, False))
+    pd.testing.assert_frame_equal(inside, slow, check_exact=True)
+    assert not np.allclose(
+        inside.prob, lens.sweep(FACTS[:1], "subject", window=2, progress=False).table.prob, rtol=1e-3
+    )
 
 
 def test_evaluate_predict_and_known_agree(lens: Lens) -> None:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mambalens.hooks import GROUPS, HookManager
 from models import CONFIGS, LAYERS, SSM, TRANSFORMERS, tiny, token_ids
 
-from mambalens.replay import Cut, Replay
+from mambalens.hooks import GROUPS, HookManager
+from mambalens.replay import LastKnockout, Replay
 
 MODELS = {
     (name, kind): tiny(name, attention=kind)
@@ -42,7 +42,7 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
         group = data.draw(st.sampled_from(["mask", *(GROUPS if name in SSM else ["all"])]))
         features = torch.rand(hooks.mixers[0].n_features, generator=generator) < 0.5 if group == "mask" else group
         masks = hooks.feature_masks(features, layers)
-        cuts.append(Cut(layers, source + 1, path != "conv", path != "main", masks))
+        cuts.append(LastKnockout(layers, source + 1, path != "conv", path != "main", masks))
         arguments.append((sources[source], targets, layers, features, path))
     with torch.no_grad():
         replayed = list(Replay(hooks, ids, last, sources).logits(cuts))
@@ -61,7 +61,7 @@ def test_replay_in_float32(name: str) -> None:
     ids, last = token_ids(2, 8), torch.tensor([7, 5])
     sources = torch.zeros(1, 2, 8, dtype=torch.bool)
     sources[:, :, 1:4] = True
-    cuts = [Cut([start, start + 1], 1, True, True, {}) for start in range(LAYERS - 1)]
+    cuts = [LastKnockout([start, start + 1], 1, True, True, {}) for start in range(LAYERS - 1)]
     with torch.no_grad():
         for number, logits in enumerate(Replay(hooks, ids, last, sources).logits(cuts)):
             with hooks.knockout(

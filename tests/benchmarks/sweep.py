@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 import torch
-from mambalens.hooks import HookManager
 from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig
 
-from mambalens.replay import Cut, Replay
+from mambalens.hooks import HookManager
+from mambalens.replay import LastKnockout, Replay
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
 CONFIGS: dict[str, Any] = {
@@ -52,7 +52,7 @@ def measure(name: str) -> dict[str, Any]:
     sources = (torch.rand(SOURCES, PROMPTS, time_) < 0.3) & (torch.arange(time_) < last[:, None])
     targets = torch.nn.functional.one_hot(last, time_).bool()
     starts = range(hooks.n_layers - WINDOW + 1)
-    cuts = [Cut(range(a, a + WINDOW), s + 1, True, False, {}) for a in starts for s in range(SOURCES)]
+    cuts = [LastKnockout(range(a, a + WINDOW), s + 1, True, False, {}) for a in starts for s in range(SOURCES)]
 
     def replayed() -> float:
         # The answers are consumed as a sweep does, not kept: 64 sets of logits would be a gigabyte.

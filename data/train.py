@@ -30,6 +30,7 @@ from transformers import (
 
 from mambalens.data import ATLAS_FACTS, CHECKPOINTS
 from mambalens.data.wordings import WORDINGS, held_out_template, word
+from mambalens.hooks.scan import selective_scan
 
 VOCABULARY = 2048
 END, PAD = "<|endoftext|>", "<|pad|>"
@@ -72,21 +73,10 @@ def mamba1_scan(
     delta_bias: torch.Tensor,  # [D]
     **_: Any,
 ) -> torch.Tensor:
-    """Mamba-1's scan for training: step by step over an unbound time axis, channels innermost.
-
-    Indexing `[:, :, t]` inside the loop, as the library does, makes every step's backward allocate a zero tensor of
-    the full size; `unbind` does not. Channels innermost keep the vector units busy at a small state size.
-    """
+    """Mamba-1's scan for training: ours, whose backward does not allocate a zero tensor at every step."""
     dt = F.softplus(dt + delta_bias[..., None])
-    A = A.T.contiguous()  # [N, D]
-    h = hidden_states.new_zeros(hidden_states.shape[0], *A.shape)
-    outputs = []
-    time_first = (t.permute(2, 0, 1).contiguous().unbind() for t in (dt, dt * hidden_states, B, C))
-    for dt_t, dtx_t, B_t, C_t in zip(*time_first, strict=True):
-        h = torch.exp(dt_t[:, None] * A) * h + dtx_t[:, None] * B_t[..., None]  # [B, N, D]
-        outputs.append((h * C_t[..., None]).sum(1))  # [B, D]
-    y = torch.stack(outputs, -1) + D[:, None] * hidden_states
-    return y * F.silu(z)
+    y, _ = selective_scan(*(t.transpose(1, 2) for t in (hidden_states, dt)), A, *(t.transpose(1, 2) for t in (B, C)))
+    return (y.transpose(1, 2) + D[:, None] * hidden_states) * F.silu(z)
 
 
 def mamba2_scan(

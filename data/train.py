@@ -75,8 +75,9 @@ def mamba1_scan(
 ) -> torch.Tensor:
     """Mamba-1's scan for training: ours, whose backward does not allocate a zero tensor at every step."""
     dt = F.softplus(dt + delta_bias[..., None])
-    y, _ = selective_scan(*(t.transpose(1, 2) for t in (hidden_states, dt)), A, *(t.transpose(1, 2) for t in (B, C)))
-    return (y.transpose(1, 2) + D[:, None] * hidden_states) * F.silu(z)
+    x, steps, inputs, reads = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
+    scanned, _ = selective_scan(x, steps, A, inputs, reads)
+    return (scanned.transpose(1, 2) + D[:, None] * hidden_states) * F.silu(z)
 
 
 def mamba2_scan(

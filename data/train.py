@@ -76,7 +76,7 @@ def mamba1_scan(
     """Mamba-1's scan for training: ours, whose backward does not allocate a zero tensor at every step."""
     dt = F.softplus(dt + delta_bias[..., None])
     x, steps, inputs, reads = (t.transpose(1, 2) for t in (hidden_states, dt, B, C))
-    scanned, _ = selective_scan(x, steps, A, inputs, reads)
+    scanned = selective_scan(x, steps, A, inputs, reads)[0]
     return (scanned.transpose(1, 2) + D[:, None] * hidden_states) * F.silu(z)
 
 

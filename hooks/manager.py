@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.features import GROUPS, explicit_mask, for_layer, group_mask
+from mambalens.hooks.kernels import backend
 from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
 from mambalens.hooks.mixer import Captured, Mixer, Pass, TokenMixing, adapters
 
@@ -62,6 +63,11 @@ class HookManager:
     def kinds(self) -> list[str]:
         """The kinds of mixers that the model has."""
         return list(dict.fromkeys(mixer.kind for mixer in self.mixers))
+
+    @property
+    def backend(self) -> str:
+        """What scans: 'torch', or 'mamba-ssm' (its CUDA kernels); '+compile' where Mamba-1's steps run compiled."""
+        return backend(next(self.model.parameters()).device)
 
     @property
     def cutting(self) -> bool:

@@ -109,30 +109,38 @@ class Mixer(ABC):
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
 
     @abstractmethod
-    def remember(self, call: Captured, base: Base) -> Any:
-        """What rows have to know of the base pass to replay the last position of its prompts in this layer.
+    def remembering(self, base: Base) -> AbstractContextManager[list[Any]]:
+        """Around the base pass; after the module's call the list has, at its end, what rows have to know of it.
+
+        The module may run other code than its own meanwhile, as long as it gives the same.
 
         Args:
-            call: the module's call in the base pass, without padding on the left.
-            base: last positions and source sets.
+            base: which positions are replayed, and the source sets. Prompts have no padding on the left.
 
         Returns:
-            Anything with a `row_bytes`: what a row will copy of it.
+            Memories: anything with `most_cuts`, how many cuts may resume from it at once.
         """
 
     @abstractmethod
     def resuming(
         self, memory: Any, base: Base, rows: Rows, kwargs: dict[str, Any]
     ) -> AbstractContextManager[dict[str, Any]]:
-        """While the block runs, the module takes rows [rows, 1, width] and continues the base pass with each.
+        """While the block runs, the module takes rows [batch, cuts x length, width] that continue the base pass.
 
         Args:
-            memory: from `remember`.
-            base: last positions and source sets.
-            rows: which prompt each row continues, and what is cut in it.
+            memory: from `remembering`.
+            base: which positions are replayed, and the source sets.
+            rows: what is cut in each.
             kwargs: keyword arguments of the decoder layer in the base pass; what is tied to positions is replaced in
                 the dict that the block gives.
         """
+
+    @abstractmethod
+    def kept_numbers(self, time: int, sets: int) -> int:
+        """How many numbers a memory has for a prompt of so many positions and so many source sets, to plan batches."""
+
+    def expect(self, rows: int) -> None:  # noqa: B027
+        """Hear how many rows will resume in this mixer, to prepare for many."""
 
     @contextmanager
     def probing(self) -> Iterator[Any]:

@@ -171,58 +171,63 @@ class AttentionMixer(Mixer):
         output = call.probe.output.unflatten(-1, (self.n_features, -1))
         return TokenMixing(alpha, values, output.new_zeros(self.n_features), output)
 
-    def remember(self, call: Captured, base: Base) -> Memory:
-        given = call.arguments(self.module)
-        cache = next(v for v in given.values() if isinstance(v, Cache))
-        kept = cache.layers[self.module.layer_idx]
-        mask = given.get("attention_mask")
-        allowed = base.before_last[:, None]  # [B, 1 or H, T]
-        if mask is not None:  # a sliding window, or whatever else the model masks
-            mask = mask.expand(len(base.last), *mask.shape[1:])[..., : kept.keys.shape[2]]
-            seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-            allowed = allowed & seen[torch.arange(len(base.last), device=seen.device), :, base.last]
-        return Memory(kept.keys, kept.values, allowed)
+    @contextmanager
+    def remembering(self, base: Base) -> Iterator[list[Memory]]:
+        kept: list[Memory] = []
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = Captured(args, kwargs, output, None).arguments(module)
+            given |= given.pop("kwargs", {})
+            cache = next((v for v in given.values() if isinstance(v, Cache)), None)
+            if cache is None:
+                return  # rows are passing, not the base
+            layer = cache.layers[self.module.layer_idx]
+            here, mask = base.to(layer.keys.device), given.get("attention_mask")
+            batch, time = here.sources.shape[1:]
+            if mask is None:
+                allowed = here.columns[:, None, :, None] >= torch.arange(time, device=layer.keys.device)
+            else:  # a sliding window, or whatever else the model masks
+                mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
+                allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+                allowed = allowed[torch.arange(batch, device=mask.device)[:, None], :, here.columns].transpose(1, 2)
+            # Rows of a prompt see their own tokens only: many at once would be mostly mask.
+            kept.append(Memory(layer.keys, layer.values, allowed, max(1, max(time, 256) // here.length)))
+            # Nothing reads this layer's cache again.
+            layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
+
+        handle = self.module.register_forward_hook(after, with_kwargs=True)
+        try:
+            yield kept
+        finally:
+            handle.remove()
+
+    def kept_numbers(self, time: int, sets: int) -> int:
+        return 4 * time * self.n_features * int(getattr(self.module, "head_dim", 64))
 
     @contextmanager
     def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        sources = base.sources[torch.where(rows.main, rows.source, 0), rows.prompt]  # [R, T]
-        own = sources.gather(1, base.last[rows.prompt][:, None])
-        blocked = torch.cat([sources, own], 1)[:, None]  # [R, 1, T + 1]
-        if rows.features is not None:
-            blocked = blocked & rows.features[..., None]
-        allowed = memory.allowed[rows.prompt]
-        allowed = torch.cat([allowed, torch.ones_like(allowed[..., :1])], -1)
-        silent = ~(allowed & ~blocked).any(-1)  # [R, 1 or H]
-        mask = (allowed & ~(blocked & ~silent[..., None]))[:, :, None]  # [R, 1 or H, 1, T + 1]
+        here, cuts = base.to(memory.keys.device), rows.to(memory.keys.device)
+        mask, silent = _mask_of_rows(memory, here, cuts)
         if self.module.config._attn_implementation != "sdpa":
             low = torch.finfo(memory.keys.dtype).min
             mask = torch.zeros_like(mask, dtype=memory.keys.dtype).masked_fill(~mask, low)
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            heads = args[0].unflatten(-1, (self.n_features, -1))  # [R, 1, H, width]
-            return (heads.masked_fill(silent[:, None, :, None], 0).flatten(-2), *args[1:])
-
-        last, time = base.last[rows.prompt], base.sources.shape[2]
-
-        def at_rows(value: Any) -> Any:
-            """Position ids and rotary angles [1 or B, T, ...] of the rows' own positions."""
-            if isinstance(value, tuple):
-                return tuple(at_rows(v) for v in value)
-            if isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == time:
-                return value.expand(len(base.last), *value.shape[1:])[rows.prompt, last][:, None]
-            return value
+            heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, R L, H, width]
+            return (heads.masked_fill(silent.transpose(1, 2)[..., None], 0).flatten(-2), *args[1:])
 
         replaced = {
-            name: _RowCache(memory, rows.prompt) if isinstance(value, Cache) else at_rows(value)
+            name: _RowCache(memory) if isinstance(value, Cache) else here.at_rows(value, len(rows))
             for name, value in kwargs.items()
         }
         projection = _output_projection(self.module)
         assert projection is not None
-        handle = projection.register_forward_pre_hook(silence)
+        handle = projection.register_forward_pre_hook(silence) if silent.any() else None
         try:
             yield replaced | {"attention_mask": mask}
         finally:
-            handle.remove()
+            if handle is not None:
+                handle.remove()
 
     def parity(self, call: Captured) -> float:
         mixing = self.token_mixing(call, ())
@@ -238,26 +243,45 @@ class Memory(NamedTuple):
     values: Tensor
     """As the keys."""
     allowed: Tensor
-    """Positions left of the last that the model lets it read [batch, 1 or heads, T]."""
-
-    @property
-    def row_bytes(self) -> int:
-        """What a row takes of memory: its prompt's keys and values, copied once more for grouped queries."""
-        return 4 * self.keys[0].numel() * self.keys.element_size()
+    """What the model lets the replayed positions read [batch, 1 or heads, length, T]."""
+    most_cuts: int
+    """See `Mixer.remembering`."""
 
 
 class _RowCache:
-    """Stands in for a cache: a row sees its prompt's keys and values, then its own."""
+    """Stands in for a cache: the rows of a prompt see its keys and values once, then their own."""
 
-    def __init__(self, memory: Memory, prompt: Tensor) -> None:
-        self.memory, self.prompt = memory, prompt
+    def __init__(self, memory: Memory) -> None:
+        self.memory = memory
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [rows, heads, T + 1, width]."""
-        return (
-            torch.cat([self.memory.keys[self.prompt], keys], 2),
-            torch.cat([self.memory.values[self.prompt], values], 2),
-        )
+        """Keys and values [batch, heads, T + cuts x length, width]."""
+        return torch.cat([self.memory.keys, keys], 2), torch.cat([self.memory.values, values], 2)
+
+
+def _mask_of_rows(memory: Memory, base: Base, rows: Rows) -> tuple[Tensor, Tensor]:
+    """Which keys the rows may read: the base's left of the replayed positions, and their own.
+
+    Returns:
+        Mask [batch, 1 or heads, cuts x length, T + cuts x length], and the positions that their cut leaves without any
+        source [batch, 1 or heads, cuts x length]; their mask is as without the cut.
+    """
+    cuts, length = len(rows), base.length
+    source = base.sources[torch.where(rows.main, rows.source, 0)].transpose(0, 1)  # [B, R, T]
+    blocked = (base.targets[:, None, :, None] & source[:, :, None])[:, None]  # [B, 1, R, L, T]
+    if rows.features is not None:
+        blocked = blocked & rows.features.T[None, :, :, None, None]
+    allowed = memory.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
+    free = allowed & ~blocked
+    silent = ~free.any(-1)  # [B, 1 or H, R, L]
+    free = torch.where(silent[..., None], allowed, free)
+    from_base = (free & base.before[:, None, None, None]).flatten(2, 3)  # [B, 1 or H, R L, T]
+    columns = base.columns[:, None, None, None].expand(*free.shape[:-1], length)
+    own = free.gather(-1, columns)  # [B, 1 or H, R, L, L]
+    same = torch.eye(cuts, dtype=torch.bool, device=own.device)[:, None, :, None]  # [R, 1, R, 1]
+    from_rows = own[..., None, :] & same  # [B, 1 or H, R, L, R, L]
+    mask = torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
+    return mask, silent.flatten(2, 3)
 
 
 class _Probe:

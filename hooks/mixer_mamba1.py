@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambalens.hooks.scan import causal_conv, selective_attention, selective_scan
+from mambalens.hooks import fused, kernels, scan
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
 
 
@@ -23,8 +23,8 @@ class Mamba1Mixer(SSMMixer):
         inner, gate = self.module.in_proj(hidden).chunk(2, -1)
         return Projected(gate, inner, None)
 
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None) -> Tensor:
-        return causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep)
+    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
+        return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
 
     def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
         mixer = self.module
@@ -38,16 +38,26 @@ class Mamba1Mixer(SSMMixer):
         return ScanInputs(x, dt, A, B, C)
 
     def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, state = selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
-        return y[..., None], state
+        y, state = kernels.selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
+        return y[..., None], state.mT
 
-    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
-        dt, B, C = inputs.dt[:, 0], inputs.B[:, 0], inputs.C[:, 0]  # [R, D], [R, 1, N]
-        carried = (torch.exp(dt[..., None] * inputs.A) * state * C).sum(-1)  # [R, D]
-        return (carried + (B * C).sum(-1) * dt * x[:, 0, :, 0])[:, None, :, None]
+    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
+        return scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], keep)
+
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        dt, A, B, C = inputs.dt, inputs.A, inputs.B[..., 0, :], inputs.C[..., 0, :]
+        x = x[..., 0]  # [B, R, L, D]
+        if x.shape[2] == 1:
+            return scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], state)[:, :, None, :, None]
+        of_prompts = zip(x, dt, B, C, state, strict=True)
+        y = [scan.selective_scan(*(x, dt), A, *(B, C), start[None])[0] for x, dt, B, C, start in of_prompts]
+        return torch.stack(y)[..., None]
+
+    def expect(self, rows: int) -> None:
+        fused.expect(rows * self.module.A_log.numel())
 
     def alpha(self, inputs: ScanInputs) -> Tensor:
-        return selective_attention(inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
+        return scan.selective_attention(inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
 
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         return self.module.out_proj((y[..., 0] * F.silu(gate)).to(dtype))

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mambalens.hooks.scan import causal_conv, ssd_attention, ssd_scan
+from mambalens.hooks import kernels, scan
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
 
 
@@ -28,15 +28,16 @@ class Mamba2Mixer(SSMMixer):
         gate, inner, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
         return Projected(gate, inner, dt)
 
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None) -> Tensor:
+    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
         weight, bias = self.module.conv1d.weight[:, 0], self.module.conv1d.bias
         if keep is None or keep[0].shape[-1] == 1:
-            return causal_conv(inner, weight, bias, keep)
+            return scan.causal_conv(inner, weight, bias, keep, past)
         # B and C once for each head: [x | B of head 1, B of head 2, ... | C of head 1, ...].
         channels = self._channels_by_head(weight.device)
         head = self._head_of_channel(weight.device)
         bias = None if bias is None else bias[channels]
-        return causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep])
+        past = None if past is None else past[..., channels]
+        return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
 
     def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
         mixer = self.module
@@ -52,16 +53,25 @@ class Mamba2Mixer(SSMMixer):
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
     def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
-        return ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C)
+        y, state = kernels.ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C)
+        return y, state.mT
 
-    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
-        dt, per_group = inputs.dt[:, 0], x.shape[2] // inputs.B.shape[2]  # [R, H]
-        B, C = (t[:, 0].repeat_interleave(per_group, 1) for t in (inputs.B, inputs.C))  # [R, H, N]
-        carried = torch.exp(dt * inputs.A)[..., None] * (state @ C[..., None])[..., 0]  # [R, H, P]
-        return (carried + ((B * C).sum(-1) * dt)[..., None] * x[:, 0])[:, None]
+    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
+        return scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, keep)
+
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        dt, A, B, C = inputs.dt, inputs.A, inputs.B, inputs.C
+        if x.shape[2] == 1:
+            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], state)[:, :, None]
+        of_prompts = zip(x, dt, B, C, state, strict=True)
+        return torch.stack([scan.ssd_scan(*(x, dt), A, *(B, C), start[None])[0] for x, dt, B, C, start in of_prompts])
+
+    @property
+    def state_width(self) -> int:
+        return int(self.module.head_dim * self.module.ssm_state_size)
 
     def alpha(self, inputs: ScanInputs) -> Tensor:
-        return ssd_attention(inputs.dt, inputs.A, inputs.B, inputs.C)
+        return scan.ssd_attention(inputs.dt, inputs.A, inputs.B, inputs.C)
 
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         return self.module.out_proj(self.module.norm(y.flatten(2), gate).to(dtype))

@@ -1,11 +1,16 @@
-"""Rows of a replay: single tokens that resume from a base pass, each under its own knockout or none.
+"""Rows of a replay: ends of prompts that resume from a base pass, each under its own cut or none.
 
-The contract between the replay engine and the mixers (see `Mixer.remember` and `Mixer.resuming`).
+The contract between the replay engine and the mixers (see `Mixer.remembering` and `Mixer.resuming`). A knockout changes
+nothing to the left of its first target, so a row is the prompt from there on: one token where the target is the last.
+The rows of one prompt lie side by side, `[batch, cuts x length, width]`: layers work on each token alone, and an
+attention layer reads the prompt's keys for all of its rows at once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,36 +20,81 @@ from torch import Tensor
 class Base:
     """What a base pass of right-padded prompts has in common for all layers."""
 
-    last: Tensor
-    """Last position of every prompt [batch]: the position that rows replay."""
+    first: Tensor
+    """First position that is replayed, of every prompt [batch]."""
+    targets: Tensor
+    """Which of the replayed positions are targets [batch, length]."""
     sources: Tensor
     """Source sets [sets, batch, T]; set 0 is empty."""
 
     @property
-    def before_last(self) -> Tensor:
-        """Positions left of the last [batch, T]."""
-        return torch.arange(self.sources.shape[2], device=self.last.device) < self.last[:, None]
+    def length(self) -> int:
+        """Positions of a row."""
+        return self.targets.shape[1]
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """The replayed positions [batch, length]."""
+        return self.first[:, None] + torch.arange(self.length, device=self.first.device)
+
+    @cached_property
+    def before(self) -> Tensor:
+        """Positions left of the first that is replayed [batch, T]."""
+        return torch.arange(self.sources.shape[2], device=self.first.device) < self.first[:, None]
+
+    @cached_property
+    def own_sources(self) -> Tensor:
+        """Which of the replayed positions are sources [sets, batch, length]."""
+        return self.sources.gather(2, self.columns.expand(len(self.sources), -1, -1))
+
+    @cached_property
+    def all_targets(self) -> bool:
+        """Whether every replayed position is a target."""
+        return bool(self.targets.all())
+
+    def at_rows(self, value: Any, cuts: int) -> Any:
+        """What belongs to positions [1 or batch, T, ...], such as rotary angles, for rows; anything else as it is."""
+        if isinstance(value, tuple):
+            return tuple(self.at_rows(part, cuts) for part in value)
+        time = self.sources.shape[2]
+        if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[1] != time:
+            return value
+        if value.shape[0] not in (1, len(self.first)):
+            return value
+        value = value.expand(len(self.first), *value.shape[1:])
+        columns = self.columns.to(value.device)
+        picked = value[torch.arange(len(columns), device=value.device)[:, None], columns]  # [B, L, ...]
+        return picked[:, None].expand(-1, cuts, *picked.shape[1:]).flatten(1, 2)
+
+    def to(self, device: torch.device) -> Base:
+        """The same on a device."""
+        if device == self.first.device:
+            return self
+        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device))
 
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows in one layer."""
+    """The cuts of rows in one layer; every cut has a row for every prompt."""
 
-    prompt: Tensor
-    """Row of the base batch that each row continues [rows]."""
     source: Tensor
-    """Source set that is cut in this layer, 0 for none [rows]."""
+    """Source set that is cut in this layer, 0 for none [cuts]."""
     main: Tensor
-    """Whether the scan or attention is cut [rows]."""
+    """Whether the scan or attention is cut [cuts]."""
     conv: Tensor
-    """Whether the convolution's taps are cut [rows]."""
+    """Whether the convolution's taps are cut [cuts]."""
     features: Tensor | None
-    """Which features are cut [rows, features]; None for all."""
+    """Which features are cut [cuts, features]; None for all."""
 
     def __len__(self) -> int:
-        return len(self.prompt)
+        return len(self.source)
 
-    def part(self, rows: slice) -> Rows:
-        """Some of the rows."""
-        features = None if self.features is None else self.features[rows]
-        return Rows(self.prompt[rows], self.source[rows], self.main[rows], self.conv[rows], features)
+    def part(self, cuts: slice) -> Rows:
+        """Some of the cuts."""
+        features = None if self.features is None else self.features[cuts]
+        return Rows(self.source[cuts], self.main[cuts], self.conv[cuts], features)
+
+    def to(self, device: torch.device) -> Rows:
+        """The same on a device."""
+        features = None if self.features is None else self.features.to(device)
+        return Rows(self.source.to(device), self.main.to(device), self.conv.to(device), features)

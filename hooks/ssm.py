@@ -8,6 +8,7 @@ module's; every other position keeps the module's output bit for bit.
 from __future__ import annotations
 
 import inspect
+import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,14 +65,11 @@ class Memory(NamedTuple):
     """What rows resume from in a state-space layer."""
 
     states: Tensor
-    """State before the last position, without the inputs of each source set [sets, batch, features, ...]."""
+    """State before the first replayed position, without the inputs of each source set [sets, batch, ...]."""
     window: Tensor
-    """Inputs of the convolution before the last position [batch, kernel - 1, channels]."""
-
-    @property
-    def row_bytes(self) -> int:
-        """What a row takes of memory: its state, the decayed state and their product with C."""
-        return 3 * self.states[0, 0].numel() * self.states.element_size()
+    """Inputs of the convolution before it [batch, kernel - 1, channels]."""
+    most_cuts: int
+    """See `Mixer.remembering`."""
 
 
 class SSMMixer(Mixer):
@@ -84,8 +82,14 @@ class SSMMixer(Mixer):
         """The input projection of `hidden` [batch, T, width]."""
 
     @abstractmethod
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None) -> Tensor:
-        """The causal convolution without activation; `keep[k]` [batch, T, features or 1] for every distance k."""
+    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
+        """The causal convolution without activation of `inner` [..., T, channels].
+
+        Args:
+            inner: input.
+            keep: for every distance k, which taps stay [..., T, features or 1]; None for all.
+            past: inputs before the first [..., kernel - 1, channels]; zero by default.
+        """
 
     @abstractmethod
     def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
@@ -96,8 +100,21 @@ class SSMMixer(Mixer):
         """The scan of `x` [batch, T, features, width] without the skip, and the last state in the cache's layout."""
 
     @abstractmethod
-    def step(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
-        """One position [batch, 1, features, width] of the scan, from the state before it in the cache's layout."""
+    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
+        """States after the last position for several choices of inputs `keep` [sets, batch, T]: [sets, batch, ...]."""
+
+    @abstractmethod
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+        """The scan of rows that resume from their prompts' states.
+
+        Args:
+            inputs: as for `scan`, but [batch, rows, length, ...].
+            x: [batch, rows, length, features, width].
+            state: from `states` [batch, ...].
+
+        Returns:
+            y without the skip, as x.
+        """
 
     @abstractmethod
     def alpha(self, inputs: ScanInputs) -> Tensor:
@@ -214,53 +231,92 @@ class SSMMixer(Mixer):
             alpha = alpha.masked_fill(blocked_entries(main), 0.0)
         return TokenMixing(alpha, inputs.x, self.skip(inputs)[:, 0], y + self.skip(inputs) * inputs.x)
 
-    def remember(self, call: Captured, base: Base) -> Memory:
-        given = call.arguments(self.module)
-        hidden = given["hidden_states"]
-        inputs, projected = self.inputs(hidden, None, ())
-        # A step size of zero neither decays nor writes: the state stays what it was before the last position.
-        inputs = inputs._replace(dt=inputs.dt * base.before_last[..., None])
-        states = [self.scan(inputs, inputs.x * ~source[..., None, None])[1] for source in base.sources]
-        reach = int(self.module.conv_kernel_size) - 1
-        at = base.last[:, None] + torch.arange(reach, device=hidden.device)  # columns of the padded input
-        window = F.pad(projected.inner, (0, 0, reach, 0))
-        window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
-        return Memory(torch.stack(states), window)
+    @contextmanager
+    def remembering(self, base: Base) -> Iterator[list[Memory]]:
+        kept: list[Memory] = []
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            here = base.to(hidden_states.device)
+            inputs, projected = self.inputs(hidden_states, None, ())
+            y, _ = self.scan(inputs, inputs.x)
+            # A step size of zero neither decays nor writes: the state stays what it was before the first replayed one.
+            states = self.states(inputs._replace(dt=inputs.dt * here.before[..., None]), ~here.sources)
+            reach = int(self.module.conv_kernel_size) - 1
+            at = here.first[:, None] + torch.arange(reach, device=here.first.device)  # columns of the padded input
+            window = F.pad(projected.inner, (0, 0, reach, 0))
+            window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
+            kept.append(Memory(states, window, sys.maxsize))
+            return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden_states.dtype)
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield kept
+        finally:
+            restore()
+
+    def kept_numbers(self, time: int, sets: int) -> int:
+        return sets * self.module.A_log.numel() * self.state_width
+
+    @property
+    def state_width(self) -> int:
+        """Numbers of a feature's state for each number of `A_log`."""
+        return 1
 
     @contextmanager
     def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            return self.resume(memory, base, rows, hidden_states)
+            device = hidden_states.device
+            return self.resume(memory, base.to(device), rows.to(device), hidden_states)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
-            yield kwargs | {"cache_params": None, "attention_mask": None}
+            yield kwargs | {name: None for name in ("cache_params", "attention_mask") if name in kwargs}
         finally:
             restore()
 
     def resume(self, memory: Memory, base: Base, rows: Rows, hidden: Tensor) -> Tensor:
-        """The mixer's output for rows [rows, 1, width]: the convolution's last step, and the scan's."""
+        """The mixer's output for rows [batch, cuts x length, width]."""
         projected = self.project(hidden)
-        kernel = int(self.module.conv_kernel_size)
-        inner = torch.cat([memory.window[rows.prompt], projected.inner], 1)  # [R, kernel, channels]
-        keep = None
-        if rows.conv.any():
-            keep = []
-            for k in range(kernel):
-                column = base.last[rows.prompt] - k
-                cut = base.sources[rows.source, rows.prompt, column.clamp_min(0)] & (column >= 0) & rows.conv
-                keep.append(~_by_feature(cut[:, None], None if rows.features is None else rows.features[:, None]))
-        convolved = self.module.act(self.convolve(inner, keep)[:, -1:])
+        inner = projected.inner.unflatten(1, (len(rows), base.length))  # [B, R, L, channels]
+        keep = self._kept_taps_of_rows(base, rows) if rows.conv.any() else None
+        convolved = self.module.act(self.convolve(inner, keep, memory.window[:, None])).flatten(1, 2)
         inputs = self.scan_inputs(convolved, projected)
+        x = inputs.x.unflatten(1, (len(rows), base.length))  # [B, R, L, F, P]
+        dt, B, C = (t.unflatten(1, (len(rows), base.length)) for t in (inputs.dt, inputs.B, inputs.C))
+        y = torch.empty_like(x)
         cut_set = torch.where(rows.main, rows.source, 0)
-        state = memory.states[cut_set, rows.prompt]  # [R, features, ...]
-        own = ~(base.sources[cut_set, rows.prompt, base.last[rows.prompt]])[:, None]  # [R, 1]
-        if rows.features is not None:
-            cut = rows.features.reshape(*rows.features.shape, *[1] * (state.ndim - 2))
-            state = torch.where(cut, state, memory.states[0, rows.prompt])
-            own = own | ~rows.features
-        y = self.step(inputs, inputs.x * own[:, None, :, None], state)
+        for number in cut_set.unique().tolist():
+            some: Any = (cut_set == number).nonzero().flatten() if (cut_set != number).any() else slice(None)
+            part = ScanInputs(x[:, some], dt[:, some], inputs.A, B[:, some], C[:, some])
+            features = None if rows.features is None else rows.features[some]
+            y[:, some] = self._cut_rows(part, memory, base, number, features)
+        y = y.flatten(1, 2)
         return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
+
+    def _cut_rows(self, inputs: ScanInputs, memory: Memory, base: Base, number: int, features: Tensor | None) -> Tensor:
+        """The scan of rows [batch, rows, length, ...] whose targets read nothing of one source set."""
+        if not number:
+            return self.resume_scan(inputs, inputs.x, memory.states[0])
+        kept = ~base.own_sources[number][:, None, :, None, None]  # [B, 1, L, 1, 1]
+        y = self.resume_scan(inputs, inputs.x * kept, memory.states[number])
+        if features is None and base.all_targets:
+            return y
+        whole = self.resume_scan(inputs, inputs.x, memory.states[0])
+        cut = base.targets[:, None, :, None]  # [B, 1, L, 1]
+        if features is not None:
+            cut = cut & features[None, :, None]
+        return torch.where(cut[..., None], y, whole)
+
+    def _kept_taps_of_rows(self, base: Base, rows: Rows) -> list[Tensor]:
+        """For every distance k, 1 where the tap from t-k to t stays [batch, cuts, length, features or 1]."""
+        keep = []
+        for k in range(int(self.module.conv_kernel_size)):
+            columns = base.columns - k  # [B, L]
+            source = base.sources.gather(2, columns.clamp_min(0).expand(len(base.sources), -1, -1))
+            cut = (source & (columns >= 0) & base.targets)[rows.source] & rows.conv[:, None, None]  # [R, B, L]
+            features = None if rows.features is None else rows.features[None, :, None]
+            keep.append(~_by_feature(cut.transpose(0, 1), features))
+        return keep
 
     def parity(self, call: Captured) -> float:
         given = call.arguments(self.module)

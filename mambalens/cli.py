@@ -25,7 +25,10 @@ Where = Annotated[
     list[str], typer.Option("--where", help="Keep facts with this value, e.g. wording=far.", metavar="COLUMN=VALUE")
 ]
 Limit = Annotated[int, typer.Option("--limit", help="At most this many facts, drawn at random with seed 0.", min=1)]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts a batch.", min=1)]
+BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts a batch at most.", min=1)]
+Memory = Annotated[
+    str, typer.Option("--memory", help="What to use beside the model, e.g. 4GB; by default half of what is free.")
+]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="Where to take the tokenizer from, if not from MODEL.")]
 Window = Annotated[int, typer.Option("--window", help="Consecutive layers that a knockout covers.")]
@@ -60,6 +63,7 @@ def sweep(
     where: Where = [],  # noqa: B006
     limit: Limit | None = None,
     batch_size: BatchSize | None = None,
+    memory: Memory | None = None,
     dtype: DType = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -88,7 +92,7 @@ def sweep(
             if not len(mine):
                 _fail(f"{lens.name} answers none of the {len(chosen)} facts right: sweep them anyway with --all-facts.")
         folder = out if len(models) == 1 else out / lens.name
-        results.append(lens.sweep(mine, source, target, window, features, path, batch_size, folder))
+        results.append(lens.sweep(mine, source, target, window, features, path, batch_size, folder, memory=memory))
     result = SweepResult.concat(results)
     flow = out / "flow.png"
     try:
@@ -154,6 +158,7 @@ def heatmap(
     path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = "main",
     features: Annotated[str, typer.Option("--features", help="A group of features.")] = "all",
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("heatmap.png"),
+    memory: Memory | None = None,
     dtype: DType = "auto",
     tokenizer: Tokenizer | None = None,
 ) -> None:
@@ -164,7 +169,7 @@ def heatmap(
     from mambalens.facts import Fact
 
     lens = _lens(model, dtype, tokenizer)
-    figure = lens.heatmap(Fact(prompt, subject, target), window, features=features, path=path)
+    figure = lens.heatmap(Fact(prompt, subject, target), window, features=features, path=path, memory=memory)
     figure.savefig(out, dpi=130)
     typer.echo(f"{lens.predict(Fact(prompt, subject, target)).to_string(index=False)}\n\nFigure: {out}")
 

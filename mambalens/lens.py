@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,17 +76,33 @@ class Lens:
         """A fact as the model reads it: token ids, tokens, roles."""
         return read_fact(fact, self.tokenizer)
 
-    def batches(self, prompts: Sequence[Prompt], batch_size: int | None = None) -> Iterator[Batch]:
-        """Right-padded batches of prompts."""
+    def batches(
+        self,
+        prompts: Sequence[Prompt],
+        batch_size: int | None = None,
+        most: Callable[[int], int | None] | None = None,
+    ) -> Iterator[Batch]:
+        """Right-padded batches of prompts.
+
+        Args:
+            prompts: what to batch.
+            batch_size: prompts a batch; by default as many as fill `BATCH_TOKENS`.
+            most: how many prompts of a length may share a batch at most; None: any number.
+        """
         if batch_size is not None and batch_size < 1:
             raise MambalensError(f"batch_size={batch_size}: give 1 or more.")
-        longest = max((len(prompt.ids) for prompt in prompts), default=1)
+
+        def size(length: int) -> int:
+            limit = most(length) if most is not None else None
+            wanted = batch_size or max(1, BATCH_TOKENS // length)
+            return wanted if limit is None else min(wanted, limit)
+
         padding = self.tokenizer.pad_token_id
-        return batches(prompts, batch_size or max(1, BATCH_TOKENS // longest), 0 if padding is None else padding)
+        return batches(prompts, size, 0 if padding is None else padding)
 
     @torch.no_grad()
     def last_logits(self, batch: Batch) -> Tensor:
-        """Logits behind every prompt's last token, on the CPU, in float32 or better [batch, vocabulary]."""
+        """Logits behind every prompt's last token, in float32 or better [batch, vocabulary]."""
         rows = torch.arange(len(batch.prompts))
 
         def keep_last(module: Any, args: tuple[Any, ...]) -> Any:
@@ -99,7 +115,7 @@ class Lens:
             logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
         finally:
             handle.remove()
-        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
 
     def predict(self, fact: Fact | str, k: int = 5) -> pd.DataFrame:
         """The k most probable next tokens of a fact's prompt, or of a text.
@@ -219,6 +235,7 @@ class Lens:
         batch_size: int | None = None,
         out: str | Path | None = None,
         progress: bool = True,
+        memory: int | str | None = None,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -229,8 +246,10 @@ class Lens:
             window: how many consecutive layers a knockout covers (every run of that many), or a list of layer lists.
             features: groups of features, each on its own.
             paths: 'main', 'conv', 'both', each on its own.
-            batch_size: prompts a batch; by default as many as fill `BATCH_TOKENS`.
+            batch_size: prompts a batch at most; by default as many as fill `BATCH_TOKENS` and fit the memory.
             out: a folder to save the result in.
+            progress: show a progress bar.
+            memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
 
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
@@ -241,18 +260,24 @@ class Lens:
         if out is not None:
             writable_folder(out)
         plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths))
-        result = run(self, as_facts(facts), plan, batch_size, progress)
+        result = run(self, as_facts(facts), plan, batch_size, progress, memory)
         if out is not None:
             result.save(out)
         return result
 
     def heatmap(
-        self, fact: Fact, window: int = 9, target: str = "last", features: Features = "all", path: str = "main"
+        self,
+        fact: Fact,
+        window: int = 9,
+        target: str = "last",
+        features: Features = "all",
+        path: str = "main",
+        memory: int | str | None = None,
     ) -> Figure:
         """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps)."""
         from mambalens.figures import heatmap
 
-        result = self.sweep([fact], "each", target, window, (features,), path, progress=False)
+        result = self.sweep([fact], "each", target, window, (features,), path, progress=False, memory=memory)
         prompt = self.prompt(fact)
         return heatmap(result, prompt.tokens, prompt.positions("subject"))
 

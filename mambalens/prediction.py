@@ -11,7 +11,7 @@ class Prediction(NamedTuple):
     """What a batch predicts behind its last tokens."""
 
     log_probs: Tensor
-    """[batch, vocabulary], float64."""
+    """[batch, vocabulary], in the logits' precision."""
     prob: Tensor
     """The target's probability [batch]."""
     rank: Tensor
@@ -21,10 +21,15 @@ class Prediction(NamedTuple):
 
     @classmethod
     def of(cls, logits: Tensor, targets: Tensor) -> Prediction:
-        """Log-probabilities, and the targets' probability and rank."""
-        log_probs = logits.double().log_softmax(-1)
-        target = log_probs.gather(1, targets[:, None])
-        return cls(log_probs, target[:, 0].exp(), (log_probs > target).sum(1) + 1, log_probs.argmax(-1))
+        """Log-probabilities, and the targets' probability and rank.
+
+        Args:
+            logits: [batch, vocabulary], float32 or better.
+            targets: scored tokens [batch].
+        """
+        log_probs = logits.log_softmax(-1)
+        target = log_probs.gather(1, targets.to(logits.device)[:, None])
+        return cls(log_probs, target[:, 0].double().exp(), (log_probs > target).sum(1) + 1, log_probs.argmax(-1))
 
 
 def kl_divergence(base: Tensor, knocked_out: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,6 +61,10 @@ class Batch(NamedTuple):
         for row, columns in enumerate(positions):
             mask[row, list(columns)] = True
         return mask
+
+    def part(self, rows: Sequence[int]) -> Batch:
+        """Some of the prompts."""
+        return Batch([self.prompts[row] for row in rows], self.ids[rows], self.last[rows], self.targets[rows])
 
 
 def read_fact(fact: Fact, tokenizer: Any) -> Prompt:
@@ -126,12 +130,20 @@ def read_facts(facts: Facts, tokenizer: Any) -> tuple[list[Prompt], list[Skip]]:
     return prompts, skipped
 
 
-def batches(prompts: Sequence[Prompt], size: int, padding: int) -> Iterator[Batch]:
-    """Batches of prompts of like length, the longest first, so that too large a batch fails at once."""
+def batches(prompts: Sequence[Prompt], size: Callable[[int], int], padding: int) -> Iterator[Batch]:
+    """Batches of prompts of like length, the longest first, so that too large a batch fails at once.
+
+    Args:
+        prompts: what to batch.
+        size: how many prompts of a length make a batch.
+        padding: token to fill up with.
+    """
     ordered = sorted(prompts, key=lambda prompt: -len(prompt.ids))
-    for begin in range(0, len(ordered), size):
-        rows = ordered[begin : begin + size]
-        ids = torch.full((len(rows), len(rows[0].ids)), padding)
+    while ordered:
+        longest = len(ordered[0].ids)
+        count = max(1, size(longest))
+        rows, ordered = ordered[:count], ordered[count:]
+        ids = torch.full((len(rows), longest), padding)
         for row, prompt in enumerate(rows):
             ids[row, : len(prompt.ids)] = torch.tensor(prompt.ids)
         last = torch.tensor([len(prompt.ids) - 1 for prompt in rows])

@@ -1,10 +1,13 @@
-"""The replay engine: a whole sweep from one base pass, where the target is the last position.
+"""The replay engine: a whole sweep from one base pass.
 
-A knockout of the last position in a window that starts at layer a changes nothing below a and nothing left of it. So
-the base runs once; before layer l, a copy of the base's hidden state at the last position joins for every knockout
-whose window starts there; every layer runs once for all joined rows, one token each, which resume from what the base
-left. The layers' norms, MLPs and residuals stay the model's own code; what mixers keep and how rows resume is the
-adapters' part (`Mixer.remember`, `Mixer.resuming`).
+A knockout whose first target is at position t, in a window that starts at layer a, changes nothing below a and nothing
+left of t. So the base runs once, layer by layer. Before layer l, a copy of the base's hidden states from t on joins for
+every knockout whose window starts there; then all joined rows go through the layer in one call and resume from what the
+base has just left there. The layers' norms, MLPs and residuals stay the model's own code; what mixers keep and how rows
+resume is the adapters' part (`Mixer.remembering`, `Mixer.resuming`).
+
+Memory is bounded: of the base only the running layer is kept, rows go through a layer and through the head in tiles,
+and where even their hidden states are too many, a few knockouts at a time get a base pass of their own.
 """
 
 from __future__ import annotations
@@ -19,163 +22,228 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from mambalens.hooks import HookManager, Mixer
-from mambalens.hooks.mixer import Captured, replace_forward
+from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.rows import Base, Rows
 
-TILE_BYTES = 256 * 2**20
-"""Memory for what rows copy of the base pass at a time; rows go through a layer in tiles of that size."""
+SHARES = 4
+"""Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
 
 
-class LastKnockout(NamedTuple):
-    """One knockout of the last position, for every prompt of a batch."""
+class Cutting(NamedTuple):
+    """One knockout for every prompt of a batch, whose sources are one of the batch's source sets."""
 
     layers: Sequence[int]
     source: int
-    """Number of the source set, from 1."""
+    """Number of the source set, from 1; 0 cuts nothing."""
     main: bool
     conv: bool
     features: dict[int, Tensor | None]
     """Mask by layer; None for every feature."""
 
 
-class _LayerCall(NamedTuple):
-    hidden: Tensor
-    """Input of the layer in the base pass [batch, T, width]."""
-    kwargs: dict[str, Any]
-    output: Any
+UNCUT = Cutting([0], 0, False, False, {})
+"""Replays the prompts as they are."""
 
 
 class Replay:
-    """One batch of right-padded prompts, ready to answer knockouts of their last positions.
+    """One batch of right-padded prompts, ready to answer knockouts of the same targets.
 
     Args:
         hooks: the model's hook manager.
         ids: [batch, T].
-        last: last position of every prompt [batch].
+        last: last position of every prompt, behind which the prediction is asked for [batch].
+        targets: target positions [batch, T]; the last positions by default.
         sources: source sets [sets, batch, T].
+        memory: bytes to use beside the model and one base pass.
     """
 
-    @torch.no_grad()
-    def __init__(self, hooks: HookManager, ids: Tensor, last: Tensor, sources: Tensor) -> None:
-        self.hooks, self.model = hooks, hooks.model
-        device = self.model.get_input_embeddings().weight.device
-        empty = torch.zeros_like(sources[:1])
-        self.base = Base(last.to(device), torch.cat([empty, sources]).to(device))
+    def __init__(
+        self, hooks: HookManager, ids: Tensor, last: Tensor, sources: Tensor, targets: Tensor | None = None,
+        memory: int = 2**30,
+    ) -> None:  # fmt: skip
+        self.hooks, self.model, self.memory = hooks, hooks.model, memory
         self.layers = layers_of(hooks)
-        self.calls: list[_LayerCall] = []
-        self.mixer_calls: dict[Mixer, Captured] = {}
-        self._run_base(ids.to(device))
-
-    def _run_base(self, ids: Tensor) -> None:
-        calls: dict[int, _LayerCall] = {}
-
-        def keep_layer(number: int, layer: nn.Module) -> Any:
-            signature = inspect.signature(type(layer).forward)
-
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                given = dict(signature.bind(module, *args, **kwargs).arguments)
-                rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-                given |= given.pop(rest, {})
-                names = list(given)
-                calls[number] = _LayerCall(given[names[1]], {name: given[name] for name in names[2:]}, output)
-
-            return hook
-
-        def keep_mixer(mixer: Mixer) -> Any:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-                self.mixer_calls[mixer] = Captured(args, kwargs, output, None)
-
-            return hook
-
-        with ExitStack() as stack:
-            for number, layer in enumerate(self.layers):
-                stack.callback(layer.register_forward_hook(keep_layer(number, layer), with_kwargs=True).remove)
-            for mixer in self.hooks.mixers:
-                stack.callback(mixer.module.register_forward_hook(keep_mixer(mixer), with_kwargs=True).remove)
-            if "attention" in self.hooks.kinds:
-                # Without a configuration no layer is sliding: rows need every key the base has.
-                self.model.base_model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True)
-            else:
-                self.model.base_model(input_ids=ids, use_cache=False)
-        self.calls = [calls[number] for number in range(len(self.layers))]
+        device = self.model.get_input_embeddings().weight.device
+        self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
+        time = ids.shape[1]
+        every = torch.arange(time, device=device)
+        if targets is None:
+            targets = every == self.last[:, None]
+        targets = targets.to(device) & (every <= self.last[:, None])
+        first = torch.where(targets, every, time).amin(1).minimum(self.last)
+        length = int((self.last - first).max()) + 1
+        self.first = first.clamp_max(time - length)  # rows of equal length, none of them past the last column
+        self.targets = targets.gather(1, self.first[:, None] + torch.arange(length, device=device))
 
     @torch.no_grad()
-    def logits(self, cuts: Sequence[LastKnockout]) -> Iterator[Tensor]:
-        """Logits behind the last token under every cut.
+    def logits(self, cuts: Sequence[Cutting]) -> Iterator[tuple[int, Tensor]]:
+        """Logits behind the last token under every cut, in any order.
 
         Yields:
-            Logits [batch, vocabulary] for one cut after the other.
+            Number of the cut, and its logits [batch, vocabulary] in float32 or better.
         """
-        batch = len(self.base.last)
-        start = torch.tensor([min(cut.layers) for cut in cuts])
-        order = torch.argsort(start, stable=True)  # joined rows stand in front
-        hidden = None
-        mixers = {mixer.layer: mixer for mixer in self.hooks.mixers}
-        for number, layer in enumerate(self.layers):
-            call, mixer = self.calls[number], mixers[number]
-            joined = [cuts[i] for i in order.tolist() if start[i] <= number]
-            new = sum(min(cut.layers) == number for cut in joined)
-            if new:
-                fresh = call.hidden[torch.arange(batch, device=call.hidden.device), self.base.last][:, None]
-                fresh = fresh.repeat(new, 1, 1)  # [new x batch, 1, width]
-                hidden = fresh if hidden is None else torch.cat([hidden, fresh])
-            if hidden is None:
-                continue
-            memory = mixer.remember(self.mixer_calls[mixer], self.base)
-            rows = self._rows(joined, number, mixer)
-            parts = []
-            size = max(1, TILE_BYTES // memory.row_bytes)
-            for begin in range(0, len(rows), size):
-                tile = slice(begin, begin + size)
-                with mixer.resuming(memory, self.base, rows.part(tile), call.kwargs) as kwargs:
-                    parts.append(_hidden(layer(hidden[tile], **kwargs)))
-            hidden = torch.cat(parts)
-        assert hidden is not None
-        hidden = hidden.unflatten(0, (len(cuts), batch))[
-            torch.argsort(order).to(hidden.device)
-        ]  # [cuts, batch, 1, width]
-        # The head's weights are read once a call: as many cuts at a time as their logits fit.
+        batch = len(self.last)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
-        for part in hidden.split(max(1, TILE_BYTES // (4 * batch * vocabulary))):
-            yield from self._head(part.flatten(0, 1)).unflatten(0, (len(part), batch))
+        at_once = max(1, self.memory // SHARES // (3 * 4 * batch * vocabulary))
+        for group in self._groups(cuts):
+            walk = _Walk(self, [cuts[number] for number in group])
+            hidden = walk.run()  # [batch, cuts, width]
+            for begin in range(0, len(group), at_once):
+                part = hidden[:, begin : begin + at_once].transpose(0, 1)
+                logits = walk.head(part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
+                yield from zip(group[begin : begin + at_once], logits, strict=True)
 
-    def _rows(self, joined: Sequence[LastKnockout], number: int, mixer: Mixer) -> Rows:
-        """The rows of all joined cuts in one layer, cut by cut."""
-        batch, device = len(self.base.last), self.base.last.device
-        inside = torch.tensor([number in cut.layers for cut in joined])
-        source = torch.tensor([cut.source for cut in joined]) * inside
-        main = torch.tensor([cut.main for cut in joined]) & inside
-        conv = torch.tensor([cut.conv for cut in joined]) & inside & mixer.has_conv
-        masks = [cut.features.get(number) for cut in joined]
-        features = None
-        if any(mask is not None for mask in masks):
-            everything = torch.ones(mixer.n_features, dtype=torch.bool)
-            features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
-            features = features.repeat_interleave(batch, 0).to(device)
-        source, main, conv = (t.repeat_interleave(batch).to(device) for t in (source, main, conv))
-        return Rows(torch.arange(batch, device=device).repeat(len(joined)), source, main, conv, features)
+    def _groups(self, cuts: Sequence[Cutting]) -> Iterator[list[int]]:
+        """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        per_cut = 2 * self.targets.numel() * width * _bytes(self.model)
+        most = max(1, self.memory // SHARES // per_cut)
+        time = self.ids.shape[1]
+        kept = [mixer.kept_numbers(time, 1) for mixer in self.hooks.mixers if mixer.kept_numbers(time, 1)]
+        sets = max(1, self.memory // SHARES // (max(kept, default=1) * len(self.last) * _bytes(self.model)) - 1)
+        order = sorted(range(len(cuts)), key=lambda number: cuts[number].source)
+        group: list[int] = []
+        for number in order:
+            inside = {cuts[member].source for member in group}
+            if group and (len(group) == most or (cuts[number].source not in inside and len(inside) >= sets)):
+                yield group
+                group = []
+            group.append(number)
+        if group:
+            yield group
 
-    def _head(self, hidden: Tensor) -> Tensor:
+
+class _Walk:
+    """One base pass with the rows of some cuts beside it."""
+
+    def __init__(self, replay: Replay, cuts: Sequence[Cutting]) -> None:
+        self.replay, self.model = replay, replay.model
+        used = sorted({cut.source for cut in cuts} - {0})
+        number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
+        sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
+        self.base = Base(replay.first, replay.targets, sources)
+        # In the order in which they join, so that joined rows stand in front.
+        self.order = sorted(range(len(cuts)), key=lambda i: min(cuts[i].layers))
+        self.cuts = [cuts[i]._replace(source=number[cuts[i].source]) for i in self.order]
+        self.hidden: Tensor | None = None
+        self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
+        self.memories: dict[Mixer, list[Any]] = {}
+        self.in_rows = False
+
+    def run(self) -> Tensor:
+        """Hidden states behind the layers at the last position [batch, cuts, width], in the order of the cuts."""
+        mixers, model = self.replay.hooks.mixers, self.model
+        for mixer in mixers:
+            starts = (min(cut.layers) for cut in self.cuts)
+            mixer.expect(sum(start <= mixer.layer for start in starts) * self.replay.targets.numel())
+        with ExitStack() as stack:
+            for mixer in mixers:
+                self.memories[mixer] = stack.enter_context(mixer.remembering(self.base))
+            for number, layer in enumerate(self.replay.layers):
+                stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
+            # Without a configuration no layer of the cache is sliding: rows need every key the base has.
+            cached = "attention" in self.replay.hooks.kinds
+            options = {"past_key_values": DynamicCache()} if cached else {}
+            model.base_model(input_ids=self.replay.ids, use_cache=cached, **options)
+        assert self.hidden is not None
+        hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
+        at = (self.replay.last - self.replay.first).to(hidden.device)
+        hidden = hidden[torch.arange(len(at), device=hidden.device), :, at]
+        back = torch.empty(len(self.order), dtype=torch.long)
+        back[torch.tensor(self.order)] = torch.arange(len(self.order))
+        return hidden[:, back.to(hidden.device)]
+
+    def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
+        """A hook behind a layer of the base pass: the rows go through it too."""
+        signature = inspect.signature(type(layer).forward)
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.in_rows:
+                return
+            given = dict(signature.bind(module, *args, **kwargs).arguments)
+            rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
+            given |= given.pop(rest, {})
+            names = list(given)
+            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.in_rows = True
+            try:
+                self._through(number, layer, given[names[1]], {name: given[name] for name in names[2:]})
+            finally:
+                self.in_rows = False
+
+        return hook
+
+    def _through(self, number: int, layer: nn.Module, base: Tensor, kwargs: dict[str, Any]) -> None:
+        """Rows join before a layer, and go through it."""
+        joined = [cut for cut in self.cuts if min(cut.layers) <= number]
+        new = sum(min(cut.layers) == number for cut in joined)
+        if new:
+            fresh = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
+            self.hidden = fresh if self.hidden is None else torch.cat([self.hidden.to(base.device), fresh], 1)
+        here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
+        memories = [self.memories[mixer].pop() for mixer in here]
+        if self.hidden is None:
+            return
+        hidden, length = self.hidden.to(base.device), self.base.length
+        widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
+        per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
+        size = max(1, self.replay.memory // SHARES // per_cut)
+        size = min([size, *(memory.most_cuts for memory in memories)])
+        parts = []
+        for begin in range(0, len(joined), size):
+            cuts = joined[begin : begin + size]
+            given = kwargs
+            with ExitStack() as stack:
+                for mixer, memory in zip(here, memories, strict=True):
+                    rows = _rows(cuts, number, mixer)
+                    given = stack.enter_context(mixer.resuming(memory, self.base, rows, given))
+                part = hidden[:, begin * length : (begin + len(cuts)) * length]
+                parts.append(_hidden(layer(part, **given)))
+        self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
         """What the model's own code behind its layers makes of rows [rows, 1, width]."""
 
-        def hand_on(like: Any) -> Callable[[Any], Any]:
-            result = (hidden, *like[1:]) if isinstance(like, tuple) else hidden
+        def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
+            result = hidden if beside is None else (hidden, *beside)
             return lambda original: lambda *_, **__: result
 
         with ExitStack() as stack:
-            for layer, call in zip(self.layers, self.calls, strict=True):
-                stack.callback(replace_forward(layer, hand_on(call.output)))
-            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.base.last.device)
+            for layer, beside in zip(self.replay.layers, self.beside, strict=True):
+                stack.callback(replace_forward(layer, hand_on(beside)))
+            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
             logits = self.model(input_ids=ids, use_cache=False).logits[:, 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).cpu()
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _rows(cuts: Sequence[Cutting], number: int, mixer: Mixer) -> Rows:
+    """What is cut of each row in one layer."""
+    inside = torch.tensor([number in cut.layers for cut in cuts])
+    source = torch.tensor([cut.source for cut in cuts]) * inside
+    main = torch.tensor([cut.main for cut in cuts]) & inside
+    conv = torch.tensor([cut.conv for cut in cuts]) & inside & mixer.has_conv
+    masks = [cut.features.get(number) for cut in cuts]
+    features = None
+    if any(mask is not None for mask in masks):
+        everything = torch.ones(mixer.n_features, dtype=torch.bool)
+        features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
+    return Rows(source, main, conv, features)
+
+
+def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:
+    """How many prompts of so many positions, with so many source sets, a base pass may take."""
+    model = hooks.model
+    widest = max((max(p.shape) for layer in layers_of(hooks) for p in layer.parameters() if p.ndim == 2), default=1)
+    width = model.get_input_embeddings().weight.shape[1]
+    numbers = 4 * time * (widest + width) + max(mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers)
+    return max(1, memory // SHARES // (numbers * _bytes(model)))
 
 
 def can_replay(hooks: HookManager) -> bool:
-    """Whether the engine can walk the model: one list of layers, all on one device, no knockout running."""
+    """Whether the engine can walk the model: one list of layers, weights at hand, no knockout running."""
     if hooks.cutting:  # rows would resume without the knockouts of the block around
         return False
-    devices = {parameter.device for parameter in hooks.model.parameters()}
-    if len(devices) > 1 or devices == {torch.device("meta")}:
+    if any(parameter.device.type == "meta" for parameter in hooks.model.parameters()):
         return False
     try:
         layers_of(hooks)
@@ -196,3 +264,8 @@ def layers_of(hooks: HookManager) -> list[nn.Module]:
 
 def _hidden(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
+
+
+def _bytes(model: Any) -> int:
+    """Bytes of a number in a pass; scans take float32 whatever the model's dtype."""
+    return max(4, model.dtype.itemsize)

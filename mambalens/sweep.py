@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -106,7 +108,13 @@ class _Knockout(NamedTuple):
 
 
 def run(
-    lens: Lens, facts: Facts, plan: Plan, batch_size: int | None = None, progress: bool = True, replay: bool = True
+    lens: Lens,
+    facts: Facts,
+    plan: Plan,
+    batch_size: int | None = None,
+    progress: bool = True,
+    memory: int | str | None = None,
+    replay: bool = True,
 ) -> SweepResult:
     """Run a plan.
 
@@ -114,17 +122,20 @@ def run(
         lens: model and tokenizer.
         facts: facts to sweep.
         plan: what to knock out.
-        batch_size: prompts a batch.
+        batch_size: prompts a batch at most; fewer where the memory needs it.
         progress: show a progress bar.
-        replay: answer knockouts of the last position by the replay engine (`mambalens.replay`), wherever it reproduces
-            the model; otherwise, and for other targets, one hooked forward pass for every knockout.
+        memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+        replay: answer knockouts by the replay engine (`mambalens.replay`) wherever it reproduces the model; otherwise
+            by one hooked forward pass for every knockout.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
+    from mambalens.memory import budget
     from mambalens.result import SweepResult
 
     windows = plan.check(lens.hooks)
+    room = budget(memory, lens.device)
     prompts, skipped = read_facts(facts, lens.tokenizer)
     prompts, empty_target = _split(prompts, plan.target)
     skipped += empty_target
@@ -134,11 +145,12 @@ def run(
     groups = list(zip(plan.features, plan.names, strict=True))
     roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
     combinations = len(groups) * len(plan.paths) * len(windows) * roles
+    engine = _Engine(lens, room) if replay else None
+    most = None if engine is None else functools.partial(engine.prompts_at_once, plan)
     rows: list[tuple[Any, ...]] = []
     bar = tqdm(total=len(prompts) * combinations, desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
-        for batch in lens.batches(prompts, batch_size):
-            base = Prediction.of(lens.last_logits(batch), batch.targets)
+        for batch in lens.batches(prompts, batch_size, most):
             targets = [prompt.positions(plan.target) for prompt in batch.prompts]
             sources = list(_sources(plan, batch, targets))
             skipped += [
@@ -153,10 +165,13 @@ def run(
                 for source, positions in sources
                 if any(positions)
             ]
-            answers = _replayed(lens, batch, knockouts, base) if replay and plan.target == "last" else None
+            answers = engine.answers(batch, knockouts, targets) if engine is not None else None
             answers = answers if answers is not None else _eager(lens, batch, knockouts, targets)
-            for knockout, logits in zip(knockouts, answers, strict=True):
+            base = Prediction.of(next(answers)[1], batch.targets)
+            found: dict[int, list[tuple[Any, ...]]] = {}
+            for number, logits in answers:
                 now = Prediction.of(logits, batch.targets)
+                knockout = knockouts[number]
                 layers = knockout.layers
                 labels = (
                     lens.name,
@@ -167,8 +182,9 @@ def run(
                     min(layers),
                     len(layers),
                 )
-                rows += _rows(batch, knockout.positions, labels, base, now, lens.tokenizer)
+                found[number] = list(_rows(batch, knockout.positions, labels, base, now, lens.tokenizer))
                 bar.update(len(batch.prompts))
+            rows += [row for number in sorted(found) for row in found[number]]
             bar.update(len(batch.prompts) * (combinations - len(knockouts)))
     order = {fact.id: i for i, fact in enumerate(facts)}
     table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -192,39 +208,85 @@ def run(
     return SweepResult(table, missing, facts.table, [config])
 
 
-def _eager(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Iterator[Tensor]:
-    """Logits [batch, vocabulary] under each knockout: one hooked forward pass for each."""
-    for knockout in knockouts:
+Answers = Iterator[tuple[int, Tensor]]
+"""Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
+
+
+@torch.no_grad()
+def _eager(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Answers:
+    """One hooked forward pass for every knockout."""
+    yield -1, lens.last_logits(batch)
+    for number, knockout in enumerate(knockouts):
         sources, features = batch.mask(knockout.positions), knockout.features
         with lens.hooks.knockout(sources, batch.mask(targets), knockout.layers, features, knockout.path):
-            yield lens.last_logits(batch)
+            yield number, lens.last_logits(batch)
 
 
-def _replayed(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], base: Prediction) -> Iterator[Tensor] | None:
-    """The same by replay; None where replaying the uncut prompts does not give the model's own prediction."""
-    from mambalens.replay import LastKnockout, Replay, can_replay
+class _Engine:
+    """Answers by replay, as long as it reproduces the model."""
 
-    if not knockouts or not can_replay(lens.hooks):
-        return None
-    sets = {knockout.source: knockout.positions for knockout in knockouts}
-    numbers = {source: number for number, source in enumerate(sets, 1)}
-    masks = torch.stack([batch.mask(positions) for positions in sets.values()])
-    cuts = [LastKnockout([0], 0, False, False, {})]  # nothing cut: checks the engine on this batch
-    for knockout in knockouts:
-        features = lens.hooks.feature_masks(knockout.features, knockout.layers)
-        main, conv = knockout.path != "conv", knockout.path != "main"
-        cuts.append(LastKnockout(knockout.layers, numbers[knockout.source], main, conv, features))
-    answers = Replay(lens.hooks, batch.ids, batch.last, masks).logits(cuts)
-    uncut = next(answers).double().log_softmax(-1).exp()
-    difference = float((uncut - base.log_probs.exp()).abs().max())
-    if not difference < UNCUT_TOLERANCE.get(lens.model.dtype, 0.05):
+    def __init__(self, lens: Lens, memory: int) -> None:
+        from mambalens.replay import can_replay
+
+        self.lens, self.memory = lens, memory
+        self.works = can_replay(lens.hooks)
+
+    def prompts_at_once(self, plan: Plan, time: int) -> int | None:
+        """How many prompts of a length fit the memory; None: any number."""
+        from mambalens.replay import prompts_at_once
+
+        if not self.works:
+            return None
+        sets = len(plan.sources) + ("each" in plan.sources) * (time - 1)
+        return prompts_at_once(self.lens.hooks, time, sets, self.memory)
+
+    def answers(self, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Answers | None:
+        """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
+        from mambalens.replay import UNCUT, Cutting, Replay
+
+        if not self.works or not knockouts:
+            return None
+        hooks = self.lens.hooks
+        sets = {knockout.source: knockout.positions for knockout in knockouts}
+        numbers = {source: number for number, source in enumerate(sets, 1)}
+        sources = torch.stack([batch.mask(positions) for positions in sets.values()])
+        cuts = [UNCUT]
+        for knockout in knockouts:
+            features = hooks.feature_masks(knockout.features, knockout.layers)
+            main, conv = knockout.path != "conv", knockout.path != "main"
+            cuts.append(Cutting(knockout.layers, numbers[knockout.source], main, conv, features))
+        replay = Replay(hooks, batch.ids, batch.last, sources, batch.mask(targets), self.memory)
+        found = ((number - 1, logits) for number, logits in replay.logits(cuts))
+        try:
+            first = next(found)
+        except MambalensError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            return None
+        difference = self._difference(batch, first[1])
+        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
+            self._give_up(f"is not reproduced by replaying it: without a knockout it misses by {difference:.1e}")
+            return None
+        return itertools.chain([first], found)
+
+    def _difference(self, batch: Batch, uncut: Tensor) -> float:
+        """Between the model's own prediction and the replay's without a knockout, for the longest and shortest prompt.
+
+        Every batch is checked; two prompts of it, because a plain forward pass of all costs as much as the sweep.
+        """
+        rows = sorted({0, len(batch.prompts) - 1})
+        own = self.lens.last_logits(batch.part(rows)).softmax(-1)
+        return float((uncut[rows].softmax(-1) - own.to(uncut.device)).abs().max())
+
+    def _give_up(self, why: str) -> None:
+        self.works = False
         warnings.warn(
-            f"Replaying {lens.name} without a knockout misses its prediction by {difference:.1e}; running one forward "
-            "pass for every knockout instead, which is slow and exact.",
+            f"{self.lens.name} {why}. Every knockout takes a forward pass of its own instead, which is slow and exact.",
             stacklevel=2,
         )
-        return None
-    return answers
 
 
 def _rows(

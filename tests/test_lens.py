@@ -75,17 +75,49 @@ def same_to_rounding(one: pd.DataFrame, other: pd.DataFrame) -> None:
     assert np.allclose(*percent, rtol=1e-4, atol=100 * 1e-5)  # a change of 0 % is a probability equal to rounding
 
 
-def test_replay_finds_what_one_pass_for_every_knockout_finds(lens: Lens) -> None:
+@pytest.mark.parametrize("target", ["last", "relation", "subject_last"])
+def test_replay_finds_what_one_pass_for_every_knockout_finds(lens: Lens, target: str) -> None:
     paths = ("main", "conv", "both") if lens.name.startswith("mamba") else ("main",)
-    groups = ("all", [0, 2], *(("slow", "fast") if lens.name.startswith("mamba") else ()))
-    plan = Plan(("subject", "relation", "context", "others", "each"), "last", 2, groups, paths)
-    tables = [run(lens, as_facts(FACTS), plan, None, False, replay).table for replay in (True, False)]
+    groups = ([0, 2], "slow" if lens.name.startswith("mamba") else "all")
+    sources = ("context", "each") if target == "last" else ("subject", "context", "others")
+    plan = Plan(sources, target, 2, groups, paths)
+    tables = [run(lens, as_facts(FACTS), plan, progress=False, replay=replay).table for replay in (True, False)]
     same_to_rounding(*tables)
+
+
+@pytest.mark.parametrize("memory", [2**20, "2MB"])
+def test_a_sweep_in_little_memory_gives_the_same(lens: Lens, memory: int | str) -> None:
+    plan = Plan(("subject", "each"), "relation", 2)
+    tables = [run(lens, as_facts(FACTS), plan, progress=False, memory=size).table for size in (None, memory)]
+    same_to_rounding(*tables)
+
+
+@pytest.mark.parametrize("memory", ["many", "12", 0, -5, "4 parsecs"])
+def test_a_memory_that_is_no_size_is_refused(lens: Lens, memory: int | str) -> None:
+    with pytest.raises(MambalensError, match=f"memory={memory!r} is "):
+        lens.sweep(FACTS, window=2, memory=memory, progress=False)
 
 
 def test_a_model_that_replay_misses_is_swept_by_single_passes(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mambalens.sweep.UNCUT_TOLERANCE", {lens.model.dtype: 0.0})
-    with pytest.warns(UserWarning, match="misses its prediction by .* one forward pass for every knockout"):
+    monkeypatch.setattr("mambalens.sweep._Engine._difference", lambda *_: 0.25)
+    with pytest.warns(
+        UserWarning, match=r"not reproduced by replaying it: .* misses by 2.5e-01\. Every knockout"
+    ) as seen:
+        slow = lens.sweep(FACTS, window=2, batch_size=1, progress=False).table
+    assert len(seen) == 1  # said once, not for every batch
+    monkeypatch.undo()
+    same_to_rounding(slow, lens.sweep(FACTS, window=2, progress=False).table)
+
+
+def test_a_model_that_breaks_replay_is_swept_by_single_passes(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise TypeError("forward() got an unexpected keyword argument 'alibi'")
+
+    monkeypatch.setattr("mambalens.replay._Walk._through", broken)
+    with pytest.warns(
+        UserWarning, match=r"cannot be replayed \(TypeError: forward\(\) got .*'alibi'\)\. Every knockout"
+    ):
         slow = lens.sweep(FACTS, window=2, progress=False).table
     monkeypatch.undo()
     same_to_rounding(slow, lens.sweep(FACTS, window=2, progress=False).table)
@@ -94,7 +126,7 @@ def test_a_model_that_replay_misses_is_swept_by_single_passes(lens: Lens, monkey
 def test_a_sweep_inside_a_knockout_keeps_it(lens: Lens) -> None:
     plan = Plan(("subject",), "last", 2)
     with lens.hooks.knockout([0], [-1], path="both" if lens.name.startswith("mamba") else "main"):
-        inside, slow = (run(lens, as_facts(FACTS[:1]), plan, None, False, replay).table for replay in (True, False))
+        inside, slow = (run(lens, as_facts(FACTS[:1]), plan, progress=False, replay=r).table for r in (True, False))
     pd.testing.assert_frame_equal(inside, slow, check_exact=True)
     assert not np.allclose(
         inside.prob, lens.sweep(FACTS[:1], "subject", window=2, progress=False).table.prob, rtol=1e-3

@@ -1,6 +1,8 @@
-"""Replay equals the eager hooks: random models, positions, windows, features and paths, mixed lengths."""
+"""Replay equals the eager hooks: random models, sources, targets, windows, features and paths, mixed lengths."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from models import CONFIGS, LAYERS, SSM, TRANSFORMERS, tiny, token_ids
 
 from mambalens.hooks import GROUPS, HookManager
-from mambalens.replay import LastKnockout, Replay
+from mambalens.replay import UNCUT, Cutting, Replay
 
 MODELS = {
     (name, kind): tiny(name, attention=kind)
@@ -19,8 +21,14 @@ MODELS = {
 }
 
 
+def eager(model: Any, hooks: HookManager, ids: torch.Tensor, last: torch.Tensor, arguments: tuple[Any, ...]) -> Any:
+    """Logits behind the last tokens by one hooked forward pass."""
+    with hooks.knockout(*arguments):
+        return model(ids).logits[torch.arange(len(ids)), last]
+
+
 @pytest.mark.parametrize(("name", "attention"), list(MODELS))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=25)
 @given(data=st.data())
 def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataObject) -> None:
     model = MODELS[name, attention]
@@ -30,11 +38,17 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
     generator = torch.Generator().manual_seed(seed)
     ids, last = token_ids(batch, time, seed), torch.randint(0, time, (batch,), generator=generator)
     last[0] = time - 1
-    density = data.draw(st.sampled_from([0.2, 0.6, 1.0]))
     inside = torch.arange(time) <= last[:, None]
-    sources = (torch.rand(2, batch, time, generator=generator) < density) & inside
+
+    def positions(densities: list[float], sets: int) -> torch.Tensor:
+        density = data.draw(st.sampled_from(densities))
+        return (torch.rand(sets, batch, time, generator=generator) < density) & inside
+
+    sources = positions([0.2, 0.6, 1.0], 2)
     targets = torch.nn.functional.one_hot(last, time).bool()
-    cuts, arguments = [], []
+    if data.draw(st.booleans()):  # anywhere: also left of the last position, and not the last at all
+        targets = positions([0.2, 0.6, 1.0], 1)[0]
+    cuts, arguments = [UNCUT], [([], [])]
     for _ in range(data.draw(st.integers(1, 4))):
         layers = data.draw(st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS, unique=True))
         source = data.draw(st.integers(0, 1))
@@ -42,30 +56,49 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
         group = data.draw(st.sampled_from(["mask", *(GROUPS if name in SSM else ["all"])]))
         features = torch.rand(hooks.mixers[0].n_features, generator=generator) < 0.5 if group == "mask" else group
         masks = hooks.feature_masks(features, layers)
-        cuts.append(LastKnockout(layers, source + 1, path != "conv", path != "main", masks))
+        cuts.append(Cutting(layers, source + 1, path != "conv", path != "main", masks))
         arguments.append((sources[source], targets, layers, features, path))
+    memory = data.draw(st.sampled_from([2**30, 2**14, 1]))  # down to one knockout and one source set at a time
     with torch.no_grad():
-        replayed = list(Replay(hooks, ids, last, sources).logits(cuts))
+        replayed = dict(Replay(hooks, ids, last, sources, targets, memory).logits(cuts))
+        assert sorted(replayed) == list(range(len(cuts)))
         base = model(ids).logits
         for number, given in enumerate(arguments):
-            with hooks.knockout(*given):
-                eager = model(ids).logits[torch.arange(batch), last]
-            assert (replayed[number] - eager).abs().max() < 1e-5
+            assert (replayed[number] - eager(model, hooks, ids, last, given)).abs().max() < 1e-5
         assert torch.equal(model(ids).logits, base)
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_replay_in_float32(name: str) -> None:
+@pytest.mark.parametrize("targets", [None, [3, 5, 6]])
+def test_replay_in_float32(name: str, targets: list[int] | None) -> None:
     model = tiny(name, torch.float32)
     hooks = HookManager(model)
     ids, last = token_ids(2, 8), torch.tensor([7, 5])
     sources = torch.zeros(1, 2, 8, dtype=torch.bool)
     sources[:, :, 1:4] = True
-    cuts = [LastKnockout([start, start + 1], 1, True, True, {}) for start in range(LAYERS - 1)]
+    target_mask = torch.nn.functional.one_hot(last, 8).bool()
+    if targets is not None:
+        target_mask = torch.zeros(2, 8, dtype=torch.bool)
+        target_mask[:, targets] = True
+        target_mask[1, 6] = False
+    cuts = [Cutting([start, start + 1], 1, True, True, {}) for start in range(LAYERS - 1)]
     with torch.no_grad():
-        for number, logits in enumerate(Replay(hooks, ids, last, sources).logits(cuts)):
-            with hooks.knockout(
-                sources[0], torch.nn.functional.one_hot(last, 8).bool(), cuts[number].layers, path="both"
-            ):
-                eager = model(ids).logits[torch.arange(2), last]
-            assert (logits - eager).abs().max() < 1e-4 * eager.abs().max()
+        for number, logits in Replay(hooks, ids, last, sources, target_mask).logits(cuts):
+            expected = eager(model, hooks, ids, last, (sources[0], target_mask, cuts[number].layers, "all", "both"))
+            assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_rows_see_no_column_behind_their_prompt(name: str) -> None:
+    """The tokens that fill a batch up change nothing."""
+    hooks = HookManager(MODELS[name, "sdpa"])
+    ids, last = token_ids(3, 9), torch.tensor([8, 2, 5])
+    sources = torch.zeros(1, 3, 9, dtype=torch.bool)
+    sources[:, :, 1] = True
+    targets = torch.zeros(3, 9, dtype=torch.bool)
+    targets[:, 1:3] = True
+    other = torch.where(torch.arange(9) <= last[:, None], ids, token_ids(3, 9, seed=5))
+    cuts = [UNCUT, Cutting([0, 1], 1, True, True, {})]
+    one, two = (dict(Replay(hooks, tokens, last, sources, targets).logits(cuts)) for tokens in (ids, other))
+    for number in one:
+        assert (one[number] - two[number]).abs().max() < 1e-12

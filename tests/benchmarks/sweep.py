@@ -18,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig
 
 from mambalens.hooks import HookManager
-from mambalens.replay import LastKnockout, Replay
+from mambalens.replay import Cutting, Replay
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
 CONFIGS: dict[str, Any] = {
@@ -52,11 +52,11 @@ def measure(name: str) -> dict[str, Any]:
     sources = (torch.rand(SOURCES, PROMPTS, time_) < 0.3) & (torch.arange(time_) < last[:, None])
     targets = torch.nn.functional.one_hot(last, time_).bool()
     starts = range(hooks.n_layers - WINDOW + 1)
-    cuts = [LastKnockout(range(a, a + WINDOW), s + 1, True, False, {}) for a in starts for s in range(SOURCES)]
+    cuts = [Cutting(range(a, a + WINDOW), s + 1, True, False, {}) for a in starts for s in range(SOURCES)]
 
     def replayed() -> float:
         # The answers are consumed as a sweep does, not kept: 64 sets of logits would be a gigabyte.
-        return sum(float(logits.log_softmax(-1)[0, 0]) for logits in Replay(hooks, ids, last, sources).logits(cuts))
+        return sum(float(logits.log_softmax(-1)[0, 0]) for _, logits in Replay(hooks, ids, last, sources).logits(cuts))
 
     def eager() -> None:
         for start in (starts[0], starts[-1]):

@@ -1,0 +1,62 @@
+"""How much memory a sweep may use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from mambalens.hooks.errors import MambalensError
+
+SHARE = 0.5
+"""Of what is free, by default: other jobs grow too."""
+LEAST = 2**20
+
+
+def budget(memory: int | str | None, device: torch.device) -> int:
+    """Bytes that a sweep may use beside the model.
+
+    Args:
+        memory: bytes, text like '4GB' or '500MiB', or None for `SHARE` of what is free on the device.
+        device: where the model takes its input.
+
+    Raises:
+        MambalensError: for text that is no size, or less than a mebibyte.
+    """
+    if memory is None:
+        return max(LEAST, int(SHARE * free(device)))
+    try:
+        size = convert_file_size_to_int(memory) if isinstance(memory, str) and not memory.isdigit() else int(memory)
+    except (ValueError, TypeError):
+        raise MambalensError(f"memory={memory!r} is not a size: give bytes, or text like '4GB' or '500MiB'.") from None
+    if size < LEAST:
+        raise MambalensError(f"memory={memory!r} is less than a mebibyte, which no model can work with.")
+    return size
+
+
+def free(device: torch.device) -> int:
+    """Free bytes on a device; in a control group (a container, a batch job) those that its limit leaves."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return min([int(psutil.virtual_memory().available), *_left_in_groups()])
+
+
+def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> list[int]:
+    """What the limits of this process's control group (version 2) and those around it leave."""
+    try:
+        path = next(line[3:] for line in own.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return []
+    left, folder = [], root / path.strip("/")
+    for group in (folder, *folder.parents):
+        try:
+            limit = (group / "memory.max").read_text().strip()
+            if limit != "max":
+                statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                used = int((group / "memory.current").read_text()) - int(statistics.get("inactive_file", 0))
+                left.append(max(0, int(limit) - used))
+        except (OSError, ValueError):
+            continue
+    return left

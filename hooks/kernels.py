@@ -43,10 +43,10 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     return y.mT, state.mT
 
 
-def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, end: bool = True) -> tuple[Tensor, Tensor | None]:
     """`scan.ssd_scan` by mamba-ssm's `mamba_chunk_scan_combined` where it can."""
     if not _usable(x):
-        return scan.ssd_scan(x, dt, A, B, C)
+        return scan.ssd_scan(x, dt, A, B, C, end=end)
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     y, state = mamba_chunk_scan_combined(

@@ -31,27 +31,33 @@ class Mamba1Mixer(SSMMixer):
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         dt, B, C = mixer.x_proj(convolved).split(sizes, -1)
         precise = torch.promote_types(convolved.dtype, torch.float32)
-        # The bias is added in the scan's precision, as transformers does.
-        dt = F.softplus(F.linear(dt, mixer.dt_proj.weight).to(precise) + mixer.dt_proj.bias.to(precise))
+        if convolved.dtype == precise:
+            dt = F.softplus(mixer.dt_proj(dt))
+        else:  # the bias is added in the scan's precision, as transformers does
+            dt = F.softplus(F.linear(dt, mixer.dt_proj.weight).to(precise) + mixer.dt_proj.bias.to(precise))
         A = -torch.exp(mixer.A_log.to(precise))
         x, B, C = convolved.to(precise)[..., None], B.to(precise)[:, :, None], C.to(precise)[:, :, None]
         return ScanInputs(x, dt, A, B, C)
 
-    def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
+    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
         y, state = kernels.selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
         return y[..., None], state.mT
 
-    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
+    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
         return scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], keep)
 
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
         dt, A, B, C = inputs.dt, inputs.A, inputs.B[..., 0, :], inputs.C[..., 0, :]
         x = x[..., 0]  # [B, R, L, D]
         if x.shape[2] == 1:
-            return scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], state)[:, :, None, :, None]
-        of_prompts = zip(x, dt, B, C, state, strict=True)
-        y = [scan.selective_scan(*(x, dt), A, *(B, C), start[None])[0] for x, dt, B, C, start in of_prompts]
-        return torch.stack(y)[..., None]
+            y = scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], states, number)
+            return y[:, :, None, :, None]
+        y = torch.empty_like(x)
+        for index in number.unique().tolist():
+            rows = (number == index).nonzero().flatten()
+            for i, start in enumerate(states[index]):
+                y[i, rows] = scan.selective_scan(x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows], start[None])[0]
+        return y[..., None]
 
     def expect(self, rows: int) -> None:
         fused.expect(rows * self.module.A_log.numel())

@@ -52,19 +52,24 @@ class Mamba2Mixer(SSMMixer):
         x = x.reshape(batch, time, mixer.num_heads, mixer.head_dim).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
-    def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
-        y, state = kernels.ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C)
-        return y, state.mT
+    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
+        y, state = kernels.ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
+        return y, None if state is None else state.mT
 
-    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
+    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
         return scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, keep)
 
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
         dt, A, B, C = inputs.dt, inputs.A, inputs.B, inputs.C
         if x.shape[2] == 1:
-            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], state)[:, :, None]
-        of_prompts = zip(x, dt, B, C, state, strict=True)
-        return torch.stack([scan.ssd_scan(*(x, dt), A, *(B, C), start[None])[0] for x, dt, B, C, start in of_prompts])
+            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], states, number)[:, :, None]
+        y = torch.empty_like(x)
+        for index in number.unique().tolist():
+            rows = (number == index).nonzero().flatten()
+            for i, start in enumerate(scan.ssd_heads(states[index], x.shape[3])):
+                part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
+                y[i, rows] = scan.ssd_scan(*part, start[None])[0]
+        return y
 
     @property
     def state_width(self) -> int:

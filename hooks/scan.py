@@ -16,17 +16,19 @@ vectorizes better than `exp`: it is what a scan costs. States of Mamba-1 are [st
 from __future__ import annotations
 
 import math
+import threading
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks import fused
 
 CHUNK = 64
 """Positions of an SSD scan handled as one small attention matrix."""
-TILE = {"cpu": 2**18}
+TILE = {"cpu": 2**21}
 """Numbers of a tile of positions x state x features; by device, 2**26 elsewhere."""
 
 
@@ -52,7 +54,7 @@ def selective_scan(
     width, chunk = _tiles(rate, batch, time)
     begin = x.new_zeros(1, *rate.shape) if start is None else start
     in_place = not torch.is_grad_enabled()
-    decays, writes = (_Scratch(x) if in_place else None for _ in range(2))
+    decays, writes = (_Scratch(slot, x) if in_place else None for slot in range(2))
     rows, states = [], []
     for at in _slices(batch, width):
         h = begin[at if len(begin) > 1 else slice(None)].expand(len(x[at]), -1, -1)
@@ -81,8 +83,8 @@ def selective_states(
     A: Float[Tensor, "feature state"],
     B: Float[Tensor, "batch time state"],
     keep: Bool[Tensor, "sets batch time"],
-) -> Float[Tensor, "sets batch state feature"]:
-    """Mamba-1's state after the last position from the inputs that are kept, for several choices of these at once.
+) -> list[Float[Tensor, "batch state feature"]]:
+    """Mamba-1's states after the last position from the inputs that are kept, for several choices of these at once.
 
     The state is a sum over positions, `sum_s keep_s exp(A sum_{k>s} dt_k) dt_s B_s x_s`: what each position leaves is
     computed once, and one matrix product adds it up for all choices.
@@ -92,14 +94,14 @@ def selective_states(
     width, chunk = _tiles(rate, batch, time)
     later = _sum_of_later(dt)  # [B, T, D]
     weights = keep.to(x.dtype).transpose(0, 1)  # [B, sets, T]
-    total, scratch = x.new_zeros(batch, len(keep), rate.numel()), _Scratch(x)
+    total, scratch = x.new_zeros(batch, len(keep), rate.numel()), _Scratch(0, x)
     for at in _slices(batch, width):
         for now in _slices(time, chunk):
             part = later[at, now, None]
             left = torch.mul(part, rate, out=scratch.of(*part.shape[:2], *rate.shape))  # [b, L, N, D]
             left.exp2_().mul_((dt[at, now] * x[at, now])[:, :, None]).mul_(B[at, now, :, None])
             total[at].baddbmm_(weights[at, :, now], left.flatten(2))
-    return total.unflatten(-1, rate.shape).transpose(0, 1)
+    return list(total.unflatten(-1, rate.shape).unbind(1))
 
 
 def selective_step(
@@ -108,22 +110,35 @@ def selective_step(
     A: Float[Tensor, "feature state"],
     B: Float[Tensor, "batch rows state"],
     C: Float[Tensor, "batch rows state"],
-    start: Float[Tensor, "batch state feature"],
+    states: list[Float[Tensor, "batch state feature"]],
+    number: Int[Tensor, " rows"],
 ) -> Float[Tensor, "batch rows feature"]:
-    """One position of Mamba-1's scan for many rows that resume from the same states."""
-    batch, rows, _ = x.shape
+    """One position of Mamba-1's scan for many rows, each from one of its prompt's states.
+
+    Args:
+        x, dt, A, B, C: as in the recurrence above, `rows` for every prompt.
+        states: states before the position, from `selective_states`.
+        number: which of them each row resumes from.
+    """
+    batch = len(x)
     rate = _rate(A)
-    own = (B * C).sum(-1, keepdim=True) * dt * x
-    carried = fused.step(dt, rate, C, start)
-    if carried is None:
-        width, chunk = _tiles(rate, batch, rows)
-        carried, scratch = torch.empty_like(x), _Scratch(x)
+    y = (B * C).sum(-1, keepdim=True) * dt
+    y *= x
+    scratch = _Scratch(0, x)
+    for index in number.unique().tolist():
+        rows = (number == index).nonzero().flatten()
+        start = states[index]
+        done = fused.step(dt[:, rows], rate, C[:, rows], start) if fused.compiled() else None
+        if done is not None:
+            y[:, rows] += done
+            continue
+        width, chunk = _tiles(rate, batch, len(rows))
         for at in _slices(batch, width):
-            for some in _slices(rows, chunk):
+            for some in rows.split(_even(len(rows), chunk)):
                 part = dt[at, some]
                 room = scratch.of(*part.shape[:2], *rate.shape)
-                carried[at, some] = fused.step_in_torch(part, rate, C[at, some], start[at], room)
-    return own.add_(carried)
+                y[at, some] += fused.step_in_torch(part, rate, C[at, some], start[at], room)
+    return y
 
 
 def ssd_scan(
@@ -133,31 +148,38 @@ def ssd_scan(
     B: Float[Tensor, "batch time group state"],
     C: Float[Tensor, "batch time group state"],
     start: Float[Tensor, "#batch feature state width"] | None = None,
-) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature state width"]]:
+    end: bool = True,
+) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature state width"] | None]:
     """Mamba-2's scan (SSD) without the skip: chunks of attention, a recurrence between them.
 
     Args:
         x, dt, A, B, C: as in the recurrence above.
         start: state before the first position; zero by default.
+        end: whether the state after the last position is wanted.
 
     Returns:
-        y, and the state after the last position.
+        y, and the state after the last position or None.
     """
-    batch, _, features, width = x.shape
-    per_group = features // B.shape[2]
-    h = x.new_zeros(batch, features, B.shape[3], width) if start is None else start  # [B, H, N, P]
-    outputs = []
+    per_group = x.shape[2] // B.shape[2]
+    h = start  # [B, H, N, P]
+    outputs: list[Tensor] = []
+    chunks = -(-x.shape[1] // CHUNK)
     for x_c, dt_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in (x, dt, B, C)), strict=True):
-        B_c, C_c = (t.repeat_interleave(per_group, 2).transpose(1, 2) for t in (B_c, C_c))  # [B, H, L, N]
+        B_c, C_c = (t.transpose(1, 2) for t in (B_c, C_c))  # [B, G, L, N]
+        scores = (C_c @ B_c.mT).repeat_interleave(per_group, 1)  # [B, H, L, L]
         decay = _decay_between((dt_c * A).transpose(1, 2))  # [B, H, L, L]
-        since_start = torch.exp((dt_c * A).cumsum(1)).transpose(1, 2)  # [B, H, L]
         dtx = (dt_c[..., None] * x_c).transpose(1, 2)  # [B, H, L, P]
-        inside = (C_c @ B_c.transpose(2, 3) * decay) @ dtx  # [B, H, L, P]
-        carried = since_start[..., None] * (C_c @ h)  # [B, H, L, P]
-        outputs.append((inside + carried).transpose(1, 2))
-        to_end = decay[:, :, -1, :, None] * B_c  # [B, H, L, N]
-        h = since_start[:, :, -1, None, None] * h + to_end.transpose(2, 3) @ dtx
-    return torch.cat(outputs, 1), h
+        y = (scores * decay) @ dtx  # [B, H, L, P]
+        if h is not None:
+            since_start = torch.exp((dt_c * A).cumsum(1)).transpose(1, 2)[..., None]  # [B, H, L, 1]
+            y = torch.addcmul(y, since_start, C_c.repeat_interleave(per_group, 1) @ h)
+            h = since_start[:, :, -1, None] * h
+        outputs.append(y.transpose(1, 2))
+        if end or len(outputs) < chunks:
+            B_c = B_c.repeat_interleave(per_group, 1)
+            written = (decay[:, :, -1, :, None] * B_c).mT @ dtx  # [B, H, N, P]
+            h = written if h is None else h + written
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], h if end else None
 
 
 def ssd_states(
@@ -166,14 +188,16 @@ def ssd_states(
     A: Float[Tensor, " feature"],
     B: Float[Tensor, "batch time group state"],
     keep: Bool[Tensor, "sets batch time"],
-) -> Float[Tensor, "sets batch feature state width"]:
-    """Mamba-2's state after the last position from the inputs that are kept, see `selective_states`."""
-    features = x.shape[2]
+) -> list[Float[Tensor, "batch group state lane"]]:
+    """Mamba-2's states after the last position from the inputs that are kept, see `selective_states`.
+
+    Returns:
+        For every choice the state, a group's heads side by side: [batch, groups, state, heads of a group x width].
+    """
     left = torch.exp(_sum_of_later(dt) * A) * dt  # [B, T, H]
-    left = (left[..., None] * x).unflatten(2, (B.shape[2], -1)).permute(0, 2, 1, 3, 4)  # [B, G, T, H / G, P]
-    writes = B.permute(0, 2, 3, 1) * keep.to(x.dtype)[:, :, None, None]  # [sets, B, G, N, T]
-    states = writes @ left.flatten(3)  # [sets, B, G, N, (H / G) P]
-    return states.unflatten(-1, (features // B.shape[2], -1)).transpose(3, 4).flatten(2, 3)
+    left = (left[..., None] * x).unflatten(2, (B.shape[2], -1)).transpose(1, 2).flatten(3)  # [B, G, T, lanes]
+    writes = B.permute(0, 2, 3, 1)  # [B, G, N, T]
+    return [(writes * kept[:, None, None]) @ left for kept in keep]
 
 
 def ssd_step(
@@ -182,15 +206,36 @@ def ssd_step(
     A: Float[Tensor, " feature"],
     B: Float[Tensor, "batch rows group state"],
     C: Float[Tensor, "batch rows group state"],
-    start: Float[Tensor, "batch feature state width"],
+    states: list[Float[Tensor, "batch stategroup state lane"]],
+    number: Int[Tensor, " rows"],
 ) -> Float[Tensor, "batch rows feature width"]:
-    """One position of Mamba-2's scan for many rows that resume from the same states."""
-    groups = C.shape[2]
-    states = start.unflatten(1, (groups, -1))  # [B, G, H / G, N, P]
-    carried = C.transpose(1, 2)[:, :, None] @ states  # [B, G, H / G, R, P]
-    carried = carried.flatten(1, 2).transpose(1, 2) * torch.exp(dt * A)[..., None]
-    own = (B * C).sum(-1).repeat_interleave(x.shape[2] // groups, 2) * dt  # [B, R, H]
-    return carried.addcmul_(own[..., None], x)
+    """One position of Mamba-2's scan for many rows, each from one of its prompt's states.
+
+    Args:
+        x, dt, A, B, C: as in the recurrence above, `rows` for every prompt. There may be a B and C for every head.
+        states: states before the position, from `ssd_states`.
+        number: which of them each row resumes from.
+    """
+    features, groups = x.shape[2], C.shape[2]
+    own = (B * C).sum(-1).repeat_interleave(features // groups, 2) * dt  # [B, R, H]
+    y = own[..., None] * x
+    decay = torch.exp(dt * A)[..., None]
+    for index in number.unique().tolist():
+        rows: Any = (number == index).nonzero().flatten() if (number != index).any() else slice(None)
+        state = states[index]
+        if state.shape[1] != groups:  # a state for each head, where each has its own C
+            state = ssd_heads(state, features)
+        carried = C[:, rows].transpose(1, 2) @ state  # [B, G, R, lanes]
+        carried = carried.unflatten(-1, (features // groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
+        y[:, rows] += carried * decay[:, rows]
+    return y
+
+
+def ssd_heads(
+    state: Float[Tensor, "batch group state lane"], features: int
+) -> Float[Tensor, "batch feature state width"]:
+    """A state of `ssd_states` head by head."""
+    return state.unflatten(-1, (features // state.shape[1], -1)).transpose(2, 3).flatten(1, 2)
 
 
 def selective_attention(
@@ -239,19 +284,34 @@ def causal_conv(
         past: inputs before the first, `kernel - 1` of them; zero by default.
     """
     kernel, time = weight.shape[1], inner.shape[-2]
+    if keep is not None:
+        return _cut_conv(inner, weight, bias, keep, past)
+    nearest = weight[:, -1]
+    if past is not None and time == 1:  # what the past adds is the same for all rows that share it
+        before = (past * weight[:, :-1].T).sum(-2, keepdim=True)
+        return torch.addcmul(before if bias is None else before + bias, inner, nearest)
+    out = inner * nearest if bias is None else torch.addcmul(bias, inner, nearest)
+    for k in range(1, kernel):
+        tap = weight[:, kernel - 1 - k]
+        if k < time:
+            out[..., k:, :].addcmul_(inner[..., : time - k, :], tap)
+        if past is not None:
+            first = past[..., kernel - 1 - k :, :][..., :time, :]  # past[t-k] at t < k
+            out[..., : first.shape[-2], :] += first * tap
+    return out
+
+
+def _cut_conv(inner: Tensor, weight: Tensor, bias: Tensor | None, keep: list[Tensor], past: Tensor | None) -> Tensor:
+    """`causal_conv` with some taps cut."""
+    kernel, time = weight.shape[1], inner.shape[-2]
+    before = inner.new_zeros(*inner.shape[:-2], kernel - 1, inner.shape[-1])
+    if past is not None:
+        before = past.expand_as(before)
+    padded = torch.cat([before, inner], -2)
     out = inner.new_zeros(inner.shape) if bias is None else bias.expand_as(inner).clone()
     for k in range(kernel):
-        tap = weight[:, kernel - 1 - k]
-        seen = None if keep is None else keep[k].expand(*inner.shape[:-1], keep[k].shape[-1])
-        if k < time:
-            source = inner[..., : time - k, :]
-            out[..., k:, :].addcmul_(source if seen is None else source * seen[..., k:, :], tap)
-        if k and past is not None:
-            first = past[..., kernel - 1 - k :, :][..., :time, :]  # past[t-k] at t < k
-            reached = first.shape[-2]
-            if seen is not None:
-                first = first * seen[..., :reached, :]
-            out[..., :reached, :] += first * tap
+        begin = kernel - 1 - k
+        out += weight[:, begin] * padded[..., begin : begin + time, :] * keep[k]
     return out
 
 
@@ -267,24 +327,36 @@ def _tiles(rate: Tensor, batch: int, time: int) -> tuple[int, int]:
     return max(1, min(batch, fitting // max(chunk, 1))), max(chunk, 1)
 
 
+def _even(length: int, size: int) -> int:
+    """The size of parts of at most `size` that are as even as can be."""
+    return max(1, -(-length // max(1, -(-length // size))))
+
+
 def _slices(length: int, size: int) -> list[slice]:
-    """Parts of at most a size, as even as can be."""
-    size = -(-length // max(1, -(-length // size)))
-    return [slice(begin, begin + size) for begin in range(0, length, max(1, size))]
+    size = _even(length, size)
+    return [slice(begin, begin + size) for begin in range(0, length, size)]
+
+
+_kept = threading.local()
 
 
 class _Scratch:
-    """Memory for the tiles of one call: a fresh allocation for each would cost more than the arithmetic."""
+    """Memory for tiles, kept from call to call: fresh pages from the system would cost more than the arithmetic.
 
-    def __init__(self, like: Tensor) -> None:
-        self.like, self.room = like, like.new_empty(0)
+    Args:
+        slot: tiles that are in use at the same time have different ones.
+        like: tensor whose device and dtype it takes.
+    """
+
+    def __init__(self, slot: int, like: Tensor) -> None:
+        self.key, self.like = (slot, like.device, like.dtype), like
 
     def of(self, *shape: int) -> Tensor:
-        """The room in some shape."""
-        size = math.prod(shape)
-        if self.room.numel() < size:
-            self.room = self.like.new_empty(size)
-        return self.room[:size].view(shape)
+        """The memory in some shape; whatever was in it."""
+        size, rooms = math.prod(shape), _kept.__dict__
+        if self.key not in rooms or rooms[self.key].numel() < size:
+            rooms[self.key] = self.like.new_empty(size)
+        return rooms[self.key][:size].view(shape)
 
 
 def _sum_of_later(dt: Float[Tensor, "batch time feature"]) -> Float[Tensor, "batch time feature"]:

@@ -64,8 +64,8 @@ class History(NamedTuple):
 class Memory(NamedTuple):
     """What rows resume from in a state-space layer."""
 
-    states: Tensor
-    """State before the first replayed position, without the inputs of each source set [sets, batch, ...]."""
+    states: list[Tensor]
+    """State before the first replayed position, without the inputs of each source set [batch, ...]."""
     window: Tensor
     """Inputs of the convolution before it [batch, kernel - 1, channels]."""
     most_cuts: int
@@ -96,21 +96,22 @@ class SSMMixer(Mixer):
         """Split what the convolution gave into the inputs of the scan."""
 
     @abstractmethod
-    def scan(self, inputs: ScanInputs, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The scan of `x` [batch, T, features, width] without the skip, and the last state in the cache's layout."""
+    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The scan of `x` [batch, T, features, width] without the skip, and with `end` the last state as caches do."""
 
     @abstractmethod
-    def states(self, inputs: ScanInputs, keep: Tensor) -> Tensor:
-        """States after the last position for several choices of inputs `keep` [sets, batch, T]: [sets, batch, ...]."""
+    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
+        """States [batch, ...] after the last position for several choices of inputs `keep` [sets, batch, T]."""
 
     @abstractmethod
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, state: Tensor) -> Tensor:
+    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
         """The scan of rows that resume from their prompts' states.
 
         Args:
             inputs: as for `scan`, but [batch, rows, length, ...].
             x: [batch, rows, length, features, width].
-            state: from `states` [batch, ...].
+            states: from `states`.
+            number: which of them each row resumes from [rows].
 
         Returns:
             y without the skip, as x.
@@ -163,7 +164,7 @@ class SSMMixer(Mixer):
         Returns:
             y [batch, T, features, width] without the skip, and with `base` the last state.
         """
-        y, state = self.scan(inputs, inputs.x) if base else (torch.zeros_like(inputs.x), None)
+        y, state = self.scan(inputs, inputs.x, end=True) if base else (torch.zeros_like(inputs.x), None)
         code = target_codes(cuts) if cuts else torch.zeros(())
         for pattern in code.unique().tolist():
             if pattern:
@@ -246,7 +247,8 @@ class SSMMixer(Mixer):
             window = F.pad(projected.inner, (0, 0, reach, 0))
             window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
             kept.append(Memory(states, window, sys.maxsize))
-            return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden_states.dtype)
+            y = torch.addcmul(y, self.skip(inputs), inputs.x)
+            return self.finish(y, projected.gate, hidden_states.dtype)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
@@ -283,28 +285,24 @@ class SSMMixer(Mixer):
         inputs = self.scan_inputs(convolved, projected)
         x = inputs.x.unflatten(1, (len(rows), base.length))  # [B, R, L, F, P]
         dt, B, C = (t.unflatten(1, (len(rows), base.length)) for t in (inputs.dt, inputs.B, inputs.C))
-        y = torch.empty_like(x)
-        cut_set = torch.where(rows.main, rows.source, 0)
-        for number in cut_set.unique().tolist():
-            some: Any = (cut_set == number).nonzero().flatten() if (cut_set != number).any() else slice(None)
-            part = ScanInputs(x[:, some], dt[:, some], inputs.A, B[:, some], C[:, some])
-            features = None if rows.features is None else rows.features[some]
-            y[:, some] = self._cut_rows(part, memory, base, number, features)
-        y = y.flatten(1, 2)
-        return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
+        rowwise = ScanInputs(x, dt, inputs.A, B, C)
+        number = torch.where(rows.main, rows.source, 0)
+        y = self._cut_rows(rowwise, memory, base, number, rows.features).flatten(1, 2)
+        return self.finish(y.addcmul_(self.skip(inputs), inputs.x), projected.gate, hidden.dtype)
 
-    def _cut_rows(self, inputs: ScanInputs, memory: Memory, base: Base, number: int, features: Tensor | None) -> Tensor:
-        """The scan of rows [batch, rows, length, ...] whose targets read nothing of one source set."""
-        if not number:
-            return self.resume_scan(inputs, inputs.x, memory.states[0])
-        kept = ~base.own_sources[number][:, None, :, None, None]  # [B, 1, L, 1, 1]
-        y = self.resume_scan(inputs, inputs.x * kept, memory.states[number])
-        if features is None and base.all_targets:
+    def _cut_rows(
+        self, inputs: ScanInputs, memory: Memory, base: Base, number: Tensor, features: Tensor | None
+    ) -> Tensor:
+        """The scan of rows [batch, rows, length, ...] whose targets read nothing of a source set each."""
+        kept = ~base.own_sources[number].transpose(0, 1)[..., None, None]  # [B, R, L, 1, 1]
+        masked = inputs.x if kept.all() else inputs.x * kept
+        y = self.resume_scan(inputs, masked, memory.states, number)
+        if features is None and (base.all_targets or not number.any()):
             return y
-        whole = self.resume_scan(inputs, inputs.x, memory.states[0])
         cut = base.targets[:, None, :, None]  # [B, 1, L, 1]
         if features is not None:
             cut = cut & features[None, :, None]
+        whole = self.resume_scan(inputs, inputs.x, memory.states, torch.zeros_like(number))
         return torch.where(cut[..., None], y, whole)
 
     def _kept_taps_of_rows(self, base: Base, rows: Rows) -> list[Tensor]:

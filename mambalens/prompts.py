@@ -66,6 +66,10 @@ class Batch(NamedTuple):
         """Some of the prompts."""
         return Batch([self.prompts[row] for row in rows], self.ids[rows], self.last[rows], self.targets[rows])
 
+    def trimmed(self) -> Batch:
+        """Without the columns that only fill up."""
+        return self._replace(ids=self.ids[:, : int(self.last.max()) + 1])
+
 
 def read_fact(fact: Fact, tokenizer: Any) -> Prompt:
     """Tokenize a fact.

@@ -1,8 +1,15 @@
-"""What a sweep costs: `python tests/benchmarks/sweep.py` (random models, two cores, several minutes).
+"""What knockouts cost: `python tests/benchmarks/sweep.py` (random models, two cores, about ten minutes).
 
-For each model, 16 prompts of about 15 tokens, 4 sources, window 9, target last, in one run: seconds of one plain forward
-pass of the prompts, of the sweep by eager hooks (measured on two windows, scaled to all) and of the replayed sweep, with
-their ratios. One JSON line a model, then a table.
+Three parts, each with one JSON line for every measurement and a table; ratios are of figures taken in one run.
+
+models: 16 prompts of about 15 tokens, 4 sources, every window of 9 layers, target last. Seconds for one plain forward
+    pass of the prompts, for the sweep by eager hooks in the same batch (measured on two windows, scaled to all) and for
+    the replayed sweep, everything a sweep does included: the uncut row, the check against the model's own pass of one
+    prompt, probability, rank, top token and KL. `bound_s` is the lower bound: the multiply-adds of the rows with the
+    weight matrices of the layers they go through and the head, at the rate at which these matrices multiply as many
+    rows as there are on average. Peak memory is over what the process held with the model loaded.
+growth: how a sweep's cost grows with the prompt's length and with the depth (smaller models).
+long: an eager knockout of a 4,096-token prompt against a plain forward pass: peak memory and time.
 """
 
 from __future__ import annotations
@@ -11,22 +18,52 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig
+from transformers.utils import logging
 
-from mambalens.hooks import HookManager
-from mambalens.replay import Cutting, Replay
+from mambalens.hooks import HookManager, fused
+from mambalens.prediction import Prediction, kl_divergence
+from mambalens.replay import UNCUT, Cutting, Replay, layers_of
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
-CONFIGS: dict[str, Any] = {
-    "mamba1-130m": MambaConfig(vocab_size=50280, hidden_size=768, num_hidden_layers=24, state_size=16),
-    "mamba2-130m": Mamba2Config(vocab_size=50288, hidden_size=768, num_hidden_layers=24, num_heads=24, head_dim=64,
-                                n_groups=1, state_size=128, chunk_size=256),
-    "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
-}  # fmt: skip
+
+
+def mamba1(width: int = 768, layers: int = 24, vocabulary: int = 50280) -> MambaConfig:
+    """The shape of state-spaces/mamba-130m."""
+    return MambaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, state_size=16)
+
+
+def mamba2(width: int = 768, layers: int = 24, vocabulary: int = 50288) -> Mamba2Config:
+    """The shape of state-spaces/mamba2-130m."""
+    heads = 2 * width // 64
+    return Mamba2Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_heads=heads,
+                        head_dim=64, n_groups=1, state_size=128, chunk_size=256)  # fmt: skip
+
+
+def gpt2(width: int = 1024, layers: int = 24, vocabulary: int = 50257) -> GPT2Config:
+    """The shape of gpt2-medium."""
+    return GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, n_positions=2048)
+
+
+SHAPES: dict[str, Callable[..., Any]] = {"mamba1": mamba1, "mamba2": mamba2, "gpt2": gpt2}
+NAMES = {"mamba1": "mamba-130m", "mamba2": "mamba2-130m", "gpt2": "gpt2-medium"}
+
+
+def load(config: Any) -> Any:
+    """A random model whose decays differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.uniform_(-2.0, 2.0)
+    return model
 
 
 def seconds(work: Callable[[], Any], runs: int = 3) -> float:
@@ -40,51 +77,190 @@ def seconds(work: Callable[[], Any], runs: int = 3) -> float:
     return sorted(times)[runs // 2]
 
 
-@torch.no_grad()
-def measure(name: str) -> dict[str, Any]:
-    """One model's line."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
-    hooks = HookManager(model)
-    lengths = torch.randint(12, 19, (PROMPTS,))
-    time_ = int(lengths.max())
-    ids, last = torch.randint(2, 50000, (PROMPTS, time_)), lengths - 1
-    sources = (torch.rand(SOURCES, PROMPTS, time_) < 0.3) & (torch.arange(time_) < last[:, None])
-    targets = torch.nn.functional.one_hot(last, time_).bool()
-    starts = range(hooks.n_layers - WINDOW + 1)
-    cuts = [Cutting(range(a, a + WINDOW), s + 1, True, False, {}) for a in starts for s in range(SOURCES)]
+def peak_bytes(work: Callable[[], Any]) -> float:
+    """How far the process's memory rises while it works (Linux; NaN elsewhere)."""
+    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return float("nan")
 
-    def replayed() -> float:
-        # The answers are consumed as a sweep does, not kept: 64 sets of logits would be a gigabyte.
-        return sum(float(logits.log_softmax(-1)[0, 0]) for _, logits in Replay(hooks, ids, last, sources).logits(cuts))
+    def of(field: str) -> int:
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    def eager() -> None:
-        for start in (starts[0], starts[-1]):
-            with hooks.knockout(sources[0], targets, range(start, start + WINDOW)):
-                model(ids, use_cache=False)
+    clear.write_text("5")  # the high-water mark starts anew
+    before = of("VmRSS")
+    work()
+    return of("VmHWM") - before
 
-    plain = seconds(lambda: model(ids, use_cache=False))
-    replay, one_eager = seconds(replayed), seconds(eager, 1) / 2
-    line = {
-        "model": name,
-        "knockouts": len(cuts),
-        "plain_forward_s": plain,
-        "eager_sweep_s_scaled": one_eager * len(cuts),
-        "replay_s": replay,
-        "replay_in_plain_forwards": replay / plain,
-        "eager_over_replay": one_eager * len(cuts) / replay,
-    }
-    print(json.dumps({key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}))
+
+class Sweep:
+    """A sweep of random prompts, as `lens.sweep` runs it."""
+
+    def __init__(self, model: Any, lengths: Tensor, window: int) -> None:
+        self.model, self.hooks, self.last, self.window = model, HookManager(model), lengths - 1, window
+        count, columns = len(lengths), int(lengths.max())
+        self.ids = torch.randint(2, model.config.vocab_size, (count, columns))
+        self.targets = torch.arange(columns) == self.last[:, None]
+        self.sources = (torch.rand(SOURCES, count, columns) < 0.3) & (torch.arange(columns) < self.last[:, None])
+        self.starts = range(self.hooks.n_layers - window + 1)
+        self.cuts = [Cutting(range(a, a + window), s + 1, True, False, {}) for a in self.starts for s in range(SOURCES)]
+
+    def plain(self) -> None:
+        """One forward pass."""
+        self.model(self.ids, use_cache=False)
+
+    def replayed(self) -> None:
+        """The whole sweep."""
+        scored, shortest = torch.zeros(len(self.ids), dtype=torch.long), int(self.last.argmin())
+        self.model(self.ids[shortest : shortest + 1, : self.last[shortest] + 1], use_cache=False)
+        answers = Replay(self.hooks, self.ids, self.last, self.sources).logits([UNCUT, *self.cuts])
+        base = Prediction.of(next(answers)[1], scored)
+        for _, logits in answers:
+            kl_divergence(base.log_probs, Prediction.of(logits, scored).log_probs)
+
+    @property
+    def is_transformer(self) -> bool:
+        """Whether the head can be asked for the last position only."""
+        return self.hooks.kinds == ["attention"]
+
+    def eager(self) -> None:
+        """Two of the knockouts: the first and the last window."""
+        for start in (self.starts[0], self.starts[-1]):
+            with self.hooks.knockout(self.sources[0], self.targets, range(start, start + self.window)):
+                self.plain()
+
+    def row_layers(self) -> int:
+        """Layers that rows go through, over all rows."""
+        starts = [0, *(min(cut.layers) for cut in self.cuts)]
+        return sum(self.hooks.n_layers - start for start in starts) * len(self.ids)
+
+    def bound(self) -> tuple[float, float]:
+        """Seconds of the rows' multiply-adds, and the rate they are counted at in multiply-adds a second."""
+        weights = [p for p in layers_of(self.hooks)[0].parameters() if p.ndim == 2 and not p.shape[1] < 32]
+        head = self.model.get_output_embeddings().weight
+        rows = self.row_layers() // self.hooks.n_layers
+        transposed = self.is_transformer  # GPT-2 keeps its weights as [in, out]
+        inputs = [(torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights]
+        behind = torch.randn((len(self.cuts) + 1) * len(self.ids), head.shape[1])
+        in_layer = seconds(lambda: [F.linear(x, w) for x, w in inputs], 7)
+        in_head = seconds(lambda: F.linear(behind, head), 3)
+        adds = sum(w.numel() for w in weights)
+        total = self.row_layers() * adds + len(behind) * head.numel()
+        return in_layer * self.hooks.n_layers + in_head, total / (in_layer * self.hooks.n_layers + in_head)
+
+
+def report(line: dict[str, Any]) -> dict[str, Any]:
+    """Print a measurement as JSON."""
+    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}))
     return line
+
+
+@torch.no_grad()
+def models(names: list[str]) -> pd.DataFrame:
+    """Sweeps of models as people have them."""
+    lines = []
+    for name in names:
+        sweep = Sweep(load(SHAPES[name]()), torch.randint(12, 19, (PROMPTS,)), WINDOW)
+        plain, replay = seconds(sweep.plain), seconds(sweep.replayed)
+        bound, rate = sweep.bound()
+        eager = seconds(sweep.eager, 1) / 2 * len(sweep.cuts)
+        line = {
+            "model": NAMES[name],
+            "knockouts": len(sweep.cuts),
+            "plain_s": plain,
+            "eager_s_scaled": eager,
+            "replay_s": replay,
+            "bound_s": bound,
+            "gemm_gflops": 2e-9 * rate,
+            "replay/plain": replay / plain,
+            "replay/bound": replay / bound,
+            "eager/replay": eager / replay,
+            "replay_peak_mb": peak_bytes(sweep.replayed) / 1e6,
+            "plain_peak_mb": peak_bytes(sweep.plain) / 1e6,
+            "weights_mb": sum(p.numel() for p in sweep.model.parameters()) * 4e-6,
+            "backend": sweep.hooks.backend,
+        }
+        lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def growth(names: list[str]) -> pd.DataFrame:
+    """Cost by prompt length and by depth."""
+    lines = []
+    for name in names:
+        for what, tokens, depth in [
+            *(("tokens", tokens, 12) for tokens in (16, 64, 256, 1024)),
+            *(("depth", 64, depth) for depth in (6, 12, 24, 48)),
+        ]:
+            window = depth // 2
+            sweep = Sweep(load(SHAPES[name](256, depth, 1000)), torch.full((4,), tokens), window)
+            replay = seconds(sweep.replayed)
+            row_layers, base_tokens = sweep.row_layers(), 4 * tokens * depth
+            line = {
+                "model": name,
+                "grows": what,
+                "tokens": tokens,
+                "depth": depth,
+                "knockouts": len(sweep.cuts),
+                "replay_s": replay,
+                "us_per_prompt_token": 1e6 * replay / (4 * tokens),
+                "us_per_token_layer": 1e6 * replay / (row_layers + base_tokens),
+                "peak_mb": peak_bytes(sweep.replayed) / 1e6,
+            }
+            lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def long(names: list[str]) -> pd.DataFrame:
+    """An eager knockout of a long prompt, in half of the layers and in all."""
+    lines = []
+    for name in names:
+        sweep = Sweep(load(SHAPES[name](layers=4)), torch.tensor([4096]), 2) if name != "gpt2" else None
+        if sweep is None:
+            continue
+        plain, plain_peak = seconds(sweep.plain, 3), peak_bytes(sweep.plain)
+        for layers in (range(2), range(4)):
+
+            def knocked(sweep: Sweep = sweep, layers: range = layers) -> None:
+                with sweep.hooks.knockout(sweep.sources[0], sweep.targets, layers):
+                    sweep.plain()
+
+            line = {
+                "model": name,
+                "tokens": 4096,
+                "layers_cut": f"{len(layers)} of 4",
+                "plain_s": plain,
+                "knockout_s": seconds(knocked, 3),
+                "plain_peak_mb": plain_peak / 1e6,
+                "knockout_peak_mb": peak_bytes(knocked) / 1e6,
+            }
+            line["time_ratio"] = line["knockout_s"] / plain
+            line["peak_ratio"] = line["knockout_peak_mb"] / line["plain_peak_mb"]
+            lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+PARTS = {"models": models, "growth": growth, "long": long}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=list(CONFIGS), metavar="MODEL", help=", ".join(CONFIGS))
-    table = pd.DataFrame([measure(name) for name in parser.parse_args().models])
-    print(f"\n{torch.get_num_threads()} threads, torch {torch.__version__}\n")
-    print(table.to_string(index=False, float_format="{:.2f}".format))
+    parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
+    parser.add_argument("--model", action="append", choices=SHAPES, help="by default all")
+    parser.add_argument(
+        "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves"
+    )
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    if options.compile:
+        started = time.perf_counter()
+        print(f"compiled: {fused.compile_step()}, {time.perf_counter() - started:.1f} s")
+    for part in options.part or PARTS:
+        table = PARTS[part](options.model or list(SHAPES))
+        print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+        print(table.to_string(index=False, float_format="{:.2f}".format) + "\n")
 
 
 if __name__ == "__main__":

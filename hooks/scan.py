@@ -349,7 +349,7 @@ class _Scratch:
     """
 
     def __init__(self, slot: int, like: Tensor) -> None:
-        self.key, self.like = (slot, like.device, like.dtype), like
+        self.key, self.like = f"{slot} {like.device} {like.dtype}", like
 
     def of(self, *shape: int) -> Tensor:
         """The memory in some shape; whatever was in it."""

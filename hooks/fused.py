@@ -52,21 +52,20 @@ def step(dt: Tensor, rate: Tensor, C: Tensor, start: Tensor) -> Tensor | None:
         return None
 
 
-def expect(exponentials: int) -> None:
-    """Announce work; compiles when what was announced in this process is worth it."""
+def expect(exponentials: int, device: torch.device) -> None:
+    """Announce work on a device; compiles for it when what was announced in this process is worth it."""
     global _expected
     _expected += exponentials
     if _expected >= PAYS_FROM and not _tried:
-        compile_step()
+        compile_step(device)
 
 
-def compile_step(device: torch.device | str | None = None) -> bool:
+def compile_step(device: torch.device) -> bool:
     """Compile now; returns whether it worked."""
     global _compiled, _tried
     if _tried:
         return _compiled is not None
     _tried = True
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     # Sizes that differ, and none of them 1: the compiler treats equal sizes as one, and ones as constants.
     sizes = {"batch": 2, "rows": 3, "state": 5, "features": 7}
 

@@ -60,7 +60,7 @@ class Mamba1Mixer(SSMMixer):
         return y[..., None]
 
     def expect(self, rows: int) -> None:
-        fused.expect(rows * self.module.A_log.numel())
+        fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
 
     def alpha(self, inputs: ScanInputs) -> Tensor:
         return scan.selective_attention(inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])

@@ -9,7 +9,7 @@ and listing 1) for Mamba-2, Ali et al. 2024 (arXiv:2403.01590, eq. 12) for the s
 A knockout needs no T x T matrix: the output of a target whose sources S are cut is `C_t . h_t` of the same recurrence
 with `x_s = 0` for s in S, because the recurrence is linear in x. Callers mask x and scan once more.
 
-Mamba-1's elementwise work is done in tiles that stay in the processor's cache, channels innermost, with `exp2`, which
+Mamba-1's elementwise work is done in tiles of a few megabytes, channels innermost, with `exp2`, which
 vectorizes better than `exp`: it is what a scan costs. States of Mamba-1 are [state, feature] in here.
 """
 
@@ -324,12 +324,12 @@ def _tiles(rate: Tensor, batch: int, time: int) -> tuple[int, int]:
     """How many prompts and positions make a tile."""
     fitting = max(1, TILE.get(rate.device.type, 2**26) // rate.numel())
     chunk = min(time, fitting)
-    return max(1, min(batch, fitting // max(chunk, 1))), max(chunk, 1)
+    return min(batch, fitting // chunk), chunk
 
 
 def _even(length: int, size: int) -> int:
     """The size of parts of at most `size` that are as even as can be."""
-    return max(1, -(-length // max(1, -(-length // size))))
+    return math.ceil(length / math.ceil(length / size))
 
 
 def _slices(length: int, size: int) -> list[slice]:

@@ -54,7 +54,7 @@ class Replay:
         last: last position of every prompt, behind which the prediction is asked for [batch].
         targets: target positions [batch, T]; the last positions by default.
         sources: source sets [sets, batch, T].
-        memory: bytes to use beside the model and one base pass.
+        memory: bytes to plan tiles with; a plan, not a limit that is enforced.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Replay:
 
     @torch.no_grad()
     def logits(self, cuts: Sequence[Cutting]) -> Iterator[tuple[int, Tensor]]:
-        """Logits behind the last token under every cut, in any order.
+        """Logits behind the last token under every cut, by source set: what cuts nothing comes first.
 
         Yields:
             Number of the cut, and its logits [batch, vocabulary] in float32 or better.
@@ -98,17 +98,19 @@ class Replay:
         width = self.model.get_input_embeddings().weight.shape[1]
         per_cut = 2 * self.targets.numel() * width * _bytes(self.model)
         most = max(1, self.memory // SHARES // per_cut)
-        time = self.ids.shape[1]
-        kept = [mixer.kept_numbers(time, 1) for mixer in self.hooks.mixers if mixer.kept_numbers(time, 1)]
-        sets = max(1, self.memory // SHARES // (max(kept, default=1) * len(self.last) * _bytes(self.model)) - 1)
-        order = sorted(range(len(cuts)), key=lambda number: cuts[number].source)
+        time, mixers = self.ids.shape[1], self.hooks.mixers
+        per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
+        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * _bytes(self.model))
+        sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
-        for number in order:
-            inside = {cuts[member].source for member in group}
-            if group and (len(group) == most or (cuts[number].source not in inside and len(inside) >= sets)):
+        inside: set[int] = set()
+        for number in sorted(range(len(cuts)), key=lambda number: cuts[number].source):
+            source = cuts[number].source
+            if group and (len(group) == most or (source not in inside and len(inside) >= sets)):
                 yield group
-                group = []
+                group, inside = [], set()
             group.append(number)
+            inside.add(source)
         if group:
             yield group
 

@@ -15,7 +15,11 @@ long: an eager knockout of a 4,096-token prompt against a plain forward pass: pe
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -78,18 +82,37 @@ def seconds(work: Callable[[], Any], runs: int = 3) -> float:
 
 
 def peak_bytes(work: Callable[[], Any]) -> float:
-    """How far the process's memory rises while it works (Linux; NaN elsewhere)."""
-    status, clear = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    if not clear.exists():
+    """How far the process's memory rises (Linux; NaN elsewhere).
+
+    Memory that was used before stays with the allocator and would not rise again: call it in a fresh process.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
         return float("nan")
 
     def of(field: str) -> int:
         return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
 
-    clear.write_text("5")  # the high-water mark starts anew
-    before = of("VmRSS")
-    work()
-    return of("VmHWM") - before
+    stop, levels = threading.Event(), [of("VmRSS")]
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            levels.append(of("VmRSS"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
+    return max(levels) - levels[0]
+
+
+def peak_in_fresh_process(part: str, *arguments: Any) -> float:
+    """`peak_bytes` of one piece of work in a process that has done nothing else."""
+    command = [sys.executable, __file__, "--peak", part, *map(str, arguments)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 class Sweep:
@@ -117,11 +140,6 @@ class Sweep:
         for _, logits in answers:
             kl_divergence(base.log_probs, Prediction.of(logits, scored).log_probs)
 
-    @property
-    def is_transformer(self) -> bool:
-        """Whether the head can be asked for the last position only."""
-        return self.hooks.kinds == ["attention"]
-
     def eager(self) -> None:
         """Two of the knockouts: the first and the last window."""
         for start in (self.starts[0], self.starts[-1]):
@@ -135,10 +153,10 @@ class Sweep:
 
     def bound(self) -> tuple[float, float]:
         """Seconds of the rows' multiply-adds, and the rate they are counted at in multiply-adds a second."""
-        weights = [p for p in layers_of(self.hooks)[0].parameters() if p.ndim == 2 and not p.shape[1] < 32]
+        weights = [p for name, p in layers_of(self.hooks)[0].named_parameters() if p.ndim == 2 and "A_log" not in name]
         head = self.model.get_output_embeddings().weight
         rows = self.row_layers() // self.hooks.n_layers
-        transposed = self.is_transformer  # GPT-2 keeps its weights as [in, out]
+        transposed = self.hooks.kinds == ["attention"]  # GPT-2 keeps its weights as [in, out]
         inputs = [(torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights]
         behind = torch.randn((len(self.cuts) + 1) * len(self.ids), head.shape[1])
         in_layer = seconds(lambda: [F.linear(x, w) for x, w in inputs], 7)
@@ -174,8 +192,8 @@ def models(names: list[str]) -> pd.DataFrame:
             "replay/plain": replay / plain,
             "replay/bound": replay / bound,
             "eager/replay": eager / replay,
-            "replay_peak_mb": peak_bytes(sweep.replayed) / 1e6,
-            "plain_peak_mb": peak_bytes(sweep.plain) / 1e6,
+            "replay_peak_mb": peak_in_fresh_process("replayed", name) / 1e6,
+            "plain_peak_mb": peak_in_fresh_process("plain", name) / 1e6,
             "weights_mb": sum(p.numel() for p in sweep.model.parameters()) * 4e-6,
             "backend": sweep.hooks.backend,
         }
@@ -205,10 +223,20 @@ def growth(names: list[str]) -> pd.DataFrame:
                 "replay_s": replay,
                 "us_per_prompt_token": 1e6 * replay / (4 * tokens),
                 "us_per_token_layer": 1e6 * replay / (row_layers + base_tokens),
-                "peak_mb": peak_bytes(sweep.replayed) / 1e6,
             }
             lines.append(report(line))
     return pd.DataFrame(lines)
+
+
+def knocked_out(sweep: Sweep, layers: int) -> None:
+    """One eager knockout in the first layers."""
+    with sweep.hooks.knockout(sweep.sources[0], sweep.targets, range(layers)):
+        sweep.plain()
+
+
+def long_prompt(name: str) -> Sweep:
+    """One prompt of 4,096 tokens and a model of four layers."""
+    return Sweep(load(SHAPES[name](layers=4)), torch.tensor([4096]), 2)
 
 
 @torch.no_grad()
@@ -216,29 +244,36 @@ def long(names: list[str]) -> pd.DataFrame:
     """An eager knockout of a long prompt, in half of the layers and in all."""
     lines = []
     for name in names:
-        sweep = Sweep(load(SHAPES[name](layers=4)), torch.tensor([4096]), 2) if name != "gpt2" else None
-        if sweep is None:
+        if name == "gpt2":  # has 1,024 positions
             continue
-        plain, plain_peak = seconds(sweep.plain, 3), peak_bytes(sweep.plain)
-        for layers in (range(2), range(4)):
-
-            def knocked(sweep: Sweep = sweep, layers: range = layers) -> None:
-                with sweep.hooks.knockout(sweep.sources[0], sweep.targets, layers):
-                    sweep.plain()
-
+        sweep = long_prompt(name)
+        plain, plain_peak = seconds(sweep.plain), peak_in_fresh_process("long", name, 0)
+        for layers in (2, 4):
+            knocked = seconds(functools.partial(knocked_out, sweep, layers))
+            knocked_peak = peak_in_fresh_process("long", name, layers)
             line = {
                 "model": name,
                 "tokens": 4096,
-                "layers_cut": f"{len(layers)} of 4",
+                "layers_cut": f"{layers} of 4",
                 "plain_s": plain,
-                "knockout_s": seconds(knocked, 3),
+                "knockout_s": knocked,
                 "plain_peak_mb": plain_peak / 1e6,
-                "knockout_peak_mb": peak_bytes(knocked) / 1e6,
+                "knockout_peak_mb": knocked_peak / 1e6,
+                "time_ratio": knocked / plain,
+                "peak_ratio": knocked_peak / plain_peak,
             }
-            line["time_ratio"] = line["knockout_s"] / plain
-            line["peak_ratio"] = line["knockout_peak_mb"] / line["plain_peak_mb"]
             lines.append(report(line))
     return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def peak(part: str, name: str, layers: str = "0") -> float:
+    """What `peak_in_fresh_process` runs there."""
+    if part == "long":
+        sweep = long_prompt(name)
+        return peak_bytes(lambda: knocked_out(sweep, int(layers)) if int(layers) else sweep.plain())
+    sweep = Sweep(load(SHAPES[name]()), torch.randint(12, 19, (PROMPTS,)), WINDOW)
+    return peak_bytes(sweep.replayed if part == "replayed" else sweep.plain)
 
 
 PARTS = {"models": models, "growth": growth, "long": long}
@@ -252,11 +287,15 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves"
     )
+    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.set_verbosity_error()
+    if options.peak:
+        print(peak(*options.peak))
+        return
     if options.compile:
         started = time.perf_counter()
-        print(f"compiled: {fused.compile_step()}, {time.perf_counter() - started:.1f} s")
+        print(f"compiled: {fused.compile_step(torch.device('cpu'))}, {time.perf_counter() - started:.1f} s")
     for part in options.part or PARTS:
         table = PARTS[part](options.model or list(SHAPES))
         print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")

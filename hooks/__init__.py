@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from mambalens.hooks.features import GROUPS, decay_norm, group_mask
     from mambalens.hooks.knockout import PATHS, Cut, Knockout
     from mambalens.hooks.manager import HookManager
-    from mambalens.hooks.mixer import Mixer, TokenMixing
+    from mambalens.hooks.mixer import Mixer
+    from mambalens.hooks.mixing import TokenMixing
 
 _HOMES = {
     "MambalensError": "errors",
@@ -23,7 +24,7 @@ _HOMES = {
     "Knockout": "knockout",
     "HookManager": "manager",
     "Mixer": "mixer",
-    "TokenMixing": "mixer",
+    "TokenMixing": "mixing",
 }
 
 __all__ = [

@@ -30,25 +30,57 @@ def decay_norm(A_log: Float[Tensor, feature * state]) -> Float[Tensor, " feature
     return torch.exp(-torch.exp(A_log.detach().double())).reshape(len(A_log), -1).sum(1)
 
 
+def parse_group(group: str) -> tuple[str, float | None]:
+    """A group's name and, in 'slow:0.1' or 'fast:0.1', the fraction of a layer's features.
+
+    Raises:
+        MambalensError: if there is no such group, or the fraction is not between 0 and 1.
+    """
+    name, colon, fraction = group.partition(":")
+    if name not in GROUPS:
+        raise MambalensError(
+            f"features={group!r} is not a group of features: {choose(name, GROUPS)}, or a part such as 'slow:0.1'."
+        )
+    if not colon:
+        return name, None
+    if name not in ("slow", "fast"):
+        raise MambalensError(f"features={group!r}: a fraction goes with 'slow' or 'fast', not with {name!r}.")
+    try:
+        part = float(fraction)
+    except ValueError:
+        part = -1.0
+    if not 0 < part <= 1:
+        raise MambalensError(f"features={group!r}: the fraction {fraction!r} is not a number above 0 and up to 1.")
+    return name, part
+
+
+def count_of(fraction: float, count: int) -> int:
+    """How many of `count` features a fraction is: rounded down, as the paper's thirds are."""
+    return int(fraction * count + 1e-9)
+
+
 def group_mask(norm: Float[Tensor, " feature"], group: str) -> Bool[Tensor, " feature"]:
     """Features of a named group: the slowest and the fastest floor(F/3), and the rest; ties go by index.
+
+    'slow:0.1' and 'fast:0.1' are the slowest and fastest floor(0.1 F) instead.
 
     >>> group_mask(torch.tensor([0.1, 0.9, 0.5]), "slow").tolist()
     [False, True, False]
     """
-    if group not in GROUPS:
-        raise MambalensError(f"features={group!r} is not a group of features: {choose(group, GROUPS)}.")
-    third = len(norm) // 3
+    name, fraction = parse_group(group)
+    end = len(norm) // 3 if fraction is None else count_of(fraction, len(norm))
     order = torch.argsort(norm, descending=True, stable=True)
-    thirds = {"slow": order[:third], "middle": order[third : len(norm) - third], "fast": order[len(norm) - third :]}
+    parts = {"slow": order[:end], "fast": order[len(norm) - end :]}
+    if fraction is None:
+        parts["middle"] = order[end : len(norm) - end]
     mask = torch.zeros(len(norm), dtype=torch.bool, device=norm.device)
-    for part in GROUPS[group]:
-        mask[thirds[part]] = True
+    for part in GROUPS[name]:
+        mask[parts[part]] = True
     return mask
 
 
 def explicit_mask(features: Any, count: int, layer: int) -> Bool[Tensor, " feature"]:
-    """A boolean mask or an index list over one layer's features, checked against their number."""
+    """A boolean mask, an index list or one index over one layer's features, checked against their number."""
     given = torch.as_tensor(features)
     if given.dtype == torch.bool:
         if given.shape != (count,):
@@ -56,7 +88,7 @@ def explicit_mask(features: Any, count: int, layer: int) -> Bool[Tensor, " featu
                 f"features is a boolean mask of shape {list(given.shape)}, but layer {layer} has {count} features."
             )
         return given.cpu()
-    if given.numel() and (given.ndim != 1 or given.is_floating_point()):
+    if given.numel() and (given.ndim > 1 or given.is_floating_point()):
         raise MambalensError(f"features={features!r} is neither a boolean mask nor a list of feature numbers.")
     wrong = [int(f) for f in given.flatten() if not -count <= int(f) < count]
     if wrong:
@@ -68,7 +100,7 @@ def explicit_mask(features: Any, count: int, layer: int) -> Bool[Tensor, " featu
 
 def for_layer(features: Any, layer: int, layers: Sequence[int], n_layers: int) -> Any:
     """The part of `features` that speaks of `layer`: itself, or its entry where it has one for each layer."""
-    if isinstance(features, str):
+    if isinstance(features, str | int):
         return features
     if isinstance(features, Mapping):
         if layer not in features:

@@ -19,9 +19,9 @@ Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 """Columns of `input_ids`: one int, a list for all rows, a list for each row, or a boolean mask `[T]` or `[batch, T]`.
 Negative positions count from the end of the prompt."""
 
-Features = str | Sequence[int] | Sequence[Any] | Mapping[int, Any] | Tensor
-"""A group's name, a boolean mask or index list over a layer's features, or one of these for each layer (a dict by
-layer, a list over the model's layers or over the knockout's)."""
+Features = str | int | Sequence[int] | Sequence[Any] | Mapping[int, Any] | Tensor
+"""A group's name, a feature's number, a boolean mask or index list over a layer's features, or one of these for each
+layer (a dict by layer, such as a `Selection`; a list over the model's layers or over the knockout's)."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.features import GROUPS, explicit_mask, for_layer, group_mask
+from mambalens.hooks.features import explicit_mask, for_layer, group_mask, parse_group
 from mambalens.hooks.kernels import backend
 from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
-from mambalens.hooks.mixer import Captured, Mixer, Pass, TokenMixing, adapters
+from mambalens.hooks.mixer import Captured, Mixer, Pass, adapters
+from mambalens.hooks.mixing import TokenMixing
 
 SUPPORTED = "MambaForCausalLM, Mamba2ForCausalLM and causal transformers whose attention takes an attention mask"
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -91,8 +92,9 @@ class HookManager:
             targets: likewise. In `generate` both count the prompt's columns; a generated token is a target only if its
                 column is named.
             layers: layer numbers, or a kind of mixer ('attention'); None: every layer.
-            features: a group ('all', 'slow', 'middle', 'fast', 'context-dependent', 'context-independent'), a boolean
-                mask or a list of feature numbers, or one of these for each layer.
+            features: a group ('all', 'slow', 'middle', 'fast', 'context-dependent', 'context-independent', or a part
+                such as 'slow:0.1'), a feature's number, a boolean mask or a list of numbers, or one of these for each
+                layer (such as a `Selection`).
             path: 'main' (the scan or attention), 'conv' (the convolution's taps from source to target) or 'both'.
 
         Knockouts nest: what any of them blocks is blocked. Leaving the block restores the model bit for bit.
@@ -152,8 +154,7 @@ class HookManager:
     def _feature_mask(self, mixer: Mixer, features: Any) -> Tensor | None:
         if not isinstance(features, str):
             return explicit_mask(features, mixer.n_features, mixer.layer)
-        if features not in GROUPS:
-            raise MambalensError(f"features={features!r} is not a group of features: {choose(features, GROUPS)}.")
+        parse_group(features)
         return None if features == "all" else group_mask(mixer.decay_norm().cpu(), features)
 
     @contextmanager
@@ -228,46 +229,79 @@ class HookManager:
         self._pass = None
 
     @torch.no_grad()
-    def effective_attention(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> Tensor:
+    def effective_attention(
+        self,
+        input_ids: Tensor,
+        layer: int,
+        attention_mask: Tensor | None = None,
+        features: Features = "all",
+        reduce: str | None = None,
+    ) -> Tensor:
         """How much feature f of position s enters the output at t: `alpha[t, s, f]` (Ali et al. 2024, eq. 12).
 
         Inside a `knockout` block, blocked entries are zero. Softmax weights in attention; in Mamba the scan's, signed.
+        Memory grows with features x T^2, never with the state too; with `reduce`, with T^2 alone.
 
         Args:
             input_ids: [batch, T].
             layer: layer number.
             attention_mask: [batch, T], 0 at padding.
+            features: a group, a feature's number, a mask or a list.
+            reduce: 'mean' or 'mean_abs' (mean of absolute values) over these features.
 
         Returns:
-            [batch, features, T, T], targets t in rows, sources s in columns.
+            [batch, features, T, T], targets t in rows, sources s in columns; reduced, [batch, T, T].
         """
-        return self.token_mixing(input_ids, layer, attention_mask).alpha
+        mask = self.feature_masks(features, self.layer_numbers(layer))[layer]
+        mixing = self.token_mixing(input_ids, layer, attention_mask)
+        chosen = torch.arange(mixing.n_features) if mask is None else mask.nonzero().flatten()
+        return mixing.attention(chosen, reduce)
 
     @torch.no_grad()
     def token_mixing(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> TokenMixing:
-        """Effective attention with what it multiplies and what comes out, see `TokenMixing`."""
-        (layer,) = self.layer_numbers(layer)
-        mixer = next(mixer for mixer in self.mixers if mixer.layer == layer)
-        call, cuts = self._capture(mixer, input_ids, attention_mask)
-        return mixer.token_mixing(call, cuts)
+        """What a layer's features move between positions of these tokens, see `TokenMixing`."""
+        found: list[TokenMixing] = []
+        self.watch(input_ids, lambda mixer, mixing: found.append(mixing), layer, attention_mask)
+        return found[-1]
+
+    @torch.no_grad()
+    def watch(
+        self,
+        input_ids: Tensor,
+        see: Callable[[Mixer, TokenMixing], None],
+        layers: Sequence[int] | int | str | None = None,
+        attention_mask: Tensor | None = None,
+    ) -> None:
+        """Run the model once and show every layer's token mixing when the layer has run; none is kept.
+
+        Args:
+            input_ids: [batch, T].
+            see: called with the mixer and its `TokenMixing`.
+            layers: which to show; None: all.
+            attention_mask: [batch, T], 0 at padding.
+        """
+        chosen = set(self.layer_numbers(layers))
+
+        def show(mixer: Mixer, call: Captured) -> None:
+            see(mixer, mixer.token_mixing(call, self._cuts_of(mixer) if self._active else ()))
+
+        self._capture([mixer for mixer in self.mixers if mixer.layer in chosen], input_ids, attention_mask, show)
 
     def _capture(
-        self, mixer: Mixer, input_ids: Tensor, attention_mask: Tensor | None
-    ) -> tuple[Captured, Sequence[Cut]]:
-        seen: list[Any] = []
-        cuts: list[Cut] = []
+        self,
+        mixers: Sequence[Mixer],
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        show: Callable[[Mixer, Captured], None],
+    ) -> None:
+        def watched(mixer: Mixer, probe: Any) -> Callable[..., None]:
+            return lambda module, args, kwargs, output: show(mixer, Captured(args, kwargs, output, probe))
 
-        def record(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            seen.append((args, kwargs, output))
-            cuts.extend(self._cuts_of(mixer) if self._active else [])
-
-        with mixer.probing() as probe:
-            handle = mixer.module.register_forward_hook(record, with_kwargs=True)
-            try:
-                self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
-            finally:
-                handle.remove()
-        return Captured(seen[-1][0], seen[-1][1], seen[-1][2], probe), cuts
+        with ExitStack() as stack:
+            for mixer in mixers:
+                hook = watched(mixer, stack.enter_context(mixer.probing()))
+                stack.callback(mixer.module.register_forward_hook(hook, with_kwargs=True).remove)
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -280,14 +314,16 @@ class HookManager:
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, vocabulary, (1, 7), generator=generator).to(device)
-        for mixer in self.mixers:
-            call, _ = self._capture(mixer, ids, None)
+
+        def compare(mixer: Mixer, call: Captured) -> None:
             difference = mixer.parity(call)
             if difference > PARITY_TOLERANCE.get(self.model.dtype, 5e-2):
                 raise MambalensError(
                     f"layer {mixer.layer}: the {mixer.kind} adapter differs from {type(mixer.module).__name__} by "
                     f"{difference:.1e} (relative); this version of transformers is not one it was made for."
                 )
+
+        self._capture(self.mixers, ids, None, compare)
 
 
 def find_mixers(model: Any) -> list[Mixer]:

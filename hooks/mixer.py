@@ -17,20 +17,8 @@ from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
+from mambalens.hooks.mixing import TokenMixing
 from mambalens.hooks.rows import Base, Rows
-
-
-class TokenMixing(NamedTuple):
-    """A mixer's work between positions: `output[t, f] = sum_s alpha[t, s, f] values[s, f] + skip[f] values[t, f]`."""
-
-    alpha: Tensor
-    """Effective attention [batch, features, T, T]."""
-    values: Tensor
-    """What positions offer [batch, T, features, width]; width is 1 in Mamba-1."""
-    skip: Tensor
-    """The skip D [features]; zero in attention."""
-    output: Tensor
-    """What the mixer's own code gave, before gate, norm and output projection [batch, T, features, width]."""
 
 
 class Pass(NamedTuple):

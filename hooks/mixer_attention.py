@@ -19,7 +19,8 @@ from transformers import Cache
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
-from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing
+from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass
+from mambalens.hooks.mixing import TokenMixing
 from mambalens.hooks.rows import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
 
@@ -169,7 +170,9 @@ class AttentionMixer(Mixer):
         values = call.probe.values  # [B, key/value heads, T, width]
         values = values.repeat_interleave(self.n_features // values.shape[1], 1).transpose(1, 2)
         output = call.probe.output.unflatten(-1, (self.n_features, -1))
-        return TokenMixing(alpha, values, output.new_zeros(self.n_features), output)
+        diagonal = alpha.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
+        skip = output.new_zeros(self.n_features)
+        return TokenMixing(values, skip, output, diagonal, lambda features: alpha[:, features], None)
 
     @contextmanager
     def remembering(self, base: Base) -> Iterator[list[Memory]]:

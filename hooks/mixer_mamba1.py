@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalens.hooks import fused, kernels, scan
+from mambalens.hooks.mixing import Decay
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
 
 
@@ -62,8 +63,13 @@ class Mamba1Mixer(SSMMixer):
     def expect(self, rows: int) -> None:
         fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
 
-    def alpha(self, inputs: ScanInputs) -> Tensor:
-        return scan.selective_attention(inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
+    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
+        return scan.selective_attention(
+            inputs.dt[:, :, features], inputs.A[features], inputs.B[:, :, 0], inputs.C[:, :, 0]
+        )
+
+    def decay(self, inputs: ScanInputs) -> Decay:
+        return Decay(inputs.dt, inputs.A, inputs.B[:, :, 0])
 
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         return self.module.out_proj((y[..., 0] * F.silu(gate)).to(dtype))

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalens.hooks import kernels, scan
+from mambalens.hooks.mixing import Decay
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
 
 
@@ -75,8 +76,13 @@ class Mamba2Mixer(SSMMixer):
     def state_width(self) -> int:
         return int(self.module.head_dim * self.module.ssm_state_size)
 
-    def alpha(self, inputs: ScanInputs) -> Tensor:
-        return scan.ssd_attention(inputs.dt, inputs.A, inputs.B, inputs.C)
+    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
+        group = features * inputs.B.shape[2] // inputs.dt.shape[2]
+        dt, A = inputs.dt[:, :, features], inputs.A[features]
+        return scan.ssd_attention(dt, A, inputs.B[:, :, group], inputs.C[:, :, group])
+
+    def decay(self, inputs: ScanInputs) -> Decay:
+        return Decay(inputs.dt, inputs.A[:, None], torch.ones_like(inputs.dt[..., :1]))
 
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
         return self.module.out_proj(self.module.norm(y.flatten(2), gate).to(dtype))

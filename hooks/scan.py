@@ -246,11 +246,16 @@ def selective_attention(
 ) -> Float[Tensor, "batch feature time time"]:
     """Effective attention alpha[t, s] of Mamba-1, one state index at a time: O(features T^2) memory."""
     steps = dt.transpose(1, 2)  # [B, D, T]
-    alpha = steps.new_zeros(*steps.shape, steps.shape[-1])
+    # Sums of step sizes as differences of running sums; in float64, so that long prompts lose no digits to it.
+    running = steps.double().cumsum(-1)
+    between = (running[..., None] - running[..., None, :]).to(steps.dtype).clamp_min_(0)  # [B, D, T, T], over s+1..t
+    rate = _rate(A)  # [N, D]
+    alpha, decay = torch.zeros_like(between), torch.empty_like(between)
     for n in range(A.shape[1]):
         scores = C[:, :, n, None] * B[:, None, :, n]  # [B, T, T]
-        alpha = alpha + scores[:, None] * _decay_between(steps * A[:, n, None])
-    return alpha * steps[:, :, None, :]
+        torch.mul(between, rate[n, :, None, None], out=decay).exp2_()
+        alpha.addcmul_(scores[:, None], decay)
+    return alpha.tril_().mul_(steps[:, :, None, :])
 
 
 def ssd_attention(

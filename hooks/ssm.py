@@ -22,7 +22,8 @@ from torch import Tensor
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
-from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, TokenMixing, replace_forward
+from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, replace_forward
+from mambalens.hooks.mixing import Decay, TokenMixing
 from mambalens.hooks.rows import Base, Rows
 
 
@@ -118,8 +119,12 @@ class SSMMixer(Mixer):
         """
 
     @abstractmethod
-    def alpha(self, inputs: ScanInputs) -> Tensor:
-        """Effective attention [batch, features, T, T]."""
+    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
+        """Effective attention [batch, n, T, T] of the features with these numbers [n]."""
+
+    @abstractmethod
+    def decay(self, inputs: ScanInputs) -> Decay:
+        """How the features forget."""
 
     @abstractmethod
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
@@ -226,11 +231,21 @@ class SSMMixer(Mixer):
         cuts = [cut.to(hidden.device) for cut in cuts]
         inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
         y, _ = self.mix(inputs, cuts, base=True)
-        alpha = self.alpha(inputs)
+        per_group = inputs.dt.shape[2] // inputs.B.shape[2]
+        diagonal = (inputs.B * inputs.C).sum(-1).repeat_interleave(per_group, 2) * inputs.dt  # [B, T, F]
         main = [cut for cut in cuts if cut.main]
-        if main:
-            alpha = alpha.masked_fill(blocked_entries(main), 0.0)
-        return TokenMixing(alpha, inputs.x, self.skip(inputs)[:, 0], y + self.skip(inputs) * inputs.x)
+        blocked = blocked_entries(main) if main else None  # [B, F or 1, T, T]
+        if blocked is not None:
+            diagonal = diagonal.masked_fill(blocked.diagonal(dim1=-2, dim2=-1).transpose(1, 2), 0.0)
+
+        def alpha_of(features: Tensor) -> Tensor:
+            alpha = self.alpha(inputs, features)
+            if blocked is None:
+                return alpha
+            return alpha.masked_fill_(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
+
+        output = y + self.skip(inputs) * inputs.x
+        return TokenMixing(inputs.x, self.skip(inputs)[:, 0], output, diagonal, alpha_of, self.decay(inputs))
 
     @contextmanager
     def remembering(self, base: Base) -> Iterator[list[Memory]]:

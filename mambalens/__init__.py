@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mambalens.hooks.errors import MambalensError
     from mambalens.lens import Lens
     from mambalens.result import SweepResult
+    from mambalens.selection import Selection
 
 # Loaded when first used: `import mambalens` and `mambalens --help` do without torch.
 _HOMES = {
@@ -21,10 +22,11 @@ _HOMES = {
     "load_facts": "facts",
     "Lens": "lens",
     "MambalensError": "hooks.errors",
+    "Selection": "selection",
     "SweepResult": "result",
 }
 
-__all__ = ["Fact", "Facts", "Lens", "MambalensError", "SweepResult", "load_facts"]
+__all__ = ["Fact", "Facts", "Lens", "MambalensError", "Selection", "SweepResult", "load_facts"]
 
 
 def __getattr__(name: str) -> Any:

@@ -281,6 +281,37 @@ class Lens:
         prompt = self.prompt(fact)
         return heatmap(result, prompt.tokens, prompt.positions("subject"))
 
+    def features(
+        self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True
+    ) -> pd.DataFrame:
+        """What each feature of every layer's token mixer is like, one row a layer and feature.
+
+        Args:
+            facts: prompts to measure on; without, only what the weights say.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            model, layer, kind ('mamba1', 'mamba2', 'attention'), feature (channel in Mamba-1, head elsewhere), and
+
+            - decay_norm: `sum_n exp(-exp(A_log[f, n]))`, large means slow decay (Endy et al. 2025); NaN in attention.
+            - group: its third by decay norm, 'slow', 'middle' or 'fast'; '' in attention.
+
+            With facts, of the scan or attention before gate, norm and output projection. Its output at t, `sum_{s<t}
+            alpha[t, s] x_s + (alpha[t, t] + D) x_t` (Ali et al. 2024, eq. 12), splits into exchange (from other
+            positions) and enrichment (own position and skip):
+
+            - half_life: tokens until what a position wrote has decayed to half (L1 norm over the state, see
+              `hooks.decay`), under the step sizes of the data; geometric mean over the positions of all prompts.
+            - exchange_share: `|exchange| / |output|`, norms (root of the sum of squares) over all positions of all
+              prompts. NaN where the output is zero.
+            - enrichment_share: `|enrichment| / |output|`. The parts may point apart: shares can add up to more than 1.
+            - exchange_share_last, enrichment_share_last: the same at every prompt's last token alone.
+        """
+        from mambalens.features import feature_table
+
+        return feature_table(self, None if facts is None else as_facts(facts), batch_size, progress)
+
 
 def _tuple(values: Any) -> tuple[Any, ...]:
     """One name is a tuple of one."""

@@ -114,14 +114,14 @@ def _token_texts(text: str, ids: list[int], offsets: list[tuple[int, int]], toke
     ]
 
 
-def read_facts(facts: Facts, tokenizer: Any) -> tuple[list[Prompt], list[Skip]]:
-    """Tokenize facts; those that have no subject or cannot be encoded are listed instead."""
+def read_facts(facts: Facts, tokenizer: Any, subject: bool = True) -> tuple[list[Prompt], list[Skip]]:
+    """Tokenize facts; those that cannot be encoded, or lack the subject where it is needed, are listed instead."""
     prompts, skipped = [], []
     for fact in facts:
         reason = ""
         try:
             prompt = read_fact(fact, tokenizer)
-            if not prompt.spans:
+            if subject and not prompt.spans:
                 reason = f"the subject {fact.subject!r} is not in the prompt {fact.prompt!r}"
         except MambalensError as error:
             if not getattr(tokenizer, "is_fast", False):

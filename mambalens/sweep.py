@@ -58,7 +58,10 @@ class Plan:
         for what, values in (("sources", self.sources), ("features", self.features), ("paths", self.paths)):
             if not values:
                 raise MambalensError(f"{what} is empty: name at least one.")
-        names = [f if isinstance(f, str) else f"selection {i}" for i, f in enumerate(self.features)]
+        names = [f if isinstance(f, str) else getattr(f, "name", f"selection {i}") for i, f in enumerate(self.features)]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise MambalensError(f"features has {twice!r} twice; the table could not tell them apart.")
         object.__setattr__(self, "names", tuple(names))
 
     def windows(self, n_layers: int) -> list[list[int]]:

@@ -1,0 +1,124 @@
+"""A token mixer read as one operator per feature: what positions hand to each other, and what they keep for themselves.
+
+`output[t, f] = sum_{s<t} alpha[t, s, f] values[s, f]  +  (alpha[t, t, f] + skip[f]) values[t, f]`: the first part is
+exchange between tokens, the second enriches a token from itself. Neither needs a T x T matrix; where the matrix itself
+is asked for, it is made for some features at a time (Ali et al. 2024, eq. 12; Dao & Gu 2024, eq. 16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambalens.hooks import decay
+from mambalens.hooks.errors import MambalensError, choose
+
+CHUNK = 2**23
+"""Numbers of effective attention that are made at a time."""
+REDUCTIONS = ("mean", "mean_abs")
+
+
+class Decay(NamedTuple):
+    """How a state-space mixer forgets."""
+
+    dt: Tensor
+    """Step sizes [batch, T, features]."""
+    A: Tensor
+    """[features, state]; one state where A is a scalar (Mamba-2)."""
+    B: Tensor
+    """How a position's write spreads over the state [batch, T, state]."""
+
+
+@dataclass(frozen=True, eq=False)
+class TokenMixing:
+    """One call of a token mixer, feature by feature."""
+
+    values: Tensor
+    """What positions offer [batch, T, features, width]; width is 1 in Mamba-1."""
+    skip: Tensor
+    """The skip D [features]; zero in attention."""
+    output: Tensor
+    """What the mixer's own code gave, before gate, norm and output projection [batch, T, features, width]."""
+    diagonal: Tensor
+    """alpha[t, t] [batch, T, features]."""
+    alpha_of: Callable[[Tensor], Tensor]
+    """Effective attention [batch, some features, T, T] of the features with these numbers."""
+    decay: Decay | None
+    """None where nothing decays (attention)."""
+
+    @property
+    def n_features(self) -> int:
+        """Channels or heads."""
+        return self.values.shape[2]
+
+    @property
+    def alpha(self) -> Tensor:
+        """Effective attention of every feature [batch, features, T, T]."""
+        return self.attention(torch.arange(self.n_features))
+
+    @property
+    def enrichment(self) -> Tensor:
+        """What a position adds to itself: own entry of effective attention and skip [batch, T, features, width]."""
+        return (self.diagonal + self.skip)[..., None] * self.values
+
+    @property
+    def exchange(self) -> Tensor:
+        """What arrives from other positions [batch, T, features, width]; with `enrichment` it is `output`."""
+        return self.output - self.enrichment
+
+    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Effective attention of the features with these numbers [n], a few at a time.
+
+        Yields:
+            Which of the n, and alpha [batch, those, T, T].
+        """
+        batch, time = self.values.shape[:2]
+        size = max(1, CHUNK // (batch * time * time))
+        for begin in range(0, len(features), size):
+            now = slice(begin, min(begin + size, len(features)))
+            yield now, self.alpha_of(features[now].to(self.values.device))
+
+    def attention(self, features: Tensor, reduce: str | None = None) -> Tensor:
+        """Effective attention of the features with these numbers [n], in O(n T^2) memory; reduced, in O(T^2).
+
+        Args:
+            features: numbers of features.
+            reduce: None, 'mean' over the features, or 'mean_abs', the mean of absolute values (the scan's entries have
+                signs, which cancel in a mean).
+
+        Returns:
+            [batch, n, T, T], or [batch, T, T].
+        """
+        if reduce is not None and reduce not in REDUCTIONS:
+            raise MambalensError(f"reduce={reduce!r} is not a reduction: {choose(reduce, REDUCTIONS)}, or None.")
+        if not len(features):
+            raise MambalensError("features names no feature: effective attention of nothing has no value.")
+        batch, time = self.values.shape[:2]
+        if reduce is None:
+            whole = self.values.new_empty(batch, len(features), time, time, dtype=self.diagonal.dtype)
+            for now, alpha in self.chunks(features):
+                whole[:, now] = alpha
+            return whole
+        total = self.diagonal.new_zeros(batch, time, time)
+        for _, alpha in self.chunks(features):
+            total += (alpha.abs() if reduce == "mean_abs" else alpha).sum(1)
+        return total / len(features)
+
+    def half_life(self, length: Tensor) -> Tensor:
+        """Tokens until what a position wrote has decayed to half, see `decay.half_life`.
+
+        Args:
+            length: tokens of every prompt [batch].
+
+        Returns:
+            [batch, T, features], NaN behind the prompts' ends, and everywhere in attention.
+        """
+        if self.decay is None:
+            return torch.full_like(self.diagonal, math.nan)
+        dt, A, B = self.decay
+        return decay.half_life(dt, decay.half_time(A, B), length)

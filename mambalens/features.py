@@ -1,0 +1,101 @@
+"""What each feature of a model's token mixers does: how long it remembers, how much it carries between tokens."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mambalens.facts import Facts
+from mambalens.hooks import HookManager, Mixer, TokenMixing, group_mask
+from mambalens.hooks.errors import MambalensError
+from mambalens.prompts import Batch, read_facts
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mambalens.lens import Lens
+
+COLUMNS = ("model", "layer", "kind", "feature", "decay_norm", "group")
+MEASURED = ("half_life", "exchange_share", "enrichment_share", "exchange_share_last", "enrichment_share_last")
+
+
+def feature_table(
+    lens: Lens, facts: Facts | None = None, batch_size: int | None = None, progress: bool = True
+) -> pd.DataFrame:
+    """See `Lens.features`."""
+    import pandas as pd
+    from tqdm.auto import tqdm
+
+    measures = [_Measure(mixer) for mixer in lens.hooks.mixers]
+    if facts is not None:
+        prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
+        if not prompts:
+            reason = f" ({skipped[0].reason})" if skipped else ""
+            raise MambalensError(f"None of the {len(facts)} facts can be used{reason}.")
+        by_mixer = dict(zip(lens.hooks.mixers, measures, strict=True))
+        bar = tqdm(total=len(prompts), desc=f"features {lens.name}", unit="prompt", disable=not progress, leave=False)
+        with bar:
+            for batch in lens.batches(prompts, batch_size):
+                _see(lens.hooks, batch, by_mixer)
+                bar.update(len(batch.prompts))
+    tables = []
+    for mixer, measure in zip(lens.hooks.mixers, measures, strict=True):
+        norm, group = _decays(mixer)
+        columns = {"decay_norm": norm, "group": group} | ({} if facts is None else measure.columns())
+        table = pd.DataFrame({"feature": range(mixer.n_features), **columns})
+        tables.append(table.assign(model=lens.name, layer=mixer.layer, kind=mixer.kind))
+    columns = [*COLUMNS, *([] if facts is None else MEASURED)]
+    return pd.concat(tables, ignore_index=True)[columns]
+
+
+def _see(hooks: HookManager, batch: Batch, measures: dict[Mixer, _Measure]) -> None:
+    def see(mixer: Mixer, mixing: TokenMixing) -> None:
+        measures[mixer].add(mixing, batch.last)
+
+    hooks.watch(batch.ids.to(hooks.model.get_input_embeddings().weight.device), see)
+
+
+def _decays(mixer: Mixer) -> tuple[list[float], list[str]]:
+    """Decay norm and third of every feature; NaN and '' where nothing decays."""
+    try:
+        norm = mixer.decay_norm().cpu()
+    except MambalensError:
+        return [math.nan] * mixer.n_features, [""] * mixer.n_features
+    groups = {group: group_mask(norm, group) for group in ("slow", "middle", "fast")}
+    return norm.tolist(), [next(g for g, mask in groups.items() if mask[f]) for f in range(len(norm))]
+
+
+class _Measure:
+    """Sums over prompts for one mixer, in float64."""
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mixer.n_features, dtype=torch.float64))
+        self.log_half_life = torch.zeros(mixer.n_features, dtype=torch.float64)
+        self.writes = 0
+
+    def add(self, mixing: TokenMixing, last: Tensor) -> None:
+        last = last.to(mixing.output.device)
+        columns = torch.arange(mixing.output.shape[1], device=last.device)
+        inside = (columns <= last[:, None])[..., None]  # [B, T, 1]
+        at_last = (columns == last[:, None])[..., None]
+        enrichment = mixing.enrichment
+        parts = {"exchange": mixing.output - enrichment, "enrichment": enrichment, "whole": mixing.output}
+        for name, part in parts.items():
+            square = part.double().square().sum(-1)  # [B, T, F]
+            self.squares[name] += (square * inside).sum((0, 1)).cpu()
+            self.squares[f"{name}_last"] += (square * at_last).sum((0, 1)).cpu()
+        half_life = mixing.half_life(last + 1).double().log()
+        self.log_half_life += torch.where(inside, half_life, 0.0).sum((0, 1)).cpu()
+        self.writes += int(inside.sum())
+
+    def columns(self) -> dict[str, list[float]]:
+        found = {"half_life": (self.log_half_life / self.writes).exp().tolist()}
+        for part in ("exchange", "enrichment"):
+            for where in ("", "_last"):
+                share = (self.squares[part + where] / self.squares["whole" + where]).sqrt()
+                found[f"{part}_share{where}"] = share.tolist()
+        return found

@@ -45,8 +45,8 @@ def feature_table(
     tables = []
     for mixer, measure in zip(lens.hooks.mixers, measures, strict=True):
         norm, group = _decays(mixer)
-        columns = {"decay_norm": norm, "group": group} | ({} if facts is None else measure.columns())
-        table = pd.DataFrame({"feature": range(mixer.n_features), **columns})
+        measured = {"decay_norm": norm, "group": group} | ({} if facts is None else measure.columns())
+        table = pd.DataFrame({"feature": range(mixer.n_features), **measured})
         tables.append(table.assign(model=lens.name, layer=mixer.layer, kind=mixer.kind))
     columns = [*COLUMNS, *([] if facts is None else MEASURED)]
     return pd.concat(tables, ignore_index=True)[columns]

@@ -77,7 +77,7 @@ class Selection(Mapping[int, Tensor]):
             column: a column of numbers: 'decay_norm', 'half_life', 'exchange_share', ...
             top, bottom: one of them, a fraction above 0 and up to 1.
         """
-        numbers = [name for name in table.select_dtypes("number") if name not in ("layer", "feature")]
+        numbers = [str(name) for name in table.select_dtypes("number") if name not in ("layer", "feature")]
         if column not in numbers:
             raise MambalensError(f"{column!r} is not a measure in the table: {choose(column, numbers)}.")
         fraction = top if bottom is None else bottom
@@ -86,13 +86,14 @@ class Selection(Mapping[int, Tensor]):
         if "model" in table and table.model.nunique() > 1:
             raise MambalensError(f"The table speaks of {', '.join(table.model.unique())}: keep one model.")
         masks = {}
-        for layer, rows in table.sort_values("feature").groupby("layer"):
+        for layer in sorted(int(number) for number in table.layer.unique()):
+            rows = table[table.layer == layer].sort_values("feature")
             values = rows[column].to_numpy(float)
             if np.isnan(values).all():
                 continue
             order = np.argsort(-values if bottom is None else values, kind="stable")  # NaN comes last
-            masks[int(layer)] = torch.zeros(len(values), dtype=torch.bool)
-            masks[int(layer)][order[: count_of(fraction, len(values))].copy()] = True
+            masks[layer] = torch.zeros(len(values), dtype=torch.bool)
+            masks[layer][order[: count_of(fraction, len(values))].copy()] = True
         if not masks:
             raise MambalensError(f"No layer of the table has values of {column!r}.")
         return cls(masks, f"{'top' if bottom is None else 'bottom'} {fraction:.3g} by {column}")

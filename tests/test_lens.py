@@ -66,11 +66,14 @@ def test_the_same_sweep_twice_gives_the_same_table_and_batches_do_not_matter(len
     tables = [lens.sweep(FACTS, window=3, batch_size=size, progress=False).table for size in (2, 2, 1, None)]
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
     for other in tables[2:]:
-        same_to_rounding(tables[0].copy(), other)
+        same_to_rounding(tables[0], other)
 
 
 def same_to_rounding(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    one, other = one.copy(), other.copy()
     percent = one.pop("change_pct"), other.pop("change_pct")
+    for column in ("base_rank", "rank"):  # in the middle of 2,000 tokens some are equal to rounding
+        assert (one.pop(column) - other.pop(column)).abs().max() <= 1
     pd.testing.assert_frame_equal(one, other, rtol=1e-4, atol=1e-6)
     assert np.allclose(*percent, rtol=1e-4, atol=100 * 1e-5)  # a change of 0 % is a probability equal to rounding
 

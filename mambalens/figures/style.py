@@ -1,0 +1,45 @@
+"""What figures share: colours and markers that are told apart without colour vision, and words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mambalens.result import SweepResult
+
+# Okabe & Ito's palette, with markers so that no line depends on its colour.
+STYLES: dict[str, tuple[str, str]] = {
+    "subject": ("#D55E00", "o"),
+    "relation": ("#0072B2", "s"),
+    "last": ("#009E73", "^"),
+    "first": ("#CC79A7", "D"),
+    "others": ("#000000", "v"),
+    "context": ("#E69F00", "P"),
+    "subject_last": ("#A63603", "X"),
+    "subject_first": ("#FDAE6B", "p"),
+    "relation_minus_last": ("#56B4E9", "<"),
+    "all": ("#666666", ">"),
+    "slow": ("#542788", "o"),
+    "middle": ("#1B9E77", "s"),
+    "fast": ("#E08214", "^"),
+    "context-dependent": ("#8073AC", "D"),
+    "context-independent": ("#B35806", "v"),
+}
+_SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
+PATHS = {"conv": "convolution", "both": "both paths"}
+
+
+def style(role: str, index: int = 0) -> tuple[str, str]:
+    """Colour and marker of a role or group of features; another label gets a spare one by its index."""
+    return STYLES.get(role, (_SPARE[index % len(_SPARE)], "osD^vP"[index % 6]))
+
+
+def main_path(result: SweepResult) -> str:
+    """What the main path is in these models: 'scan', 'attention', or 'scan or attention'."""
+    kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config["kinds"]}
+    return " or ".join(sorted(kinds, reverse=True))
+
+
+def visible(token: str) -> str:
+    """A token as a row label: its spaces can be seen, and no mathematics is read into a dollar sign."""
+    return token.replace("\n", "⏎").replace(" ", "·").replace("$", r"\$")

@@ -1,0 +1,64 @@
+"""One prompt, token by token: which position costs the answer, and which reads which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+
+from mambalens.figures.style import PATHS, main_path, visible
+from mambalens.hooks.errors import MambalensError
+from mambalens.result import METRICS
+
+if TYPE_CHECKING:
+    from mambalens.result import SweepResult
+
+
+def heatmap(
+    result: SweepResult, tokens: Sequence[str], subject: Sequence[int] = (), metric: str = "change_pct"
+) -> Figure:
+    """One fact, every position as the source: tokens down, windows across, base probability stated.
+
+    Args:
+        result: a sweep of one fact with sources='each'.
+        tokens: the prompt's tokens.
+        subject: the subject's positions, which are set in bold.
+    """
+    table = result.table
+    if not len(table) or table.fact_id.nunique() != 1 or not table.source.str.startswith("each:").all():
+        raise MambalensError("A heatmap is drawn from a sweep of one fact with sources='each'.")
+    first = table.iloc[0]
+    grid = table.assign(position=table.source.str.removeprefix("each:").astype(int))
+    grid = grid.pivot(index="position", columns="window_start", values=metric)
+    values = grid.to_numpy(float)
+    # White is 'no change'; one scale for losses, another for gains, so that a large gain does not hide the losses.
+    reach = max(100.0, float(np.nanmax(np.abs(values)))) if metric == "change_pct" else float(np.nanmax(np.abs(values)))
+    low = -100.0 if metric == "change_pct" else -reach
+    norm = TwoSlopeNorm(0.0, low, max(reach, 1e-9))
+    figure, axis = plt.subplots(
+        figsize=(0.42 * values.shape[1] + 4.2, max(0.3 * values.shape[0] + 1.6, 2.8)), layout="constrained"
+    )
+    image = axis.imshow(values, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
+    axis.set_yticks(range(len(tokens)), [visible(token) for token in tokens], fontsize=9)
+    axis.set_xticks(range(values.shape[1]), grid.columns, fontsize=9)
+    axis.set_xlabel(f"First layer of the window ({first.window_size} layers)")
+    axis.set_ylabel("Source token")
+    fact = result.facts.iloc[0]
+    for position in subject:
+        axis.get_yticklabels()[position].set_fontweight("bold")
+    path = PATHS.get(first.path, main_path(result))
+    axis.set_title(
+        f"{first.model}: token → {first.target}, {path}\n"
+        f"P({str(fact.target).strip()!r}) = {first.base_prob:.3g} without a knockout",
+        fontsize=10,
+    )
+    bar = figure.colorbar(image, ax=axis, label=METRICS[metric])
+    if metric == "change_pct":
+        bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}" if value else "0")
+    plt.close(figure)
+    return figure

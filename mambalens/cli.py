@@ -10,6 +10,7 @@ import typer
 
 if TYPE_CHECKING:
     from mambalens.facts import Facts
+    from mambalens.hooks.knockout import Features
     from mambalens.lens import Lens
 
 app = typer.Typer(
@@ -24,15 +25,25 @@ FactsFile = Annotated[str, typer.Option("--facts", help="'atlas', or a .jsonl, .
 Where = Annotated[
     list[str], typer.Option("--where", help="Keep facts with this value, e.g. wording=far.", metavar="COLUMN=VALUE")
 ]
-Limit = Annotated[int, typer.Option("--limit", help="At most this many facts, drawn at random with seed 0.", min=1)]
-BatchSize = Annotated[int, typer.Option("--batch-size", help="Prompts a batch at most.", min=1)]
+Limit = Annotated[
+    int | None, typer.Option("--limit", help="At most this many facts, drawn at random with seed 0.", min=1)
+]
+BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts a batch at most.", min=1)]
 Memory = Annotated[
-    str, typer.Option("--memory", help="What to use beside the model, e.g. 4GB; by default half of what is free.")
+    str | None,
+    typer.Option("--memory", help="What to use beside the model, e.g. 4GB; by default half of what is free."),
 ]
 DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
-Tokenizer = Annotated[str, typer.Option("--tokenizer", help="Where to take the tokenizer from, if not from MODEL.")]
+Tokenizer = Annotated[
+    str | None, typer.Option("--tokenizer", help="Where to take the tokenizer from, if not from MODEL.")
+]
 Window = Annotated[int, typer.Option("--window", help="Consecutive layers that a knockout covers.")]
 Target = Annotated[str, typer.Option("--target", help="Role that is not to receive the information.")]
+FeatureGroups = Annotated[
+    list[str], typer.Option("--features", help="Groups ('slow', 'fast:0.1'), feature numbers or a selection's .csv.")
+]
+OneGroup = Annotated[str, typer.Option("--features", help="A group, a feature's number or a selection's .csv file.")]
+PromptText = Annotated[str, typer.Option("--prompt", help="Text that ends right before the target.")]
 Metric = Annotated[str, typer.Option("--metric", help="change_pct, prob, hit, rank or kl.")]
 
 
@@ -57,15 +68,15 @@ def sweep(
     ],
     target: Target = "last",
     window: Window = 9,
-    features: Annotated[list[str], typer.Option("--features", help="Groups of features.")] = ["all"],  # noqa: B006
+    features: FeatureGroups = ["all"],  # noqa: B006
     path: Annotated[list[str], typer.Option("--path", help="main, conv or both.")] = ["main"],  # noqa: B006
     all_facts: Annotated[bool, typer.Option("--all-facts", help="Also facts the model answers wrong.")] = False,
     where: Where = [],  # noqa: B006
-    limit: Limit | None = None,
-    batch_size: BatchSize | None = None,
-    memory: Memory | None = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
     dtype: DType = "auto",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Knock out every source in every window, over the facts the model knows.
 
@@ -77,7 +88,8 @@ def sweep(
 
     writable_folder(out)
     chosen = _facts(facts, where, limit if all_facts else None)
-    plan = Plan(tuple(source), target, window, tuple(features), cast(Any, tuple(path)))
+    groups = tuple(_features(text) for text in features)
+    plan = Plan(tuple(source), target, window, groups, cast(Any, tuple(path)))
     results = []
     for model in models:
         lens = _lens(model, dtype, tokenizer)
@@ -92,7 +104,7 @@ def sweep(
             if not len(mine):
                 _fail(f"{lens.name} answers none of the {len(chosen)} facts right: sweep them anyway with --all-facts.")
         folder = out if len(models) == 1 else out / lens.name
-        results.append(lens.sweep(mine, source, target, window, features, path, batch_size, folder, memory=memory))
+        results.append(lens.sweep(mine, source, target, window, groups, path, batch_size, folder, memory=memory))
     result = SweepResult.concat(results)
     flow = out / "flow.png"
     try:
@@ -114,10 +126,10 @@ def evaluate(
     models: Models,
     facts: FactsFile = "atlas",
     where: Where = [],  # noqa: B006
-    limit: Limit | None = None,
-    batch_size: BatchSize | None = None,
+    limit: Limit = None,
+    batch_size: BatchSize = None,
     dtype: DType = "auto",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write one row a fact to this .csv file.")] = None,
 ) -> None:
     """How many facts does a model know? First-token accuracy, by relation.
@@ -151,16 +163,16 @@ def evaluate(
 @app.command()
 def heatmap(
     model: OneModel,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text that ends right before the target.")],
+    prompt: PromptText,
     subject: Annotated[str, typer.Option("--subject", help="The subject, as spelled in the prompt.")],
     target: Annotated[str, typer.Option("--target", help="The continuation.")],
     window: Window = 9,
     path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = "main",
-    features: Annotated[str, typer.Option("--features", help="A group of features.")] = "all",
+    features: OneGroup = "all",
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("heatmap.png"),
-    memory: Memory | None = None,
+    memory: Memory = None,
     dtype: DType = "auto",
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer = None,
 ) -> None:
     """Draw one prompt: each token as the source, each window.
 
@@ -169,9 +181,141 @@ def heatmap(
     from mambalens.facts import Fact
 
     lens = _lens(model, dtype, tokenizer)
-    figure = lens.heatmap(Fact(prompt, subject, target), window, features=features, path=path, memory=memory)
+    figure = lens.heatmap(Fact(prompt, subject, target), window, features=_features(features), path=path, memory=memory)
     figure.savefig(out, dpi=130)
     typer.echo(f"{lens.predict(Fact(prompt, subject, target)).to_string(index=False)}\n\nFigure: {out}")
+
+
+@app.command()
+def features(
+    model: OneModel,
+    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")],
+    facts: FactsFile = "atlas",
+    where: Where = [],  # noqa: B006
+    limit: Limit = 200,
+    select: Annotated[
+        str | None, typer.Option("--select", help="Write the features with most of this, e.g. exchange_share_last.")
+    ] = None,
+    top: Annotated[
+        float,
+        typer.Option("--top", help="Which part of each layer's features --select takes.", show_default="a third"),
+    ] = 1 / 3,
+    causal: Annotated[bool, typer.Option("--causal", help="Knock out every feature alone, too.")] = False,
+    source: Annotated[str, typer.Option("--source", help="Role that --causal knocks out.")] = "subject",
+    target: Target = "last",
+    block: Annotated[int, typer.Option("--block", help="Features that --causal knocks out together.", min=1)] = 1,
+    batch_size: BatchSize = None,
+    memory: Memory = None,
+    dtype: DType = "auto",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Which features carry information between tokens, and which enrich a token.
+
+    Example: mambalens features atlas-mamba2 --where wording=far --causal --out runs/features
+    """
+    from mambalens import figures
+    from mambalens.hooks.errors import MambalensError
+    from mambalens.result import writable_folder
+    from mambalens.selection import Selection
+
+    writable_folder(out)
+    lens, chosen = _lens(model, dtype, tokenizer), _facts(facts, where, None if causal else limit)
+    if causal:
+        chosen = lens.known(chosen, batch_size, limit=limit)
+        if not len(chosen):
+            _fail(f"{lens.name} answers none of the facts right: without a right answer --causal has nothing to lose.")
+    table = lens.features(chosen, batch_size)
+    table.to_csv(out / "features.csv", index=False)
+    written = ["features.csv"]
+    decays = [("decay_norm", "decay_norm.png"), ("half_life", "half_life.png")]
+    for measure, file in decays if table.decay_norm.notna().any() else []:
+        figures.decay_spectrum(table, measure).savefig(out / file, dpi=130)
+        written.append(file)
+    figures.shares_by_layer(table).savefig(out / "exchange_share.png", dpi=130)
+    written.append("exchange_share.png")
+    if select is not None:
+        Selection.by(table, select, top=top).save(out / f"{select}.csv")
+        written.append(f"{select}.csv")
+    columns = ["half_life", "exchange_share", "enrichment_share", "exchange_share_last", "enrichment_share_last"]
+    by_group = table.groupby(["layer", "group"], sort=False)[columns].median()
+    typer.echo(f"{lens.name}, medians over a layer's features on {len(chosen)} prompts:\n")
+    typer.echo(by_group.to_string(float_format="{:.3g}".format, na_rep=""))
+    if causal:
+        found = lens.causal_features(chosen, source, target, block=block, batch_size=batch_size, memory=memory)
+        shown = found.table.assign(features=[" ".join(map(str, numbers)) for numbers in found.table.features])
+        shown.to_csv(out / "causal.csv", index=False)
+        written.append("causal.csv")
+        try:
+            found.plot().savefig(out / "causal.png", dpi=130)
+            written.append("causal.png")
+        except MambalensError as error:
+            typer.echo(f"No figure: {error}", err=True)
+        dearest = shown.sort_values("drop_pct", ascending=False).head(10)
+        dearest = dearest[["layer", "features", "exchange_share_last", "drop_pct", "low", "high"]]
+        typer.echo(f"\n{source} → {target} knocked out, drop of the target's probability in % with 95 % intervals:\n")
+        typer.echo(dearest.to_string(index=False, float_format="{:.3g}".format))
+        rho = found.correlation().iloc[0]
+        typer.echo(f"\nRank correlation with the exchange share: {rho.rho:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
+    typer.echo(f"\n{', '.join(written)} in {out}")
+
+
+@app.command()
+def attention(
+    model: OneModel,
+    prompt: PromptText,
+    layer: Annotated[int | None, typer.Option("--layer", help="By default the middle one.")] = None,
+    subject: Annotated[str, typer.Option("--subject", help="Set in bold.")] = "",
+    features: OneGroup = "all",
+    reduce: Annotated[
+        str, typer.Option("--reduce", help="mean_abs or mean over the features; none for a single one.")
+    ] = "mean_abs",
+    out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("attention.png"),
+    dtype: DType = "auto",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Draw a layer's effective attention for one prompt.
+
+    Example: mambalens attention atlas-mamba2 --prompt 'The capital of Peru is' --layer 9 --features 0 --reduce none
+    """
+    from mambalens.facts import Fact
+
+    lens = _lens(model, dtype, tokenizer)
+    layer = lens.n_layers // 2 if layer is None else layer
+    how = None if reduce == "none" else reduce
+    figure = lens.attention_map(Fact(prompt, subject, "."), layer, _features(features), how)
+    figure.savefig(out, dpi=130)
+    typer.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
+
+
+@app.command()
+def diagnose(
+    models: Models,
+    out: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")],
+    facts: FactsFile = "atlas",
+    where: Where = [],  # noqa: B006
+    limit: Limit = 100,
+    batch_size: BatchSize = None,
+    dtype: DType = "auto",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """What kind of operator each layer is: sinks, ranks, recency, induction; models side by side.
+
+    Example: mambalens diagnose atlas-mamba1 atlas-mamba2 atlas-gpt-neox --out runs/operators
+    """
+    import pandas as pd
+
+    from mambalens.figures import diagnostics
+    from mambalens.result import writable_folder
+
+    writable_folder(out)
+    chosen = _facts(facts, where, limit)
+    table = pd.concat([_lens(model, dtype, tokenizer).diagnose(chosen, batch_size) for model in models])
+    table.to_csv(out / "diagnostics.csv", index=False)
+    diagnostics(table).savefig(out / "diagnostics.png", dpi=130)
+    of_all = table[(table.group == "all") & (table.diagnostic != "recency")]
+    wide = of_all.pivot_table(index=["model", "layer"], columns="diagnostic", values="value", sort=False)
+    typer.echo(wide.to_string(float_format="{:.3g}".format))
+    typer.echo(f"\ndiagnostics.csv, diagnostics.png in {out}")
 
 
 @app.command()
@@ -252,6 +396,15 @@ def _facts(name: str, where: list[str], limit: int | None) -> Facts:
         if not len(chosen):
             _fail(f"No fact of {name!r} has {condition}.")
     return chosen.sample(limit) if limit else chosen
+
+
+def _features(text: str) -> Features:
+    """What --features names: a group, a feature's number, or a selection's file."""
+    if text.endswith(".csv"):
+        from mambalens.selection import Selection
+
+        return Selection.load(text)
+    return int(text) if text.isdigit() else text
 
 
 def _condition(text: str) -> tuple[str, str]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from mambalens.causal import CausalFeatures
     from mambalens.result import SweepResult
 
 BATCH_TOKENS = 4096
@@ -311,6 +312,90 @@ class Lens:
         from mambalens.features import feature_table
 
         return feature_table(self, None if facts is None else as_facts(facts), batch_size, progress)
+
+    def causal_features(
+        self,
+        facts: FactLike,
+        source: str = "subject",
+        target: str = "last",
+        layers: Sequence[int] | int | str | None = None,
+        block: int = 1,
+        path: KnockoutPath = "main",
+        batch_size: int | None = None,
+        memory: int | str | None = None,
+        progress: bool = True,
+    ) -> CausalFeatures:
+        """Knock out every feature alone, in its layer alone, and see what the target's probability loses.
+
+        Args:
+            facts: facts, a name or a path.
+            source, target: roles (see `roles.ROLES`).
+            layers: layer numbers or a kind of mixer; None: every layer.
+            block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
+            path: 'main', 'conv' or 'both'.
+            batch_size, memory, progress: as for `sweep`.
+
+        Returns:
+            A table with the features' measures beside their cost, rank correlations and a scatter plot.
+        """
+        from mambalens.causal import causal_features
+
+        given = as_facts(facts)
+        return causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress)
+
+    def diagnose(
+        self, facts: FactLike, batch_size: int | None = None, progress: bool = True, seed: int = 0
+    ) -> pd.DataFrame:
+        """What kind of operator each layer's token mixing is, channels and heads on the same scale.
+
+        Definitions and sources are in `mambalens.operators`. Values are means over prompts and then over the features
+        of a group.
+
+        Args:
+            facts: prompts to measure on. The work grows with prompts x features x T^2.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+            seed: of the random tokens that induction is measured on (4 sequences of 25 tokens, each twice).
+
+        Returns:
+            One row per layer, group ('all', and 'slow', 'middle', 'fast' where features decay) and diagnostic: model,
+            layer, n_layers, kind, group, diagnostic ('sink_share', 'effective_rank', 'interaction_rank',
+            'position_dependence', 'mean_distance', 'recency', 'induction_score'), lag (of recency: '0', '1', '2-3' ...;
+            else ''), value, n_features, n_prompts.
+        """
+        from mambalens.diagnose import diagnose
+
+        return diagnose(self, as_facts(facts), batch_size, progress, seed)
+
+    def attention_map(
+        self, fact: Fact, layer: int, features: Features = "all", reduce: str | None = "mean_abs"
+    ) -> Figure:
+        """One layer's effective attention for a fact's prompt as a figure, tokens on both axes.
+
+        Args:
+            fact: its prompt is read.
+            layer: layer number.
+            features: a group, a feature's number, a mask or a list.
+            reduce: 'mean_abs' or 'mean' over these features; None draws the entries of a single feature as they are.
+        """
+        from mambalens.figures import attention_map
+
+        prompt = self.prompt(fact)
+        ids = torch.tensor([prompt.ids], device=self.device)
+        alpha = self.hooks.effective_attention(ids, layer, features=features, reduce=reduce)
+        if reduce is None:
+            if alpha.shape[1] != 1:
+                raise MambalensError(
+                    f"reduce=None draws one feature, but {alpha.shape[1]} are named: give features=NUMBER, or "
+                    "reduce='mean' or 'mean_abs'."
+                )
+            alpha = alpha[:, 0]
+        kind = next(mixer.kind for mixer in self.hooks.mixers if mixer.layer == layer)
+        what = f"feature {features}" if isinstance(features, int) else f"{features} features" if isinstance(
+            features, str) else getattr(features, "name", "some features")  # fmt: skip
+        how = {"mean_abs": "mean magnitude", "mean": "mean", None: "as it is"}[reduce]
+        title = f"{self.name}, layer {layer} ({kind}): effective attention, {what}, {how}"
+        return attention_map(alpha[0].float().cpu().numpy(), prompt.tokens, title, prompt.positions("subject"))
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:

@@ -32,6 +32,12 @@ class Prediction(NamedTuple):
         return cls(log_probs, target[:, 0].double().exp(), (log_probs > target).sum(1) + 1, log_probs.argmax(-1))
 
 
+def target_probability(logits: Tensor, targets: Tensor) -> Tensor:
+    """Probability of scored tokens [batch], in float64, of logits [batch, vocabulary]."""
+    target = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
+    return (target.double() - logits.logsumexp(-1)).exp()
+
+
 def kl_divergence(base: Tensor, knocked_out: Tensor) -> Tensor:
     """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative."""
     return (base.exp() * (base - knocked_out)).sum(-1).clamp_min(0.0)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import functools
-import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from mambalens.engine import Asked, Engine
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Path
@@ -32,10 +28,6 @@ COLUMNS = (
 """Columns of a sweep's table. Probabilities and ranks (1 is the top) are those of the target's first token,
 `change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
 on top, `kl` KL(base || knocked out) in nats."""
-
-
-UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
-"""Largest difference of a probability between the model and a replay that cuts nothing."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ class Plan:
         for what, values in (("sources", self.sources), ("features", self.features), ("paths", self.paths)):
             if not values:
                 raise MambalensError(f"{what} is empty: name at least one.")
-        names = [f if isinstance(f, str) else getattr(f, "name", f"selection {i}") for i, f in enumerate(self.features)]
+        names = [_name(features, i) for i, features in enumerate(self.features)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise MambalensError(f"features has {twice!r} twice; the table could not tell them apart.")
@@ -97,17 +89,11 @@ class Plan:
         return windows
 
 
-class _Knockout(NamedTuple):
-    """One knockout of a batch."""
-
-    layers: list[int]
-    features: Features
-    name: str
-    """What the table calls the features."""
-    path: Path
-    source: str
-    positions: list[list[int]]
-    """The source's positions in every prompt."""
+def _name(features: Features, number: int) -> str:
+    """What the table calls a group of features."""
+    if isinstance(features, str | int):
+        return features if isinstance(features, str) else f"feature {features}"
+    return str(getattr(features, "name", f"selection {number}"))
 
 
 def run(
@@ -148,8 +134,8 @@ def run(
     groups = list(zip(plan.features, plan.names, strict=True))
     roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
     combinations = len(groups) * len(plan.paths) * len(windows) * roles
-    engine = _Engine(lens, room) if replay else None
-    most = None if engine is None else functools.partial(engine.prompts_at_once, plan)
+    engine = Engine(lens, room, replay)
+    most = functools.partial(engine.prompts_at_once, plan.sources)
     rows: list[tuple[Any, ...]] = []
     bar = tqdm(total=len(prompts) * combinations, desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
@@ -163,13 +149,12 @@ def run(
                 if not found and not role.startswith("each:")
             ]
             knockouts = [
-                _Knockout(layers, features, name, path, source, positions)
+                Asked(layers, features, name, path, source, positions)
                 for layers, (features, name), path in product(windows, groups, plan.paths)
                 for source, positions in sources
                 if any(positions)
             ]
-            answers = engine.answers(batch, knockouts, targets) if engine is not None else None
-            answers = answers if answers is not None else _eager(lens, batch, knockouts, targets)
+            answers = engine.answers(batch, knockouts, targets)
             base = Prediction.of(next(answers)[1], batch.targets)
             found: dict[int, list[tuple[Any, ...]]] = {}
             for number, logits in answers:
@@ -209,86 +194,6 @@ def run(
         "dtype": str(lens.model.dtype).removeprefix("torch."),
     }
     return SweepResult(table, missing, facts.table, [config])
-
-
-Answers = Iterator[tuple[int, Tensor]]
-"""Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
-
-
-@torch.no_grad()
-def _eager(lens: Lens, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Answers:
-    """One hooked forward pass for every knockout."""
-    yield -1, lens.last_logits(batch)
-    for number, knockout in enumerate(knockouts):
-        sources, features = batch.mask(knockout.positions), knockout.features
-        with lens.hooks.knockout(sources, batch.mask(targets), knockout.layers, features, knockout.path):
-            yield number, lens.last_logits(batch)
-
-
-class _Engine:
-    """Answers by replay, as long as it reproduces the model."""
-
-    def __init__(self, lens: Lens, memory: int) -> None:
-        from mambalens.replay import can_replay
-
-        self.lens, self.memory = lens, memory
-        self.works = can_replay(lens.hooks)
-
-    def prompts_at_once(self, plan: Plan, time: int) -> int | None:
-        """How many prompts of a length fit the memory; None: any number."""
-        from mambalens.replay import prompts_at_once
-
-        if not self.works:
-            return None
-        sets = len(plan.sources) + ("each" in plan.sources) * (time - 1)
-        return prompts_at_once(self.lens.hooks, time, sets, self.memory)
-
-    def answers(self, batch: Batch, knockouts: Sequence[_Knockout], targets: list[list[int]]) -> Answers | None:
-        """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
-        from mambalens.replay import UNCUT, Cutting, Replay
-
-        if not self.works or not knockouts:
-            return None
-        hooks = self.lens.hooks
-        sets = {knockout.source: knockout.positions for knockout in knockouts}
-        numbers = {source: number for number, source in enumerate(sets, 1)}
-        sources = torch.stack([batch.mask(positions) for positions in sets.values()])
-        cuts = [UNCUT]
-        for knockout in knockouts:
-            features = hooks.feature_masks(knockout.features, knockout.layers)
-            main, conv = knockout.path != "conv", knockout.path != "main"
-            cuts.append(Cutting(knockout.layers, numbers[knockout.source], main, conv, features))
-        replay = Replay(hooks, batch.ids, batch.last, sources, batch.mask(targets), self.memory)
-        found = ((number - 1, logits) for number, logits in replay.logits(cuts))
-        try:
-            first = next(found)
-        except MambalensError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
-                raise
-            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
-            return None
-        difference = self._difference(batch, first[1])
-        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-            self._give_up(f"is not reproduced by replaying it: without a knockout it misses by {difference:.1e}")
-            return None
-        return itertools.chain([first], found)
-
-    def _difference(self, batch: Batch, uncut: Tensor) -> float:
-        """Between the model's own prediction and the replay's without a knockout.
-
-        Every batch is checked, on its shortest prompt run alone: what fills the batch up must not matter either.
-        """
-        own = self.lens.last_logits(batch.part([-1]).trimmed()).softmax(-1)[0]
-        return float((uncut[-1].softmax(-1) - own.to(uncut.device)).abs().max())
-
-    def _give_up(self, why: str) -> None:
-        self.works = False
-        warnings.warn(
-            f"{self.lens.name} {why}. Every knockout takes a forward pass of its own instead, which is slow and exact.",
-            stacklevel=2,
-        )
 
 
 def _rows(

@@ -16,7 +16,7 @@ from mambalens.cli import app
 from mambalens.data import checkpoints
 
 MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
-VERBS = ("sweep", "evaluate", "heatmap", "plot", "models", "facts")
+VERBS = ("sweep", "evaluate", "heatmap", "features", "attention", "diagnose", "plot", "models", "facts")
 
 
 def run(*arguments: str) -> str:
@@ -36,7 +36,7 @@ def typed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProce
 def test_help_is_quick_has_examples_and_fits_a_screen() -> None:
     for arguments in ([], *([verb] for verb in VERBS)):
         text = typed(*arguments, "--help").stdout
-        assert len(text.splitlines()) <= 50
+        assert len(text.splitlines()) <= 50, arguments
         assert "Example" in text
     started = time.perf_counter()
     probe = "import mambalens, mambalens.cli, sys; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
@@ -104,3 +104,51 @@ def test_bad_input_ends_in_one_sentence(arguments: list[str], sentence: str, tmp
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_features_writes_tables_figures_and_a_selection_that_sweep_takes(tmp_path: Path) -> None:
+    out, model = tmp_path / "features", "atlas-mamba2"
+    text = run("features", model, "--out", str(out), "--limit", "8", "--where", "wording=near", "--causal",
+               "--select", "exchange_share_last", "--top", "0.2")  # fmt: skip
+    assert "Rank correlation with the exchange share" in text
+    table = pd.read_csv(out / "features.csv")
+    assert len(table) == 12 * 10 and table.exchange_share.between(0, 3).all()
+    assert pd.read_csv(out / "causal.csv").drop_pct.notna().all()
+    for figure in ("decay_norm.png", "half_life.png", "exchange_share.png", "causal.png"):
+        assert (out / figure).stat().st_size > 10_000
+    chosen = out / "exchange_share_last.csv"
+    assert pd.read_csv(chosen).groupby("layer").selected.sum().tolist() == [2] * 12
+    swept = tmp_path / "swept"
+    run("sweep", model, "--out", str(swept), "--limit", "4", "--source", "subject", "--features", "all", "--features",
+        str(chosen), "--features", "slow:0.1", "--features", "7")  # fmt: skip
+    found = pd.read_parquet(swept / "table.parquet").features.unique().tolist()
+    assert found == ["all", "exchange_share_last", "slow:0.1", "feature 7"]
+    refused = typed("sweep", model, "--out", str(swept), "--features", str(tmp_path / "none.csv"))
+    assert refused.returncode == 2 and "none.csv' cannot be read" in refused.stderr
+
+
+def test_features_of_a_transformer_have_shares_and_no_decay(tmp_path: Path) -> None:
+    run("features", "atlas-gpt-neox", "--out", str(tmp_path), "--limit", "5")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["exchange_share.png", "features.csv"]
+
+
+def test_attention_and_diagnose_draw(tmp_path: Path) -> None:
+    out = tmp_path / "map.png"
+    text = run("attention", MODEL, "--prompt", "The capital of Peru is", "--subject", "Peru", "--out", str(out))
+    assert "Layer 6 of 12" in text and out.stat().st_size > 10_000
+    run(
+        "attention",
+        MODEL,
+        "--prompt",
+        "The capital of Peru is",
+        "--features",
+        "1",
+        "--reduce",
+        "none",
+        "--out",
+        str(out),
+    )
+    text = run("diagnose", "atlas-mamba2", MODEL, "--limit", "3", "--out", str(tmp_path))
+    assert "induction_score" in text
+    assert set(pd.read_csv(tmp_path / "diagnostics.csv").model) == {"atlas-mamba2", MODEL}
+    assert (tmp_path / "diagnostics.png").stat().st_size > 10_000

@@ -102,8 +102,8 @@ def test_a_memory_that_is_no_size_is_refused(lens: Lens, memory: int | str) -> N
 
 
 def test_a_model_that_replay_misses_is_swept_by_single_passes(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambalens.sweep.UNCUT_TOLERANCE", {lens.model.dtype: 0.0})
-    monkeypatch.setattr("mambalens.sweep._Engine._difference", lambda *_: 0.25)
+    monkeypatch.setattr("mambalens.engine.UNCUT_TOLERANCE", {lens.model.dtype: 0.0})
+    monkeypatch.setattr("mambalens.engine.Engine._difference", lambda *_: 0.25)
     with pytest.warns(
         UserWarning, match=r"not reproduced by replaying it: .* misses by 2.5e-01\. Every knockout"
     ) as seen:

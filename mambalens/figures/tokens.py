@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -60,5 +61,38 @@ def heatmap(
     if metric == "change_pct":
         bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}" if value else "0")
+    plt.close(figure)
+    return figure
+
+
+def attention_map(alpha: np.ndarray, tokens: Sequence[str], title: str, subject: Sequence[int] = ()) -> Figure:
+    """Effective attention of one layer: targets down, sources across.
+
+    Args:
+        alpha: [T, T]; signed entries are drawn around white, magnitudes and softmax weights from white on.
+        tokens: the prompt's tokens.
+        title: a heading.
+        subject: the subject's positions, which are set in bold.
+    """
+    time = len(tokens)
+    side = 0.3 * time
+    figure, axis = plt.subplots(figsize=(max(side + 3.0, 6.0), max(side + 2.2, 4.0)), layout="constrained")
+    allowed = np.where(np.tril(np.ones((time, time), bool)), alpha, np.nan)
+    reach = float(np.nanmax(np.abs(allowed))) or 1.0
+    if (alpha < 0).any():
+        image = axis.imshow(allowed, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
+    else:
+        image = axis.imshow(allowed, cmap="Blues", vmin=0, vmax=reach, interpolation="nearest")
+    axis.set_facecolor("#F2F2F2")
+    names = [visible(token) for token in tokens]
+    axis.set_xticks(range(time), names, fontsize=8, rotation=90)
+    axis.set_yticks(range(time), names, fontsize=8)
+    for position in subject:
+        axis.get_xticklabels()[position].set_fontweight("bold")
+        axis.get_yticklabels()[position].set_fontweight("bold")
+    axis.set_xlabel("Source token")
+    axis.set_ylabel("Target token")
+    axis.set_title("\n".join(textwrap.wrap(title, int(9 * figure.get_figwidth()))), fontsize=10)
+    figure.colorbar(image, ax=axis, label="alpha", shrink=0.8)
     plt.close(figure)
     return figure

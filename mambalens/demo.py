@@ -14,11 +14,15 @@ from mambalens.facts import Facts, load_facts
 from mambalens.figures import flow
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
+from mambalens.selection import Selection
 
 SOURCES = ("subject", "relation", "last", "first", "others")
 WINDOW = 6
 FACTS = 200
 """Facts drawn for each wording, among those the model knows."""
+GROUPS = ("all", "context-dependent", "context-independent", "slow")
+"""Groups of features by decay norm."""
+GROUP_SOURCES = ("subject", "others")
 
 
 def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
@@ -45,6 +49,38 @@ def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
     main_path = together.where(path="main")
     flow(main_path, rows="wording", columns="model", title=title).savefig(out / "models.png", dpi=130)
     return together
+
+
+def groups(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
+    """Knock out groups of features, over far wordings: do the slow ones alone carry what all do (Endy et al. 2025)?
+
+    Beside the paper's groups goes the third of each layer's features that carries most between tokens, as measured on
+    other facts than are swept.
+    """
+    results = []
+    for name in models:
+        lens = Lens.load(name)
+        known = lens.known(load_facts("atlas").where(wording="far"), limit=2 * n_facts)
+        measured = lens.features(known[1::2])
+        third = Selection.by(measured, "exchange_share", top=1 / 3).named("top third by exchange share")
+        result = lens.sweep(
+            known[::2], ("subject", "others"), "last", WINDOW, (*GROUPS, third), out=out / "groups" / name
+        )
+        results.append(result)
+    together = SweepResult.concat(results)
+    title = f"Knocking out source → last in groups of features, window of {WINDOW} layers, far wordings"
+    flow(together, rows="source", columns="model", title=title).savefig(out / "groups.png", dpi=130)
+    return together
+
+
+def group_findings(result: SweepResult) -> pd.DataFrame:
+    """For every model, source and group of features: the window that costs most for all features, with intervals."""
+    summary = result.summary("bootstrap")
+    keys = ["model", "source"]
+    of_all = summary[summary.features == "all"]
+    worst = of_all.loc[of_all.groupby(keys, sort=False)["mean"].idxmin(), [*keys, "window_start"]]
+    rows = summary.merge(worst, on=[*keys, "window_start"])
+    return rows[[*keys, "features"]].assign(change=_effect(rows)).sort_values(keys, kind="stable", ignore_index=True)
 
 
 def findings(result: SweepResult) -> pd.DataFrame:
@@ -80,7 +116,13 @@ def main() -> None:
         "\nChange of the target's probability with 95 % intervals: the source and window that cost most, and the worst "
         f"window for the subject alone.\n\n{table}\n"
     )
-    (options.out / "findings.txt").write_text(table + "\n")
+    decaying = [name for name in checkpoints() if "mamba" in name]
+    by_group = group_findings(groups(options.out, decaying, options.facts)).to_string(index=False)
+    print(
+        "\nThe same by groups of features, in the window that costs most when all are knocked out, far wordings.\n\n"
+        f"{by_group}\n"
+    )
+    (options.out / "findings.txt").write_text(f"{table}\n\n{by_group}\n")
     print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}")
 
 

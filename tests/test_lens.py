@@ -262,6 +262,14 @@ def test_a_figure_never_draws_two_values_into_one_line(lens: Lens) -> None:
         flow(two)
 
 
+def test_groups_of_features_are_lines_where_panels_have_one_source_each(lens: Lens) -> None:
+    result = lens.sweep(FACTS, ("subject", "last"), window=2, features=("all", [0, 1]), progress=False)
+    figure = flow(result, rows="source")
+    assert len(figure.axes) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["all", "selection 1"]
+    assert flow(result, rows="features").legends[0].get_texts()[0].get_text() == "subject"
+
+
 def test_intervals_cover_what_they_promise() -> None:
     rng = np.random.default_rng(0)
     draws = rng.normal(3.0, 2.0, (300, 40))

@@ -31,7 +31,7 @@ def flow(
     interval: str = "bootstrap",
     title: str | None = None,
 ) -> Figure:
-    """Information-flow curves: one line per source (or per group of features, if there are several), with intervals.
+    """Information-flow curves: one line per source, or per group of features where panels have one source each.
 
     Args:
         result: a sweep.
@@ -84,7 +84,7 @@ def flow(
     heading = title or f"{', '.join(result.models)}: knocking out {_what(summary, hue)} → {target}, {window}"
     figure.suptitle("\n".join(textwrap.wrap(heading, int(11 * figure.get_figwidth()))), fontsize=11)
     figure.legend(
-        handles.values(), handles.keys(), loc="outside right upper", frameon=False, fontsize=9, title=hue,
+        handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9, title=hue,
         title_fontsize=9, alignment="left",
     )  # fmt: skip
     plt.close(figure)  # shown by whoever gets it, once
@@ -95,7 +95,8 @@ def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple
     """What lines, rows and columns of panels stand for, so that each line has one value at each window."""
     varying = [name for name in ("path", "model", "features", "target", "window_size") if table[name].nunique() > 1]
     hue = "source"
-    if table.source.nunique() == 1 and "features" in varying and "features" not in (rows, columns):
+    one_source = table.source.nunique() == 1 or "source" in (rows, columns)
+    if one_source and "features" in varying and "features" not in (rows, columns):
         hue = "features"
     left = [name for name in varying if name not in (hue, rows, columns)]
     if rows is None:
@@ -113,7 +114,7 @@ def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple
 def _what(summary: pd.DataFrame, hue: str) -> str:
     """What is knocked out, as far as lines do not say it."""
     if hue == "features":
-        return f"{summary.source.iloc[0]} by features"
+        return f"{' or '.join(summary.source.unique())} by features"
     groups = [group for group in summary.features.unique() if group != "all"]
     return f"source ({', '.join(groups)} features)" if len(groups) == 1 else "source"
 

@@ -33,11 +33,13 @@ class Knockout:
     targets: Positions
     """Positions that are not to receive it."""
     layers: Sequence[int] | int | str | None = None
-    """Layer numbers, or a kind of mixer ('attention': only those layers). None: every layer."""
+    """Layer numbers, or a kind of mixer ('attention': those mixers, in every layer). None: every layer."""
     features: Features = "all"
     """Which of a mixer's features are cut."""
     path: Path = "main"
     """The scan or attention ('main'), the causal convolution before the scan ('conv'), or 'both'."""
+    mixers: str | None = None
+    """Only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several; None: all."""
 
     def __post_init__(self) -> None:
         if self.path not in PATHS:

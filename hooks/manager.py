@@ -19,7 +19,11 @@ from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, p
 from mambalens.hooks.mixer import Captured, Mixer, Pass, adapters
 from mambalens.hooks.mixing import TokenMixing
 
-SUPPORTED = "MambaForCausalLM, Mamba2ForCausalLM and causal transformers whose attention takes an attention mask"
+SUPPORTED = (
+    "Mamba and Mamba-2 layers as transformers has them, attention that takes an attention mask, and both together"
+)
+NO_MIXER = ("mlp", "moe")
+"""Types of layers, as configurations name them, that work on every position alone."""
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative; several of transformers' norms and scans round to float32 whatever the model's dtype."""
 
@@ -29,8 +33,8 @@ class _Active:
     """A knockout whose block is running, with its layers and features looked up."""
 
     knockout: Knockout
-    features: dict[int, Tensor | None]
-    """Mask by layer; None for every feature."""
+    features: dict[Mixer, Tensor | None]
+    """Mask of every mixer that is cut; None for every feature."""
     reached: int = 0
     """Columns that the longest input so far had."""
     wanted: int = 0
@@ -47,18 +51,22 @@ class HookManager:
 
     def __init__(self, model: nn.Module, check: bool = False) -> None:
         self.model: Any = model
-        self.mixers = find_mixers(model)
-        self.n_layers = max(mixer.layer for mixer in self.mixers) + 1
+        self.layers, self.mixers = find_mixers(model)
         self._active: list[_Active] = []
         self._pass: Pass | None = None
         self._cuts: dict[Mixer, list[Cut]] = {}
         self._prompts: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()  # cache -> prompt, columns so far
-        if check:
+        if check or not all(mixer.familiar for mixer in self.mixers):
             self.check()
 
     def __repr__(self) -> str:
         kinds = {kind: sum(mixer.kind == kind for mixer in self.mixers) for kind in self.kinds}
         return f"<HookManager of {type(self.model).__name__}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}>"
+
+    @property
+    def n_layers(self) -> int:
+        """Number of layers, those without a token mixer included."""
+        return len(self.layers)
 
     @property
     def kinds(self) -> list[str]:
@@ -83,6 +91,7 @@ class HookManager:
         layers: Sequence[int] | int | str | None = None,
         features: Features = "all",
         path: Path = "main",
+        mixers: str | None = None,
     ) -> Iterator[Knockout]:
         """Block what `sources` hand to `targets` while the block runs (Geva et al. 2023; Endy et al. 2025, eq. 5).
 
@@ -96,24 +105,24 @@ class HookManager:
                 such as 'slow:0.1'), a feature's number, a boolean mask or a list of numbers, or one of these for each
                 layer (such as a `Selection`).
             path: 'main' (the scan or attention), 'conv' (the convolution's taps from source to target) or 'both'.
+            mixers: only mixers of this kind, in models that have several kinds; None: all.
 
         Knockouts nest: what any of them blocks is blocked. Leaving the block restores the model bit for bit.
 
         Raises:
             MambalensError: for a layer, position, feature or path that does not exist, quoting it.
         """
-        with self.apply(Knockout(sources, targets, layers, features, path)) as knockout:
+        with self.apply(Knockout(sources, targets, layers, features, path, mixers)) as knockout:
             yield knockout
 
     @contextmanager
     def apply(self, knockout: Knockout) -> Iterator[Knockout]:
         """`knockout(...)` with its arguments in one object."""
-        layers = self.layer_numbers(knockout.layers)
-        by_layer = {mixer.layer: mixer for mixer in self.mixers}
-        if knockout.path == "conv" and layers and not any(by_layer[layer].has_conv for layer in layers):
-            kinds = sorted({by_layer[layer].kind for layer in layers})
+        chosen = self.mixers_of(knockout.layers, knockout.mixers)
+        if knockout.path == "conv" and chosen and not any(mixer.has_conv for mixer in chosen):
+            kinds = sorted({mixer.kind for mixer in chosen})
             raise MambalensError(f"path='conv', but none of the layers has a convolution: they are {', '.join(kinds)}.")
-        features = self.feature_masks(knockout.features, layers)
+        features = self.feature_masks(knockout.features, knockout.layers, knockout.mixers)
         active = _Active(knockout, features)
         with ExitStack() as stack:
             if not self._active:
@@ -134,7 +143,7 @@ class HookManager:
         if isinstance(layers, str):
             if layers not in self.kinds:
                 raise MambalensError(f"layers={layers!r} is not a kind of mixer here: {choose(layers, self.kinds)}.")
-            return [mixer.layer for mixer in self.mixers if mixer.kind == layers]
+            return sorted({mixer.layer for mixer in self.mixers if mixer.kind == layers})
         numbers = [int(layer) for layer in ([layers] if isinstance(layers, int) else layers)]
         wrong = [layer for layer in numbers if not 0 <= layer < self.n_layers]
         if wrong:
@@ -143,12 +152,24 @@ class HookManager:
             )
         return numbers
 
-    def feature_masks(self, features: Features, layers: Sequence[int]) -> dict[int, Tensor | None]:
-        """Boolean masks of a knockout's features by layer; None stands for every feature."""
-        by_layer = {mixer.layer: mixer for mixer in self.mixers}
+    def mixers_of(self, layers: Sequence[int] | int | str | None, kind: str | None = None) -> list[Mixer]:
+        """The mixers of some layers, of one kind if one is named; `layers` may be a kind itself."""
+        numbers = set(self.layer_numbers(layers))
+        if kind is not None and kind not in self.kinds:
+            raise MambalensError(f"mixers={kind!r} is not a kind of mixer here: {choose(kind, self.kinds)}.")
+        kinds = {name for name in (layers, kind) if isinstance(name, str)} or set(self.kinds)
+        if len(kinds) > 1 and isinstance(layers, str) and kind is not None:
+            raise MambalensError(f"layers={layers!r} and mixers={kind!r} name two kinds of mixers: give one of them.")
+        return [mixer for mixer in self.mixers if mixer.layer in numbers and mixer.kind in kinds]
+
+    def feature_masks(
+        self, features: Features, layers: Sequence[int] | int | str | None, kind: str | None = None
+    ) -> dict[Mixer, Tensor | None]:
+        """Boolean masks of a knockout's features, for every mixer it cuts; None stands for every feature."""
+        numbers = self.layer_numbers(layers)
         return {
-            layer: self._feature_mask(by_layer[layer], for_layer(features, layer, layers, self.n_layers))
-            for layer in layers
+            mixer: self._feature_mask(mixer, for_layer(features, mixer.layer, numbers, self.n_layers))
+            for mixer in self.mixers_of(layers, kind)
         }
 
     def _feature_mask(self, mixer: Mixer, features: Any) -> Tensor | None:
@@ -209,8 +230,8 @@ class HookManager:
             # A target without a source at or left of it loses nothing, and keeps the module's output exactly.
             targets = targets & (sources.long().cumsum(1) > 0)
             for mixer in self.mixers:
-                mask = active.features.get(mixer.layer)
-                if mixer.layer not in active.features or (mask is not None and not mask.any()):
+                mask = active.features.get(mixer)
+                if mixer not in active.features or (mask is not None and not mask.any()):
                     continue
                 main = knockout.path != "conv"
                 conv = knockout.path != "main" and mixer.has_conv
@@ -236,6 +257,7 @@ class HookManager:
         attention_mask: Tensor | None = None,
         features: Features = "all",
         reduce: str | None = None,
+        mixers: str | None = None,
     ) -> Tensor:
         """How much feature f of position s enters the output at t: `alpha[t, s, f]` (Ali et al. 2024, eq. 12).
 
@@ -248,20 +270,42 @@ class HookManager:
             attention_mask: [batch, T], 0 at padding.
             features: a group, a feature's number, a mask or a list.
             reduce: 'mean' or 'mean_abs' (mean of absolute values) over these features.
+            mixers: which kind of mixer, in layers that have two.
 
         Returns:
             [batch, features, T, T], targets t in rows, sources s in columns; reduced, [batch, T, T].
         """
-        mask = self.feature_masks(features, self.layer_numbers(layer))[layer]
-        mixing = self.token_mixing(input_ids, layer, attention_mask)
+        mixer = self.mixer_of(layer, mixers)
+        mask = self.feature_masks(features, layer, mixer.kind)[mixer]
+        mixing = self.token_mixing(input_ids, layer, attention_mask, mixer.kind)
         chosen = torch.arange(mixing.n_features) if mask is None else mask.nonzero().flatten()
         return mixing.attention(chosen, reduce)
 
+    def mixer_of(self, layer: int, kind: str | None = None) -> Mixer:
+        """The one mixer of a layer; where it has two, the kind says which.
+
+        Raises:
+            MambalensError: if there is none, or more than one.
+        """
+        found = self.mixers_of(layer, kind)
+        if len(found) != 1:
+            has = ", ".join(mixer.kind for mixer in self.mixers_of(layer)) or "no token mixer"
+            raise MambalensError(f"layer {layer} has {has}: name one of its mixers with mixers='...'.")
+        return found[0]
+
     @torch.no_grad()
-    def token_mixing(self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None) -> TokenMixing:
+    def token_mixing(
+        self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None, mixers: str | None = None
+    ) -> TokenMixing:
         """What a layer's features move between positions of these tokens, see `TokenMixing`."""
+        mixer = self.mixer_of(layer, mixers)
         found: list[TokenMixing] = []
-        self.watch(input_ids, lambda mixer, mixing: found.append(mixing), layer, attention_mask)
+
+        def keep(shown: Mixer, mixing: TokenMixing) -> None:
+            if shown is mixer:
+                found.append(mixing)
+
+        self.watch(input_ids, keep, layer, attention_mask)
         return found[-1]
 
     @torch.no_grad()
@@ -280,12 +324,11 @@ class HookManager:
             layers: which to show; None: all.
             attention_mask: [batch, T], 0 at padding.
         """
-        chosen = set(self.layer_numbers(layers))
 
         def show(mixer: Mixer, call: Captured) -> None:
             see(mixer, mixer.token_mixing(call, self._cuts_of(mixer) if self._active else ()))
 
-        self._capture([mixer for mixer in self.mixers if mixer.layer in chosen], input_ids, attention_mask, show)
+        self._capture(self.mixers_of(layers), input_ids, attention_mask, show)
 
     def _capture(
         self,
@@ -326,8 +369,8 @@ class HookManager:
         self._capture(self.mixers, ids, None, compare)
 
 
-def find_mixers(model: Any) -> list[Mixer]:
-    """The token mixers of a causal LM, in the order of its layers.
+def find_mixers(model: Any) -> tuple[list[nn.Module], list[Mixer]]:
+    """The layers of a causal LM and their token mixers, in the order of the layers.
 
     Raises:
         MambalensError: naming the model's class, or the first layer whose mixer no adapter knows.
@@ -339,24 +382,25 @@ def find_mixers(model: Any) -> list[Mixer]:
     if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise MambalensError(f"{name} has no language-model head. Supported: {SUPPORTED}.")
     known = adapters()
-    mixers = []
+    found: dict[str, list[Mixer]] = {}  # by the list of layers they live in
     for path, module in model.named_modules():
-        number = re.search(r"\.(\d+)\.", path)
-        adapter = next((adapter for adapter in known if number and adapter.matches(module)), None)
-        if adapter is not None and number is not None:
-            mixers.append(adapter(module, int(number[1])))
-    if not mixers:
+        place = re.match(r"(.*?)\.(\d+)\.", path)
+        adapter = next((adapter for adapter in known if place and adapter.matches(module)), None)
+        if adapter is not None and place is not None:
+            found.setdefault(place[1], []).append(adapter(module, int(place[2])))
+    if not found:
         raise MambalensError(f"{name} has no token mixer that mambalens knows. Supported: {SUPPORTED}.")
-    found = {mixer.layer for mixer in mixers}
-    missing = set(range(getattr(config, "num_hidden_layers", len(found)))) - found
-    if missing:
-        layer = min(missing)
-        stack = next(m for p, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > layer)
-        parts = ", ".join(type(child).__name__ for child in stack[layer].children())
-        raise MambalensError(
-            f"{name}: layer {layer} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
-        )
-    return mixers
+    stack, mixers = max(found.items(), key=lambda item: len(item[1]))
+    layers = list(model.get_submodule(stack))
+    types = getattr(config, "layer_types", None) or [""] * len(layers)
+    with_mixers = {mixer.layer for mixer in mixers}
+    for number, layer in enumerate(layers):
+        if number not in with_mixers and types[number] not in NO_MIXER:
+            parts = ", ".join(type(child).__name__ for child in layer.children())
+            raise MambalensError(
+                f"{name}: layer {number} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
+            )
+    return layers, mixers
 
 
 def _cache(arguments: Any) -> Any:

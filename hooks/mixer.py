@@ -68,6 +68,11 @@ class Mixer(ABC):
         """Whether this adapter handles `module`."""
 
     @property
+    def familiar(self) -> bool:
+        """Whether the adapter's arithmetic has been compared with this class of modules in the tests."""
+        return True
+
+    @property
     @abstractmethod
     def n_features(self) -> int:
         """Channels in Mamba-1, heads in Mamba-2 and attention."""
@@ -110,17 +115,15 @@ class Mixer(ABC):
         """
 
     @abstractmethod
-    def resuming(
-        self, memory: Any, base: Base, rows: Rows, kwargs: dict[str, Any]
-    ) -> AbstractContextManager[dict[str, Any]]:
+    def resuming(self, memory: Any, base: Base, rows: Rows) -> AbstractContextManager[None]:
         """While the block runs, the module takes rows [batch, cuts x length, width] that continue the base pass.
+
+        Arguments of the layer that belong to positions are the rows' already; masks and caches are the adapter's part.
 
         Args:
             memory: from `remembering`.
             base: which positions are replayed, and the source sets.
             rows: what is cut in each.
-            kwargs: keyword arguments of the decoder layer in the base pass; what is tied to positions is replaced in
-                the dict that the block gives.
         """
 
     @abstractmethod

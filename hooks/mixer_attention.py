@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import Cache
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
@@ -24,6 +23,7 @@ from mambalens.hooks.mixing import TokenMixing
 from mambalens.hooks.rows import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
 
+CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
@@ -129,36 +129,38 @@ class AttentionMixer(Mixer):
         projection = _output_projection(self.module)
         assert projection is not None
 
-        def watch_cache(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # The values pass through the cache on their way from projection to attention, whatever the architecture.
-            cache: Any = next(v for v in (*kwargs.values(), *args) if isinstance(v, Cache))
-            update = cache.update
-
-            def recording(*update_args: Any, **update_kwargs: Any) -> Any:
-                keys, values = update(*update_args, **update_kwargs)
-                probe.values = values
-                return keys, values
-
-            cache.update = recording
-            probe.restore = lambda: setattr(cache, "update", update)
-
         def watch_output(module: nn.Module, args: tuple[Any, ...]) -> None:
             probe.output = args[0]
-            probe.restore()
 
-        hooks = [
-            self.module.register_forward_pre_hook(watch_cache, with_kwargs=True),
-            projection.register_forward_pre_hook(watch_output),
-        ]
         config = self.module.config
         before = config._attn_implementation
         config._attn_implementation = "eager"
+        handle = projection.register_forward_pre_hook(watch_output)
         try:
-            yield probe
+            with self._with_cache(probe):
+                yield probe
         finally:
             config._attn_implementation = before
-            for hook in hooks:
-                hook.remove()
+            handle.remove()
+
+    @contextmanager
+    def _with_cache(self, cache: Any, **arguments: Any) -> Iterator[None]:
+        """The module is handed an object of ours as its cache, and other arguments, while the block runs."""
+        signature = inspect.signature(type(self.module).forward)
+        name = next(name for name in CACHE_ARGUMENTS if name in signature.parameters)
+
+        def hand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            bound = signature.bind(module, *args, **kwargs)
+            given = {k: v for k, v in arguments.items() if k in bound.arguments or k == "attention_mask"}
+            bound.arguments.update({name: cache} | given)
+            bound.arguments = {p: bound.arguments[p] for p in signature.parameters if p in bound.arguments}
+            return bound.args[1:], bound.kwargs
+
+        handle = self.module.register_forward_pre_hook(hand, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         """Weights come from the module's own eager code."""
@@ -177,57 +179,60 @@ class AttentionMixer(Mixer):
     @contextmanager
     def remembering(self, base: Base) -> Iterator[list[Memory]]:
         kept: list[Memory] = []
+        seen = _Probe()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = Captured(args, kwargs, output, None).arguments(module)
             given |= given.pop("kwargs", {})
-            cache = next((v for v in given.values() if isinstance(v, Cache)), None)
-            if cache is None:
-                return  # rows are passing, not the base
-            layer = cache.layers[self.module.layer_idx]
-            here, mask = base.to(layer.keys.device), given.get("attention_mask")
+            here, mask = base.to(seen.keys.device), given.get("attention_mask")
             batch, time = here.sources.shape[1:]
             if mask is None:
-                allowed = here.columns[:, None, :, None] >= torch.arange(time, device=layer.keys.device)
+                allowed = here.columns[:, None, :, None] >= torch.arange(time, device=seen.keys.device)
             else:  # a sliding window, or whatever else the model masks
                 mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
                 allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
                 allowed = allowed[torch.arange(batch, device=mask.device)[:, None], :, here.columns].transpose(1, 2)
             # Rows of a prompt see their own tokens only: many at once would be mostly mask.
-            kept.append(Memory(layer.keys, layer.values, allowed, max(1, max(time, 256) // here.length)))
-            # Nothing reads this layer's cache again.
-            layer.keys, layer.values = layer.keys.new_empty(0), layer.values.new_empty(0)
+            most = max(1, max(time, 256) // here.length)
+            kept.append(Memory(seen.keys, seen.values, allowed, given.get("alibi"), most))
+            del seen.keys, seen.values
+            caching.close()  # rows come next
+            handle.remove()
 
         handle = self.module.register_forward_hook(after, with_kwargs=True)
-        try:
-            yield kept
-        finally:
-            handle.remove()
+        with ExitStack() as caching:
+            caching.enter_context(self._with_cache(seen))
+            try:
+                yield kept
+            finally:
+                handle.remove()
 
     def kept_numbers(self, time: int, sets: int) -> int:
         return 4 * time * self.n_features * int(getattr(self.module, "head_dim", 64))
 
     @contextmanager
-    def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(memory.keys.device), rows.to(memory.keys.device)
         mask, silent = _mask_of_rows(memory, here, cuts)
         if self.module.config._attn_implementation != "sdpa":
             low = torch.finfo(memory.keys.dtype).min
             mask = torch.zeros_like(mask, dtype=memory.keys.dtype).masked_fill(~mask, low)
+        arguments = {"attention_mask": mask}
+        if memory.alibi is not None:  # a bias for every key [B x H, 1, T]
+            bias = memory.alibi.unflatten(0, (len(here.first), -1))  # [B, H, 1, T]
+            columns = here.columns.repeat(1, len(rows))[:, None, None].expand(*bias.shape[:3], -1)  # [B, H, 1, R L]
+            arguments["alibi"] = torch.cat([bias, bias.gather(-1, columns)], -1).flatten(0, 1)
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, R L, H, width]
             return (heads.masked_fill(silent.transpose(1, 2)[..., None], 0).flatten(-2), *args[1:])
 
-        replaced = {
-            name: _RowCache(memory) if isinstance(value, Cache) else here.at_rows(value, len(rows))
-            for name, value in kwargs.items()
-        }
         projection = _output_projection(self.module)
         assert projection is not None
         handle = projection.register_forward_pre_hook(silence) if silent.any() else None
         try:
-            yield replaced | {"attention_mask": mask}
+            with self._with_cache(_RowCache(memory), **arguments):
+                yield
         finally:
             if handle is not None:
                 handle.remove()
@@ -247,6 +252,8 @@ class Memory(NamedTuple):
     """As the keys."""
     allowed: Tensor
     """What the model lets the replayed positions read [batch, 1 or heads, length, T]."""
+    alibi: Tensor | None
+    """Bias for every key [batch x heads, 1, T], in models with ALiBi."""
     most_cuts: int
     """See `Mixer.remembering`."""
 
@@ -288,11 +295,20 @@ def _mask_of_rows(memory: Memory, base: Base, rows: Rows) -> tuple[Tensor, Tenso
 
 
 class _Probe:
-    """What passes through one attention call."""
+    """What passes through one attention call. It takes the place of the cache: keys and values pass there."""
 
+    keys: Tensor
     values: Tensor
     output: Tensor
-    restore: Callable[[], None]
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """As a cache that was empty."""
+        self.keys, self.values = keys, values
+        return keys, values
+
+    def get_seq_length(self, *_: Any) -> int:
+        """Tokens of earlier passes."""
+        return 0
 
 
 def _output_projection(module: nn.Module) -> nn.Module | None:

@@ -1,10 +1,14 @@
-"""Mamba-1's S6 mixer as transformers implements it (`MambaMixer`); Gu & Dao 2023, arXiv:2312.00752, algorithm 2."""
+"""Mamba-1's S6 mixer as transformers implements it (`MambaMixer` and its relatives).
+
+Gu & Dao 2023, arXiv:2312.00752, algorithm 2; with norms on dt, B and C in Jamba (Lieber et al. 2024, arXiv:2403.19887,
+section 6.4) and FalconMamba (Zuo et al. 2024, arXiv:2410.05355, section 2).
+"""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mambalens.hooks import fused, kernels, scan
 from mambalens.hooks.mixing import Decay
@@ -16,9 +20,9 @@ class Mamba1Mixer(SSMMixer):
 
     kind = "mamba1"
 
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "MambaMixer"
+    tested = frozenset({"MambaMixer", "FalconMambaMixer", "JambaMambaMixer"})
+    parts = ("in_proj", "conv1d", "act", "x_proj", "dt_proj", "out_proj", "D", "time_step_rank", "ssm_state_size",
+             "conv_kernel_size")  # fmt: skip
 
     def project(self, hidden: Tensor) -> Projected:
         inner, gate = self.module.in_proj(hidden).chunk(2, -1)
@@ -31,6 +35,8 @@ class Mamba1Mixer(SSMMixer):
         mixer = self.module
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         dt, B, C = mixer.x_proj(convolved).split(sizes, -1)
+        if hasattr(mixer, "dt_layernorm"):  # FalconMamba and Jamba
+            dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
         precise = torch.promote_types(convolved.dtype, torch.float32)
         if convolved.dtype == precise:
             dt = F.softplus(mixer.dt_proj(dt))

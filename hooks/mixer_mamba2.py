@@ -1,4 +1,7 @@
-"""Mamba-2's SSD mixer as transformers implements it (`Mamba2Mixer`); Dao & Gu 2024, arXiv:2405.21060, section 7."""
+"""Mamba-2's SSD mixer as transformers implements it (`Mamba2Mixer` and the copies of it that hybrid models have).
+
+Dao & Gu 2024, arXiv:2405.21060, section 7.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,18 @@ class Mamba2Mixer(SSMMixer):
 
     kind = "mamba2"
 
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        return type(module).__name__ == "Mamba2Mixer"
+    tested = frozenset({
+        "Mamba2Mixer", "BambaMixer", "Zamba2MambaMixer", "FalconH1Mixer", "GraniteMoeHybridMambaLayer",
+        "NemotronHMamba2Mixer",
+    })  # fmt: skip
+    parts = ("in_proj", "conv1d", "act", "dt_bias", "norm", "out_proj", "D", "num_heads", "head_dim", "n_groups",
+             "ssm_state_size", "conv_kernel_size", "conv_dim", "intermediate_size", "time_step_limit")  # fmt: skip
 
     def project(self, hidden: Tensor) -> Projected:
         mixer = self.module
-        gate, inner, dt = mixer.in_proj(hidden).split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
+        projected = mixer.in_proj(hidden * getattr(mixer, "ssm_in_multiplier", 1.0))  # multipliers: Falcon-H1
+        projected = projected * getattr(mixer, "mup_vector", 1.0)
+        gate, inner, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
         return Projected(gate, inner, dt)
 
     def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
@@ -85,7 +93,9 @@ class Mamba2Mixer(SSMMixer):
         return Decay(inputs.dt, inputs.A[:, None], torch.ones_like(inputs.dt[..., :1]))
 
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        return self.module.out_proj(self.module.norm(y.flatten(2), gate).to(dtype))
+        flat = y.flatten(2)
+        gated = flat * F.silu(gate) if isinstance(self.module.norm, nn.Identity) else self.module.norm(flat, gate)
+        return self.module.out_proj(gated.to(dtype))
 
     def _channels_by_head(self, device: torch.device) -> Tensor:
         """Channels of the convolution with those of B and C repeated for every head."""

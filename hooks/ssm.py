@@ -12,12 +12,12 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
@@ -77,6 +77,20 @@ class SSMMixer(Mixer):
     """Base of the adapters for mixers with a causal convolution and a scan."""
 
     has_conv = True
+    tested: ClassVar[frozenset[str]]
+    """Classes of modules whose arithmetic the tests compare with the adapter's."""
+    parts: ClassVar[tuple[str, ...]]
+    """Attributes that a module of this kind has."""
+
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        A_log = getattr(module, "A_log", None)
+        dimensions = 2 if cls.kind == "mamba1" else 1
+        return isinstance(A_log, Tensor) and A_log.ndim == dimensions and all(hasattr(module, p) for p in cls.parts)
+
+    @property
+    def familiar(self) -> bool:
+        return type(self.module).__name__ in self.tested
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Projected:
@@ -280,14 +294,14 @@ class SSMMixer(Mixer):
         return 1
 
     @contextmanager
-    def resuming(self, memory: Memory, base: Base, rows: Rows, kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             device = hidden_states.device
             return self.resume(memory, base.to(device), rows.to(device), hidden_states)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
-            yield kwargs | {name: None for name in ("cache_params", "attention_mask") if name in kwargs}
+            yield
         finally:
             restore()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Path
+from mambalens.hooks.knockout import Features, Knockout, Path
 from mambalens.prompts import Batch
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ class Asked(NamedTuple):
     source: str
     positions: list[list[int]]
     """The source's positions in every prompt."""
+    mixers: str | None = None
+    """Only mixers of this kind."""
 
 
 Answers = Iterator[tuple[int, Tensor]]
@@ -80,7 +82,8 @@ class Engine:
         yield -1, lens.last_logits(batch)
         for number, asked in enumerate(knockouts):
             sources = batch.mask(asked.positions)
-            with lens.hooks.knockout(sources, batch.mask(targets), asked.layers, asked.features, asked.path):
+            cut = Knockout(sources, batch.mask(targets), asked.layers, asked.features, asked.path, asked.mixers)
+            with lens.hooks.apply(cut):
                 yield number, lens.last_logits(batch)
 
     def _replayed(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers | None:
@@ -95,7 +98,7 @@ class Engine:
         sources = torch.stack([batch.mask(positions) for positions in sets.values()])
         cuts = [UNCUT]
         for knockout in knockouts:
-            features = hooks.feature_masks(knockout.features, knockout.layers)
+            features = hooks.feature_masks(knockout.features, knockout.layers, knockout.mixers)
             main, conv = knockout.path != "conv", knockout.path != "main"
             cuts.append(Cutting(knockout.layers, numbers[knockout.source], main, conv, features))
         replay = Replay(hooks, batch.ids, batch.last, sources, batch.mask(targets), self.memory)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.mixer import replace_forward
@@ -37,8 +36,8 @@ class Cutting(NamedTuple):
     """Number of the source set, from 1; 0 cuts nothing."""
     main: bool
     conv: bool
-    features: dict[int, Tensor | None]
-    """Mask by layer; None for every feature."""
+    features: dict[Mixer, Tensor | None]
+    """Mask of every mixer that is cut; None for every feature."""
 
 
 UNCUT = Cutting([0], 0, False, False, {})
@@ -62,7 +61,7 @@ class Replay:
         memory: int = 2**30,
     ) -> None:  # fmt: skip
         self.hooks, self.model, self.memory = hooks, hooks.model, memory
-        self.layers = layers_of(hooks)
+        self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
         self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
         time = ids.shape[1]
@@ -143,10 +142,7 @@ class _Walk:
                 self.memories[mixer] = stack.enter_context(mixer.remembering(self.base))
             for number, layer in enumerate(self.replay.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
-            # Without a configuration no layer of the cache is sliding: rows need every key the base has.
-            cached = "attention" in self.replay.hooks.kinds
-            options = {"past_key_values": DynamicCache()} if cached else {}
-            model.base_model(input_ids=self.replay.ids, use_cache=cached, **options)
+            model.base_model(input_ids=self.replay.ids, use_cache=False)
         assert self.hidden is not None
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
         at = (self.replay.last - self.replay.first).to(hidden.device)
@@ -192,13 +188,13 @@ class _Walk:
         size = max(1, self.replay.memory // SHARES // per_cut)
         size = min([size, *(memory.most_cuts for memory in memories)])
         parts = []
+        of_base = self.base.to(base.device)
         for begin in range(0, len(joined), size):
             cuts = joined[begin : begin + size]
-            given = kwargs
+            given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
             with ExitStack() as stack:
                 for mixer, memory in zip(here, memories, strict=True):
-                    rows = _rows(cuts, number, mixer)
-                    given = stack.enter_context(mixer.resuming(memory, self.base, rows, given))
+                    stack.enter_context(mixer.resuming(memory, self.base, _rows(cuts, mixer)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
                 parts.append(_hidden(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -218,13 +214,13 @@ class _Walk:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _rows(cuts: Sequence[Cutting], number: int, mixer: Mixer) -> Rows:
-    """What is cut of each row in one layer."""
-    inside = torch.tensor([number in cut.layers for cut in cuts])
+def _rows(cuts: Sequence[Cutting], mixer: Mixer) -> Rows:
+    """What is cut of each row in one mixer."""
+    inside = torch.tensor([mixer in cut.features for cut in cuts])
     source = torch.tensor([cut.source for cut in cuts]) * inside
     main = torch.tensor([cut.main for cut in cuts]) & inside
     conv = torch.tensor([cut.conv for cut in cuts]) & inside & mixer.has_conv
-    masks = [cut.features.get(number) for cut in cuts]
+    masks = [cut.features.get(mixer) for cut in cuts]
     features = None
     if any(mask is not None for mask in masks):
         everything = torch.ones(mixer.n_features, dtype=torch.bool)
@@ -235,33 +231,17 @@ def _rows(cuts: Sequence[Cutting], number: int, mixer: Mixer) -> Rows:
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:
     """How many prompts of so many positions, with so many source sets, a base pass may take."""
     model = hooks.model
-    widest = max((max(p.shape) for layer in layers_of(hooks) for p in layer.parameters() if p.ndim == 2), default=1)
+    widest = max((max(p.shape) for layer in hooks.layers for p in layer.parameters() if p.ndim == 2), default=1)
     width = model.get_input_embeddings().weight.shape[1]
     numbers = 4 * time * (widest + width) + max(mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers)
     return max(1, memory // SHARES // (numbers * _bytes(model)))
 
 
 def can_replay(hooks: HookManager) -> bool:
-    """Whether the engine can walk the model: one list of layers, weights at hand, no knockout running."""
+    """Whether the engine can walk the model: weights at hand, no knockout running."""
     if hooks.cutting:  # rows would resume without the knockouts of the block around
         return False
-    if any(parameter.device.type == "meta" for parameter in hooks.model.parameters()):
-        return False
-    try:
-        layers_of(hooks)
-    except LookupError:
-        return False
-    return True
-
-
-def layers_of(hooks: HookManager) -> list[nn.Module]:
-    """The model's layers: the members of the list that its mixers live in."""
-    for module in hooks.model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) >= hooks.n_layers:
-            inside = [set(layer.modules()) for layer in module]
-            if all(mixer.module in inside[mixer.layer] for mixer in hooks.mixers):
-                return list(module)
-    raise LookupError("the mixers do not live in one list of layers")
+    return not any(parameter.device.type == "meta" for parameter in hooks.model.parameters())
 
 
 def _hidden(output: Any) -> Tensor:

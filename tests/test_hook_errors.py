@@ -65,7 +65,7 @@ def test_models_that_are_no_causal_language_models_are_named() -> None:
         "intermediate_size": 8,
     }
     bert = AutoModelForMaskedLM.from_config(BertConfig(**small))
-    with pytest.raises(MambalensError, match=r"BertForMaskedLM.*Supported: MambaForCausalLM"):
+    with pytest.raises(MambalensError, match=r"BertForMaskedLM.*Supported: Mamba and Mamba-2 layers"):
         HookManager(bert)
     rwkv = AutoModelForCausalLM.from_config(
         RwkvConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, attention_hidden_size=8, intermediate_size=8)

@@ -81,7 +81,10 @@ def test_replay_in_float32(name: str, targets: list[int] | None) -> None:
         target_mask = torch.zeros(2, 8, dtype=torch.bool)
         target_mask[:, targets] = True
         target_mask[1, 6] = False
-    cuts = [Cutting([start, start + 1], 1, True, True, {}) for start in range(LAYERS - 1)]
+    cuts = [
+        Cutting([start, start + 1], 1, True, True, hooks.feature_masks("all", [start, start + 1]))
+        for start in range(LAYERS - 1)
+    ]
     with torch.no_grad():
         for number, logits in Replay(hooks, ids, last, sources, target_mask).logits(cuts):
             expected = eager(model, hooks, ids, last, (sources[0], target_mask, cuts[number].layers, "all", "both"))
@@ -98,7 +101,7 @@ def test_rows_see_no_column_behind_their_prompt(name: str) -> None:
     targets = torch.zeros(3, 9, dtype=torch.bool)
     targets[:, 1:3] = True
     other = torch.where(torch.arange(9) <= last[:, None], ids, token_ids(3, 9, seed=5))
-    cuts = [UNCUT, Cutting([0, 1], 1, True, True, {})]
+    cuts = [UNCUT, Cutting([0, 1], 1, True, True, hooks.feature_masks("all", [0, 1]))]
     one, two = (dict(Replay(hooks, tokens, last, sources, targets).logits(cuts)) for tokens in (ids, other))
     for number in one:
         assert (one[number] - two[number]).abs().max() < 1e-12

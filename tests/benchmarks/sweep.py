@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
 from mambalens.prediction import Prediction, kl_divergence
-from mambalens.replay import UNCUT, Cutting, Replay, layers_of
+from mambalens.replay import UNCUT, Cutting, Replay
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
 
@@ -125,7 +125,13 @@ class Sweep:
         self.targets = torch.arange(columns) == self.last[:, None]
         self.sources = (torch.rand(SOURCES, count, columns) < 0.3) & (torch.arange(columns) < self.last[:, None])
         self.starts = range(self.hooks.n_layers - window + 1)
-        self.cuts = [Cutting(range(a, a + window), s + 1, True, False, {}) for a in self.starts for s in range(SOURCES)]
+        windows = [range(start, start + window) for start in self.starts]
+        masks = [self.hooks.feature_masks("all", layers) for layers in windows]
+        self.cuts = [
+            Cutting(layers, source + 1, True, False, features)
+            for layers, features in zip(windows, masks, strict=True)
+            for source in range(SOURCES)
+        ]
 
     def plain(self) -> None:
         """One forward pass."""
@@ -153,7 +159,7 @@ class Sweep:
 
     def bound(self) -> tuple[float, float]:
         """Seconds of the rows' multiply-adds, and the rate they are counted at in multiply-adds a second."""
-        weights = [p for name, p in layers_of(self.hooks)[0].named_parameters() if p.ndim == 2 and "A_log" not in name]
+        weights = [p for name, p in self.hooks.layers[0].named_parameters() if p.ndim == 2 and "A_log" not in name]
         head = self.model.get_output_embeddings().weight
         rows = self.row_layers() // self.hooks.n_layers
         transposed = self.hooks.kinds == ["attention"]  # GPT-2 keeps its weights as [in, out]

@@ -51,7 +51,7 @@ class HookManager:
 
     def __init__(self, model: nn.Module, check: bool = False) -> None:
         self.model: Any = model
-        self.layers, self.mixers = find_mixers(model)
+        self.trunk, self.layers, self.mixers = find_mixers(model)
         self._active: list[_Active] = []
         self._pass: Pass | None = None
         self._cuts: dict[Mixer, list[Cut]] = {}
@@ -181,9 +181,8 @@ class HookManager:
     @contextmanager
     def _attached(self) -> Iterator[None]:
         with ExitStack() as stack:
-            base = getattr(self.model, "base_model", self.model)
-            stack.callback(base.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
-            stack.callback(base.register_forward_hook(self._after_pass, with_kwargs=True).remove)
+            stack.callback(self.trunk.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
+            stack.callback(self.trunk.register_forward_hook(self._after_pass, with_kwargs=True).remove)
             for mixer in self.mixers:
                 stack.callback(mixer.attach(self._cuts_of, self._current))
             stack.callback(self._forget)
@@ -369,8 +368,8 @@ class HookManager:
         self._capture(self.mixers, ids, None, compare)
 
 
-def find_mixers(model: Any) -> tuple[list[nn.Module], list[Mixer]]:
-    """The layers of a causal LM and their token mixers, in the order of the layers.
+def find_mixers(model: Any) -> tuple[nn.Module, list[nn.Module], list[Mixer]]:
+    """The module of a causal LM that runs its layers, the layers, and their token mixers in the order of the layers.
 
     Raises:
         MambalensError: naming the model's class, or the first layer whose mixer no adapter knows.
@@ -400,7 +399,7 @@ def find_mixers(model: Any) -> tuple[list[nn.Module], list[Mixer]]:
             raise MambalensError(
                 f"{name}: layer {number} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
             )
-    return layers, mixers
+    return model.get_submodule(stack.rpartition(".")[0]), layers, mixers
 
 
 def _cache(arguments: Any) -> Any:

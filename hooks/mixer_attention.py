@@ -34,13 +34,20 @@ class AttentionMixer(Mixer):
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:
-        if not getattr(module, "is_causal", False) or _output_projection(module) is None:
+        if _output_projection(module) is None:
             return False
-        return "attention_mask" in inspect.signature(type(module).forward).parameters
+        arguments = inspect.signature(type(module).forward).parameters
+        causal = getattr(module, "is_causal", False) or "alibi" in arguments
+        return causal and "attention_mask" in arguments and any(name in arguments for name in CACHE_ARGUMENTS)
 
     @property
     def n_features(self) -> int:
         return int(getattr(self.module, "num_heads", None) or self.module.config.num_attention_heads)
+
+    @property
+    def _takes_booleans(self) -> bool:
+        """Whether masks are boolean (sdpa), and not added to the scores."""
+        return getattr(getattr(self.module, "config", None), "_attn_implementation", "eager") == "sdpa"
 
     def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
         signature = inspect.signature(type(self.module).forward)
@@ -99,7 +106,7 @@ class AttentionMixer(Mixer):
             query = torch.arange(past, seen, device=hidden.device)
             mask = query[:, None] >= torch.arange(seen, device=hidden.device)  # [T, S]
             mask = mask[None, None]
-            if self.module.config._attn_implementation != "sdpa":
+            if not self._takes_booleans:
                 mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
         if not isinstance(mask, Tensor) or mask.ndim != 4:
             raise MambalensError(
@@ -132,15 +139,17 @@ class AttentionMixer(Mixer):
         def watch_output(module: nn.Module, args: tuple[Any, ...]) -> None:
             probe.output = args[0]
 
-        config = self.module.config
-        before = config._attn_implementation
-        config._attn_implementation = "eager"
+        config = getattr(self.module, "config", None)  # without one there is one implementation only
+        before = getattr(config, "_attn_implementation", None)
+        if config is not None:
+            config._attn_implementation = "eager"
         handle = projection.register_forward_pre_hook(watch_output)
         try:
             with self._with_cache(probe):
                 yield probe
         finally:
-            config._attn_implementation = before
+            if config is not None:
+                config._attn_implementation = before
             handle.remove()
 
     @contextmanager
@@ -214,7 +223,7 @@ class AttentionMixer(Mixer):
     def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(memory.keys.device), rows.to(memory.keys.device)
         mask, silent = _mask_of_rows(memory, here, cuts)
-        if self.module.config._attn_implementation != "sdpa":
+        if not self._takes_booleans:
             low = torch.finfo(memory.keys.dtype).min
             mask = torch.zeros_like(mask, dtype=memory.keys.dtype).masked_fill(~mask, low)
         arguments = {"attention_mask": mask}

@@ -128,8 +128,8 @@ def causal_features(
         raise MambalensError("'each' is for heatmaps: name one role as the source and one as the target.")
     if block < 1:
         raise MambalensError(f"block={block}: give 1 or more features to knock out together.")
-    numbers = lens.hooks.layer_numbers(layers)
-    with lens.hooks.apply(Knockout([0], [0], numbers, "all", path)):
+    chosen = {(mixer.layer, mixer.kind) for mixer in lens.hooks.mixers_of(layers)}
+    with lens.hooks.apply(Knockout([0], [0], layers, "all", path)):
         pass  # a path that these layers do not have is refused before any long work
     room = budget(memory, lens.device)
     prompts, skipped = read_facts(facts, lens.tokenizer)
@@ -145,7 +145,7 @@ def causal_features(
         reason = f" ({skipped[0].reason})" if skipped else ""
         raise MambalensError(f"None of the {len(facts)} facts can be used{reason}.")
     measured = lens.features([prompt.fact for prompt in usable], batch_size, progress)
-    table = _blocks(measured[measured.layer.isin(numbers)], block)
+    table = _blocks(measured[[key in chosen for key in zip(measured.layer, measured.kind, strict=True)]], block)
     engine = Engine(lens, room)
     order = {id(prompt): row for row, prompt in enumerate(usable)}
     drops = np.full((len(usable), len(table)), np.nan)
@@ -155,8 +155,8 @@ def causal_features(
             targets = [prompt.positions(target) for prompt in batch.prompts]
             sources = [p.positions(source, t) for p, t in zip(batch.prompts, targets, strict=True)]
             asked = [
-                Asked([layer], list(features), "", path, source, sources)
-                for layer, features in zip(table.layer, table.features, strict=True)
+                Asked([layer], list(features), "", path, source, sources, kind)
+                for layer, kind, features in zip(table.layer, table.kind, table.features, strict=True)
             ]
             rows = [order[id(prompt)] for prompt in batch.prompts]
             answers = engine.answers(batch, asked, targets)
@@ -176,8 +176,8 @@ def _blocks(measured: pd.DataFrame, size: int) -> pd.DataFrame:
     import pandas as pd
 
     rows = []
-    for layer in measured.layer.unique():
-        of_layer = measured[measured.layer == layer].sort_values("exchange_share_last", ascending=False, kind="stable")
+    for (layer, _), of_mixer in measured.groupby(["layer", "kind"], sort=False):
+        of_layer = of_mixer.sort_values("exchange_share_last", ascending=False, kind="stable")
         for number, begin in enumerate(range(0, len(of_layer), size)):
             part = of_layer.iloc[begin : begin + size]
             means = {name: part[name].mean() for name in ("decay_norm", *MEASURED)}

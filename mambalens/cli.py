@@ -43,6 +43,9 @@ FeatureGroups = Annotated[
     list[str], typer.Option("--features", help="Groups ('slow', 'fast:0.1'), feature numbers or a selection's .csv.")
 ]
 OneGroup = Annotated[str, typer.Option("--features", help="A group, a feature's number or a selection's .csv file.")]
+Mixers = Annotated[
+    str | None, typer.Option("--mixers", help="Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).")
+]
 PromptText = Annotated[str, typer.Option("--prompt", help="Text that ends right before the target.")]
 Metric = Annotated[str, typer.Option("--metric", help="change_pct, prob, hit, rank or kl.")]
 
@@ -70,6 +73,7 @@ def sweep(
     window: Window = 9,
     features: FeatureGroups = ["all"],  # noqa: B006
     path: Annotated[list[str], typer.Option("--path", help="main, conv or both.")] = ["main"],  # noqa: B006
+    mixers: Mixers = None,
     all_facts: Annotated[bool, typer.Option("--all-facts", help="Also facts the model answers wrong.")] = False,
     where: Where = [],  # noqa: B006
     limit: Limit = None,
@@ -89,7 +93,7 @@ def sweep(
     writable_folder(out)
     chosen = _facts(facts, where, limit if all_facts else None)
     groups = tuple(_features(text) for text in features)
-    plan = Plan(tuple(source), target, window, groups, cast(Any, tuple(path)))
+    plan = Plan(tuple(source), target, window, groups, cast(Any, tuple(path)), mixers)
     results = []
     for model in models:
         lens = _lens(model, dtype, tokenizer)
@@ -104,7 +108,9 @@ def sweep(
             if not len(mine):
                 _fail(f"{lens.name} answers none of the {len(chosen)} facts right: sweep them anyway with --all-facts.")
         folder = out if len(models) == 1 else out / lens.name
-        results.append(lens.sweep(mine, source, target, window, groups, path, batch_size, folder, memory=memory))
+        results.append(
+            lens.sweep(mine, source, target, window, groups, path, batch_size, folder, memory=memory, mixers=mixers)
+        )
     result = SweepResult.concat(results)
     flow = out / "flow.png"
     try:
@@ -169,6 +175,7 @@ def heatmap(
     window: Window = 9,
     path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = "main",
     features: OneGroup = "all",
+    mixers: Mixers = None,
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("heatmap.png"),
     memory: Memory = None,
     dtype: DType = "auto",
@@ -181,7 +188,9 @@ def heatmap(
     from mambalens.facts import Fact
 
     lens = _lens(model, dtype, tokenizer)
-    figure = lens.heatmap(Fact(prompt, subject, target), window, features=_features(features), path=path, memory=memory)
+    figure = lens.heatmap(
+        Fact(prompt, subject, target), window, features=_features(features), path=path, memory=memory, mixers=mixers
+    )
     figure.savefig(out, dpi=130)
     typer.echo(f"{lens.predict(Fact(prompt, subject, target)).to_string(index=False)}\n\nFigure: {out}")
 
@@ -269,6 +278,7 @@ def attention(
     reduce: Annotated[
         str, typer.Option("--reduce", help="mean_abs or mean over the features; none for a single one.")
     ] = "mean_abs",
+    mixers: Annotated[str | None, typer.Option("--mixers", help="Which kind, in layers that have two.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("attention.png"),
     dtype: DType = "auto",
     tokenizer: Tokenizer = None,
@@ -282,7 +292,7 @@ def attention(
     lens = _lens(model, dtype, tokenizer)
     layer = lens.n_layers // 2 if layer is None else layer
     how = None if reduce == "none" else reduce
-    figure = lens.attention_map(Fact(prompt, subject, "."), layer, _features(features), how)
+    figure = lens.attention_map(Fact(prompt, subject, "."), layer, _features(features), how, mixers)
     figure.savefig(out, dpi=130)
     typer.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
 

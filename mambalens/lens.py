@@ -73,6 +73,35 @@ class Lens:
         """Where the model takes its input."""
         return self.model.get_input_embeddings().weight.device
 
+    def describe(self) -> pd.DataFrame:
+        """The model's layers: one row for each token mixer, and one for a layer that has none.
+
+        Returns:
+            layer, mixer ('mamba1', 'mamba2', 'attention' or ''), module (its class), features (channels or heads), conv
+            (whether a convolution carries information too), mixer_parameters, layer_parameters.
+        """
+        import pandas as pd
+
+        def size(module: Any) -> int:
+            return sum(parameter.numel() for parameter in module.parameters())
+
+        rows = []
+        for number, layer in enumerate(self.hooks.layers):
+            of_layer = self.hooks.mixers_of(number)
+            for mixer in of_layer:
+                of_mixer = (
+                    mixer.kind,
+                    type(mixer.module).__name__,
+                    mixer.n_features,
+                    mixer.has_conv,
+                    size(mixer.module),
+                )
+                rows.append((number, *of_mixer, size(layer)))
+            if not of_layer:
+                rows.append((number, "", "", 0, False, 0, size(layer)))
+        names = ["layer", "mixer", "module", "features", "conv", "mixer_parameters", "layer_parameters"]
+        return pd.DataFrame(rows, columns=names)
+
     def prompt(self, fact: Fact) -> Prompt:
         """A fact as the model reads it: token ids, tokens, roles."""
         return read_fact(fact, self.tokenizer)
@@ -206,6 +235,7 @@ class Lens:
         layers: Sequence[int] | int | str | None = None,
         features: Features = "all",
         path: KnockoutPath = "main",
+        mixers: str | None = None,
     ) -> Iterator[Knockout]:
         """Block what a role of this fact's prompt hands to another while the block runs; see `HookManager.knockout`.
 
@@ -222,7 +252,7 @@ class Lens:
             if not found:
                 raise MambalensError(f"The role {role!r} is empty in the prompt {fact.prompt!r}.")
             positions[role] = found
-        with self.hooks.knockout(positions[source], targets, layers, features, path) as knockout:
+        with self.hooks.knockout(positions[source], targets, layers, features, path, mixers) as knockout:
             yield knockout
 
     def sweep(
@@ -237,6 +267,7 @@ class Lens:
         out: str | Path | None = None,
         progress: bool = True,
         memory: int | str | None = None,
+        mixers: str | None = None,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -251,6 +282,8 @@ class Lens:
             out: a folder to save the result in.
             progress: show a progress bar.
             memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+            mixers: cut only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several kinds;
+                windows count the model's layers all the same.
 
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
@@ -260,7 +293,7 @@ class Lens:
 
         if out is not None:
             writable_folder(out)
-        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths))
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
         result = run(self, as_facts(facts), plan, batch_size, progress, memory)
         if out is not None:
             result.save(out)
@@ -274,11 +307,14 @@ class Lens:
         features: Features = "all",
         path: str = "main",
         memory: int | str | None = None,
+        mixers: str | None = None,
     ) -> Figure:
         """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps)."""
         from mambalens.figures import heatmap
 
-        result = self.sweep([fact], "each", target, window, (features,), path, progress=False, memory=memory)
+        result = self.sweep(
+            [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers
+        )
         prompt = self.prompt(fact)
         return heatmap(result, prompt.tokens, prompt.positions("subject"))
 
@@ -368,7 +404,12 @@ class Lens:
         return diagnose(self, as_facts(facts), batch_size, progress, seed)
 
     def attention_map(
-        self, fact: Fact, layer: int, features: Features = "all", reduce: str | None = "mean_abs"
+        self,
+        fact: Fact,
+        layer: int,
+        features: Features = "all",
+        reduce: str | None = "mean_abs",
+        mixers: str | None = None,
     ) -> Figure:
         """One layer's effective attention for a fact's prompt as a figure, tokens on both axes.
 
@@ -377,12 +418,13 @@ class Lens:
             layer: layer number.
             features: a group, a feature's number, a mask or a list.
             reduce: 'mean_abs' or 'mean' over these features; None draws the entries of a single feature as they are.
+            mixers: which kind of mixer, in layers that have two.
         """
         from mambalens.figures import attention_map
 
         prompt = self.prompt(fact)
         ids = torch.tensor([prompt.ids], device=self.device)
-        alpha = self.hooks.effective_attention(ids, layer, features=features, reduce=reduce)
+        alpha = self.hooks.effective_attention(ids, layer, features=features, reduce=reduce, mixers=mixers)
         if reduce is None:
             if alpha.shape[1] != 1:
                 raise MambalensError(
@@ -390,7 +432,7 @@ class Lens:
                     "reduce='mean' or 'mean_abs'."
                 )
             alpha = alpha[:, 0]
-        kind = next(mixer.kind for mixer in self.hooks.mixers if mixer.layer == layer)
+        kind = self.hooks.mixer_of(layer, mixers).kind
         what = f"feature {features}" if isinstance(features, int) else f"{features} features" if isinstance(
             features, str) else getattr(features, "name", "some features")  # fmt: skip
         how = {"mean_abs": "mean magnitude", "mean": "mean", None: "as it is"}[reduce]

@@ -133,7 +133,7 @@ class _Walk:
 
     def run(self) -> Tensor:
         """Hidden states behind the layers at the last position [batch, cuts, width], in the order of the cuts."""
-        mixers, model = self.replay.hooks.mixers, self.model
+        mixers = self.replay.hooks.mixers
         for mixer in mixers:
             starts = (min(cut.layers) for cut in self.cuts)
             mixer.expect(sum(start <= mixer.layer for start in starts) * self.replay.targets.numel())
@@ -142,7 +142,7 @@ class _Walk:
                 self.memories[mixer] = stack.enter_context(mixer.remembering(self.base))
             for number, layer in enumerate(self.replay.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
-            model.base_model(input_ids=self.replay.ids, use_cache=False)
+            self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
         assert self.hidden is not None
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
         at = (self.replay.last - self.replay.first).to(hidden.device)

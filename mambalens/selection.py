@@ -85,6 +85,11 @@ class Selection(Mapping[int, Tensor]):
             raise MambalensError(f"top={top!r}, bottom={bottom!r}: give one of them, a number above 0 and up to 1.")
         if "model" in table and table.model.nunique() > 1:
             raise MambalensError(f"The table speaks of {', '.join(table.model.unique())}: keep one model.")
+        if "kind" in table and (table.groupby("layer").kind.nunique() > 1).any():
+            kinds = ", ".join(sorted(table.kind.unique()))
+            raise MambalensError(
+                f"Layers of the table have two mixers ({kinds}): keep one kind, table[table.kind == ...]."
+            )
         masks = {}
         for layer in sorted(int(number) for number in table.layer.unique()):
             rows = table[table.layer == layer].sort_values("feature")

@@ -39,6 +39,8 @@ class Plan:
     window: int | Sequence[Sequence[int]] = 9
     features: tuple[Features, ...] = ("all",)
     paths: tuple[Path, ...] = ("main",)
+    mixers: str | None = None
+    """Only mixers of this kind; windows count the model's layers all the same."""
     names: tuple[str, ...] = field(init=False)
     """What the table calls the groups of features."""
 
@@ -84,7 +86,7 @@ class Plan:
         for features in self.features:
             for path in self.paths:
                 for layers in windows:
-                    with hooks.apply(Knockout([0], [0], layers, features, path)):
+                    with hooks.apply(Knockout([0], [0], layers, features, path, self.mixers)):
                         pass
         return windows
 
@@ -149,7 +151,7 @@ def run(
                 if not found and not role.startswith("each:")
             ]
             knockouts = [
-                Asked(layers, features, name, path, source, positions)
+                Asked(layers, features, name, path, source, positions, plan.mixers)
                 for layers, (features, name), path in product(windows, groups, plan.paths)
                 for source, positions in sources
                 if any(positions)
@@ -191,6 +193,7 @@ def run(
         "window": plan.window if isinstance(plan.window, int) else windows,
         "features": list(plan.names),
         "paths": list(plan.paths),
+        "mixers": plan.mixers,
         "dtype": str(lens.model.dtype).removeprefix("torch."),
     }
     return SweepResult(table, missing, facts.table, [config])

@@ -5,6 +5,8 @@ Nothing here uses the package. `blocked` masks are [batch, target, source, featu
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +35,8 @@ def mamba1_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, co
     inner, _ = m.in_proj(hidden * pad).chunk(2, -1)
     x = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * pad
     dt, B, C = m.x_proj(x).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
+    if hasattr(m, "dt_layernorm"):
+        dt, B, C = m.dt_layernorm(dt), m.b_layernorm(B), m.c_layernorm(C)
     dt = F.softplus(m.dt_proj(dt))
     A = -torch.exp(m.A_log)
     batch, time, channels = x.shape
@@ -52,11 +56,16 @@ def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: T
     return m.out_proj(mamba1_scan(m, hidden, padding, main, conv) * F.silu(gate))
 
 
+def _mamba2_projection(m: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    projected = m.in_proj(hidden * getattr(m, "ssm_in_multiplier", 1.0)) * getattr(m, "mup_vector", 1.0)
+    return projected.split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
+
+
 def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
     """Mamba2Mixer's scan with skip by explicit alpha[t, s, head], one head after the other."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
-    _, inner, dt = m.in_proj(hidden * pad).split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
-    dt = F.softplus(dt + m.dt_bias)
+    _, inner, dt = _mamba2_projection(m, hidden * pad)
+    dt = F.softplus(dt + m.dt_bias).clamp(*m.time_step_limit)
     batch, time = hidden.shape[:2]
     heads = []
     for h in range(m.num_heads):
@@ -78,8 +87,13 @@ def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, co
 def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
     """Mamba2Mixer's output."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
-    gate = m.in_proj(hidden * pad)[..., : m.intermediate_size]
-    y = mamba2_scan(m, hidden, padding, main, conv) * F.silu(gate)
+    gate, _, _ = _mamba2_projection(m, hidden * pad)
+    y = mamba2_scan(m, hidden, padding, main, conv)
+    if type(m).__name__ != "Mamba2Mixer" and not isinstance(m.norm, torch.nn.Identity):
+        return m.out_proj(m.norm(y, gate))
+    y = y * F.silu(gate)
+    if isinstance(m.norm, torch.nn.Identity):
+        return m.out_proj(y)
     grouped = y.unflatten(-1, (m.n_groups, -1))
     grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + m.norm.variance_epsilon)
     return m.out_proj(grouped.flatten(-2) * m.norm.weight)
@@ -140,3 +154,67 @@ def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[in
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def blocked_everywhere(
+    model: Any, main: dict[tuple[int, str], Tensor], conv: dict[tuple[int, str], Tensor]
+) -> Iterator[None]:
+    """Entries blocked by layer and kind of mixer, in any model with eager attention.
+
+    Scans compute the explicit form. Attention runs the model's code, in which `softmax` sees -inf where it is blocked.
+    """
+    handles, undo = [], []
+    for path, module in model.named_modules():
+        place = re.match(r".*?\.(\d+)\.", path)
+        if place is None:
+            continue
+        layer, A_log = int(place[1]), getattr(module, "A_log", None)
+        if A_log is not None:
+            handles.append(_explicit_scan(module, layer, ("mamba1", "mamba2")[A_log.ndim == 1], main, conv))
+        elif (layer, "attention") in main and hasattr(type(module), "forward") and _is_attention(module):
+            undo.append(_softmax_blocked(module, main[layer, "attention"]))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for restore in undo:
+            restore()
+
+
+def _is_attention(module: Any) -> bool:
+    return (
+        type(module).__name__.endswith("Attention")
+        and "attention_mask" in inspect.signature(type(module).forward).parameters
+    )
+
+
+def _explicit_scan(module: Any, layer: int, kind: str, main: dict, conv: dict) -> Any:
+    def hook(m: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        none = torch.zeros(*hidden.shape[:2], hidden.shape[1], m.A_log.shape[0], dtype=torch.bool)
+        return MIXERS[kind](m, hidden, None, main.get((layer, kind), none), conv.get((layer, kind), none))
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _softmax_blocked(module: Any, blocked: Tensor) -> Any:
+    forward = module.forward
+    softmax = F.softmax
+
+    def ours(scores: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        entries = blocked.permute(0, 3, 1, 2)  # [B, H, T, S]
+        entries = F.pad(entries, (0, scores.shape[-1] - entries.shape[-1]))  # a sink is another column
+        scores = scores.masked_fill(scores < -1e30, -torch.inf).masked_fill(entries, -torch.inf)
+        return softmax(scores, *args, **kwargs).nan_to_num(0.0)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        F.softmax = ours
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            F.softmax = softmax
+
+    module.forward = run
+    return lambda: module.__dict__.pop("forward")

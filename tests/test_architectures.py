@@ -1,0 +1,226 @@
+"""Every architecture the README names: knockouts equal their explicit form, replay equals the hooks, nothing is left.
+
+The README's table is made here: `MAMBALENS_UPDATE_README=1 python -m pytest tests/test_architectures.py` rewrites it.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import explicit
+import pytest
+import torch
+from architectures import ARCHITECTURES, VOCABULARY, tiny
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from mambalens.hooks import HookManager, Knockout, MambalensError
+from mambalens.hooks.mixer import Mixer
+from mambalens.replay import UNCUT, Cutting, Replay
+
+README = Path(__file__).parent.parent / "README.md"
+TOLERANCE = 1e-5  # DESIGN: several norms and scans of transformers round to float32
+CASES, BATCH, TIME = 12, 2, 8
+_rows: dict[str, str] = {}
+
+
+def knockouts(hooks: HookManager) -> list[Knockout]:
+    """Random knockouts of every kind of mixer, and of all together."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for number in range(CASES):
+        sources, targets = torch.rand(2, BATCH, TIME, generator=generator) < (0.3, 0.6, 1.0)[number % 3]
+        layers = torch.randperm(hooks.n_layers, generator=generator)[: 1 + number % hooks.n_layers].tolist()
+        kind = [None, *hooks.kinds][number % (1 + len(hooks.kinds))]
+        path = ("main", "both", "conv")[number // 4 % 3]
+        mixers = hooks.mixers_of(layers, kind)
+        if path == "conv" and not any(mixer.has_conv for mixer in mixers):
+            path = "main"
+        counts = {mixer.n_features for mixer in mixers}
+        features: Any = "all"
+        if kind is not None and len(counts) == 1 and number % 2:
+            features = torch.rand(counts.pop(), generator=generator) < 0.5
+        found.append(Knockout(sources, targets, layers, features, path, kind))
+    return found
+
+
+def entries(hooks: HookManager, knockout: Knockout) -> dict[tuple[int, str], torch.Tensor]:
+    """What the knockout blocks, by layer and kind [batch, target, source, feature]."""
+    found = {}
+    for mixer in hooks.mixers:
+        if mixer.layer not in knockout.layers or knockout.mixers not in (None, mixer.kind):
+            continue
+        features = torch.ones(mixer.n_features, dtype=torch.bool)
+        if not isinstance(knockout.features, str):
+            features = knockout.features
+        pairs = knockout.targets[:, :, None] & knockout.sources[:, None, :]
+        found[mixer.layer, mixer.kind] = pairs[..., None] & features
+    return found
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@torch.no_grad()
+def test_an_architecture(model_type: str) -> None:
+    model = tiny(model_type)
+    hooks = HookManager(model, check=True)
+    ids = torch.randint(3, VOCABULARY, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
+    base = model(ids).logits
+    asked = knockouts(hooks)
+    implementations = ["eager"]
+    found = []
+    for knockout in asked:
+        with hooks.apply(knockout):
+            found.append(model(ids).logits)
+        blocked = entries(hooks, knockout)
+        main = blocked if knockout.path != "conv" else {}
+        conv = {key: value for key, value in blocked.items() if knockout.path != "main" and key[1] != "attention"}
+        with explicit.blocked_everywhere(model, main, conv):
+            assert (found[-1] - model(ids).logits).abs().max() < TOLERANCE
+    assert max(float((logits - base).abs().max()) for logits in found) > 0.01
+    replays(model, hooks, ids, asked, found)
+    assert torch.equal(model(ids).logits, base)
+    if "attention" in hooks.kinds and type(model)._supports_sdpa:
+        implementations.append("sdpa")
+        other = tiny(model_type, "sdpa")
+        its_hooks = HookManager(other, check=True)
+        base = other(ids).logits
+        for knockout, expected in zip(asked, found, strict=True):
+            with its_hooks.apply(knockout):
+                assert (other(ids).logits - expected).abs().max() < TOLERANCE
+        replays(other, its_hooks, ids, asked, found)
+        assert torch.equal(other(ids).logits, base)
+    _rows[model_type] = row(model_type, model, hooks, implementations)
+
+
+def replays(
+    model: Any, hooks: HookManager, ids: torch.Tensor, asked: list[Knockout], found: list[torch.Tensor]
+) -> None:
+    """Replaying gives behind the last token what hooked passes gave."""
+    last = torch.full((BATCH,), TIME - 1)
+    for knockout, logits in zip(asked, found, strict=True):
+        features = hooks.feature_masks(knockout.features, knockout.layers, knockout.mixers)
+        cut = Cutting(knockout.layers, 1, knockout.path != "conv", knockout.path != "main", features)
+        replay = Replay(hooks, ids, last, knockout.sources[None], knockout.targets)
+        answers = dict(replay.logits([UNCUT, cut]))
+        assert (answers[0] - model(ids).logits[:, -1]).abs().max() < TOLERANCE
+        assert (answers[1] - logits[:, -1]).abs().max() < TOLERANCE
+
+
+def row(model_type: str, model: Any, hooks: HookManager, implementations: list[str]) -> str:
+    """A line of the README's table."""
+
+    def mixers_of(layer: int) -> str:
+        return " + ".join(sorted({words(mixer) for mixer in hooks.mixers if mixer.layer == layer}))
+
+    def words(mixer: Mixer) -> str:
+        return {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "attention": "attention"}[mixer.kind]
+
+    kinds = list(dict.fromkeys(mixers_of(layer) or "neither" for layer in range(hooks.n_layers)))
+    layers = kinds[0] if len(kinds) == 1 else " or ".join(kinds)
+    code = ", ".join(implementations) if "attention" in hooks.kinds else ""
+    return f"| {ARCHITECTURES[model_type][0]} | `{type(model).__name__}` | {layers} | {code} |"
+
+
+def test_the_readme_shows_the_architectures_that_passed() -> None:
+    missing = set(ARCHITECTURES) - set(_rows)
+    if missing:
+        pytest.skip(f"not tested in this run: {', '.join(sorted(missing))}")
+    table = "\n".join([
+        "| architecture | class in transformers | a layer has | attention code |", "|---|---|---|---|",
+        *(_rows[model_type] for model_type in ARCHITECTURES),
+    ])  # fmt: skip
+    block = f"<!-- architectures -->\n{table}\n<!-- end -->"
+    wanted, places = re.subn(
+        r"<!-- architectures -->.*?<!-- end -->", lambda _: block, README.read_text(), flags=re.DOTALL
+    )
+    assert places == 1
+    if os.environ.get("MAMBALENS_UPDATE_README"):
+        README.write_text(wanted)
+    assert README.read_text() == wanted
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "named"),
+    [
+        ("qwen3_next", {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 8,
+                        "shared_expert_intermediate_size": 8, "head_dim": 6, "linear_num_value_heads": 2,
+                        "linear_num_key_heads": 2, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+         r"Qwen3NextForCausalLM: layer 0 \(.*Qwen3NextGatedDeltaNet"),
+        ("xlstm", {"num_heads": 4, "num_blocks": 2}, "xLSTMForCausalLM has no token mixer"),
+        ("rwkv", {"attention_hidden_size": 24}, "RwkvForCausalLM has no token mixer"),
+        ("t5", {"d_model": 24, "num_layers": 2, "num_heads": 4}, "encoder-decoder model"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_named(model_type: str, options: dict, named: str) -> None:
+    shared = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "num_key_value_heads": 2, "intermediate_size": 40}  # fmt: skip
+    config = AutoConfig.for_model(model_type, **(shared | options))
+    auto = AutoModelForSeq2SeqLM if model_type == "t5" else AutoModelForCausalLM
+    with pytest.raises(MambalensError, match=named):
+        HookManager(auto.from_config(config))
+
+
+def test_a_mixer_that_only_looks_alike_is_refused() -> None:
+    """A class that the tests do not know is compared with its own forward pass when the model is hooked."""
+    model = tiny("mamba2")
+    twin = type("Mamba2Twin", (type(model.backbone.layers[0].mixer),), {})
+    for layer in model.backbone.layers:
+        layer.mixer.__class__ = twin
+    HookManager(model)  # the same arithmetic under another name
+
+    def doubled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return 2 * twin.forward(self, hidden_states, *args, **kwargs)
+
+    other = type("Mamba2Relative", (twin,), {"forward": doubled})
+    model.backbone.layers[1].mixer.__class__ = other
+    with pytest.raises(MambalensError, match="layer 1: the mamba2 adapter differs from Mamba2Relative"):
+        HookManager(model)
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "zamba2"])
+@torch.no_grad()
+def test_one_kind_of_mixer_alone_and_the_rest_together_are_all(model_type: str) -> None:
+    model = tiny(model_type)
+    hooks = HookManager(model)
+    ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(2))
+    state = next(kind for kind in hooks.kinds if kind != "attention")
+    with hooks.knockout([1, 2], [-1]):
+        everything = model(ids).logits
+    with hooks.knockout([1, 2], [-1], "attention"), hooks.knockout([1, 2], [-1], mixers=state):
+        assert (model(ids).logits - everything).abs().max() < TOLERANCE
+    with hooks.knockout([1, 2], [-1], "attention"):
+        by_layers = model(ids).logits
+    with hooks.knockout([1, 2], [-1], range(hooks.n_layers), mixers="attention"):
+        assert torch.equal(model(ids).logits, by_layers)
+    assert (by_layers - everything).abs().max() > 1e-3
+    for wrong in ({"mixers": "rwkv"}, {"layers": "attention", "mixers": state}):
+        with pytest.raises(MambalensError, match="mixers="), hooks.knockout([1], [-1], **wrong):
+            pass
+
+
+def test_a_layer_with_two_mixers_asks_which_one() -> None:
+    hooks = HookManager(tiny("falcon_h1"))
+    ids = torch.randint(3, VOCABULARY, (1, TIME))
+    with pytest.raises(MambalensError, match=r"layer 1 has mamba2, attention: name one"):
+        hooks.effective_attention(ids, 1)
+    assert hooks.effective_attention(ids, 1, mixers="attention").shape == (1, 4, TIME, TIME)
+    assert hooks.effective_attention(ids, 1, mixers="mamba2").shape == (1, 6, TIME, TIME)
+    with pytest.raises(MambalensError, match="no token mixer"):
+        HookManager(tiny("nemotron_h")).effective_attention(ids, 1)
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "nemotron_h", "bloom", "opt"])
+@torch.no_grad()
+def test_generation_under_a_knockout_is_what_repeated_passes_give(model_type: str) -> None:
+    model = tiny(model_type)
+    hooks = HookManager(model)
+    ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(4))
+    with hooks.knockout([1, 2], [4, 7], path="both"):
+        generated = model.generate(ids, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+    grown = ids
+    for _ in range(3):
+        with hooks.knockout([1, 2], [4, 7], path="both"):
+            grown = torch.cat([grown, model(grown).logits[:, -1:].argmax(-1)], 1)
+    assert generated.tolist() == grown.tolist()

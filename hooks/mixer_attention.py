@@ -195,15 +195,18 @@ class AttentionMixer(Mixer):
             given |= given.pop("kwargs", {})
             here, mask = base.to(seen.keys.device), given.get("attention_mask")
             batch, time = here.sources.shape[1:]
+            bias = None
             if mask is None:
                 allowed = here.columns[:, None, :, None] >= torch.arange(time, device=seen.keys.device)
             else:  # a sliding window, or whatever else the model masks
                 mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
+                mask = mask[torch.arange(batch, device=mask.device)[:, None], :, here.columns].transpose(1, 2)
                 allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-                allowed = allowed[torch.arange(batch, device=mask.device)[:, None], :, here.columns].transpose(1, 2)
+                if mask.dtype != torch.bool and bool(mask[allowed].any()):
+                    bias = mask.masked_fill(~allowed, 0.0)
             # Rows of a prompt see their own tokens only: many at once would be mostly mask.
             most = max(1, max(time, 256) // here.length)
-            kept.append(Memory(seen.keys, seen.values, allowed, given.get("alibi"), most))
+            kept.append(Memory(seen.keys, seen.values, allowed, bias, given.get("alibi"), most))
             del seen.keys, seen.values
             caching.close()  # rows come next
             handle.remove()
@@ -223,14 +226,16 @@ class AttentionMixer(Mixer):
     def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(memory.keys.device), rows.to(memory.keys.device)
         mask, silent = _mask_of_rows(memory, here, cuts)
-        if not self._takes_booleans:
+        if memory.bias is not None or not self._takes_booleans:
             low = torch.finfo(memory.keys.dtype).min
-            mask = torch.zeros_like(mask, dtype=memory.keys.dtype).masked_fill(~mask, low)
+            added = mask.new_zeros((), dtype=memory.keys.dtype) if memory.bias is None else memory.bias
+            added = added if memory.bias is None else _with_own_keys(added, here, len(rows)).repeat(1, 1, len(rows), 1)
+            mask = torch.where(mask, added, low)
         arguments = {"attention_mask": mask}
-        if memory.alibi is not None:  # a bias for every key [B x H, 1, T]
-            bias = memory.alibi.unflatten(0, (len(here.first), -1))  # [B, H, 1, T]
-            columns = here.columns.repeat(1, len(rows))[:, None, None].expand(*bias.shape[:3], -1)  # [B, H, 1, R L]
-            arguments["alibi"] = torch.cat([bias, bias.gather(-1, columns)], -1).flatten(0, 1)
+        if memory.alibi is not None:
+            bias = memory.alibi.reshape(len(here.first), -1, 1, memory.alibi.shape[-1])  # [B, H, 1, T]
+            bias = _with_own_keys(bias, here, len(rows))
+            arguments["alibi"] = bias if memory.alibi.ndim == 4 else bias.flatten(0, 1)
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, R L, H, width]
@@ -261,8 +266,10 @@ class Memory(NamedTuple):
     """As the keys."""
     allowed: Tensor
     """What the model lets the replayed positions read [batch, 1 or heads, length, T]."""
+    bias: Tensor | None
+    """What the model's mask adds where it allows to read, shaped as `allowed`; None where it adds nothing."""
     alibi: Tensor | None
-    """Bias for every key [batch x heads, 1, T], in models with ALiBi."""
+    """Bias for every key [batch x heads, 1, T] or [batch, heads, 1, T], in models with ALiBi."""
     most_cuts: int
     """See `Mixer.remembering`."""
 
@@ -301,6 +308,12 @@ def _mask_of_rows(memory: Memory, base: Base, rows: Rows) -> tuple[Tensor, Tenso
     from_rows = own[..., None, :] & same  # [B, 1 or H, R, L, R, L]
     mask = torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
     return mask, silent.flatten(2, 3)
+
+
+def _with_own_keys(bias: Tensor, base: Base, cuts: int) -> Tensor:
+    """A bias over the base's keys [batch, heads or 1, queries, T] with that over the rows' own keys behind it."""
+    columns = base.columns.repeat(1, cuts)[:, None, None]  # [B, 1, 1, R L]
+    return torch.cat([bias, bias.gather(-1, columns.expand(*bias.shape[:3], -1))], -1)
 
 
 class _Probe:

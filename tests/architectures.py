@@ -15,7 +15,7 @@ _HYBRID = _LLAMA | {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, 
                     "mamba_chunk_size": 8}  # fmt: skip
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 
-# Model type in transformers -> name in the documentation, and options of its configuration.
+# Model type in transformers (and a variant) -> name in the documentation, and options of its configuration.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "mamba": ("Mamba", _BASE | {"num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3}),
     "mamba2": ("Mamba-2", _BASE | {"num_hidden_layers": 3, "state_size": 6, "head_dim": 8, "num_heads": 6, "n_groups": 2,
@@ -47,6 +47,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "bloom": ("BLOOM", _BASE | {"n_layer": 3, "n_head": 4}),
     "falcon": ("Falcon", _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "multi_query": True,
                                   "new_decoder_architecture": False, "alibi": False}),
+    "falcon-alibi": ("Falcon with ALiBi", _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "multi_query": False,
+                                                   "new_decoder_architecture": False, "alibi": True}),
     "llama": ("Llama", _LLAMA),
     "mistral": ("Mistral", _LLAMA | {"sliding_window": 5}),
     "qwen2": ("Qwen2", _LLAMA),
@@ -66,7 +68,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 def tiny(model_type: str, attention: str = "eager", dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A random model in eval mode whose decays, gates, norms and biases differ."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **ARCHITECTURES[model_type][1])
+    config = AutoConfig.for_model(model_type.partition("-")[0], **ARCHITECTURES[model_type][1])
     experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in ARCHITECTURES[model_type][1] else {}
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **experts).eval()
     with torch.no_grad():

@@ -104,9 +104,10 @@ def load_original(config: dict[str, Any], weights: Path, name: str, **options: A
     Raises:
         MambalensError: naming a weight that is missing, left over or of another shape.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
     ours = convert_config(config, name)
+    model = MambaForCausalLM if ours.model_type == "mamba" else Mamba2ForCausalLM
     given = {_renamed(key): value for key, value in read_weights(weights).items()}
     if ours.tie_word_embeddings:
         given.setdefault("lm_head.weight", given.get("backbone.embeddings.weight"))
@@ -120,7 +121,7 @@ def load_original(config: dict[str, Any], weights: Path, name: str, **options: A
         raise _cannot(
             name, f"{wrong} has shape {list(given[wrong].shape)}, its config.json makes it {list(wanted[wrong])}"
         )
-    return AutoModelForCausalLM.from_pretrained(None, config=ours, state_dict=given, **options)
+    return model.from_pretrained(None, config=ours, state_dict=given, **options)
 
 
 def read_weights(path: Path) -> dict[str, Any]:

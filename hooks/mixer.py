@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
@@ -137,6 +137,18 @@ class Mixer(ABC):
     def probing(self) -> Iterator[Any]:
         """Around a pass whose call of this module is captured for `token_mixing`; what it gives goes along."""
         yield None
+
+
+@contextmanager
+def weights_at_hand(module: nn.Module) -> Iterator[None]:
+    """While the block runs, the weights of a module and its children are on their device, also offloaded ones."""
+    with ExitStack() as stack:
+        for part in module.modules():
+            if hasattr(part, "_hf_hook"):  # accelerate's, in models that it has spread over devices
+                from accelerate.utils import align_module_device
+
+                stack.enter_context(align_module_device(part))
+        yield
 
 
 def adapters() -> list[type[Mixer]]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
-from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, replace_forward
+from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, replace_forward, weights_at_hand
 from mambalens.hooks.mixing import Decay, TokenMixing
 from mambalens.hooks.rows import Base, Rows
 
@@ -149,7 +149,8 @@ class SSMMixer(Mixer):
         return int(self.module.A_log.shape[0])
 
     def decay_norm(self) -> Tensor:
-        return decay_norm(self.module.A_log)
+        with weights_at_hand(self.module):
+            return decay_norm(self.module.A_log)
 
     def inputs(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[ScanInputs, Projected]:
         """Inputs of the scan under the cuts of the convolution's taps, and the projection they come from."""
@@ -216,7 +217,8 @@ class SSMMixer(Mixer):
                 active = [cut for cut in active if cut.sources.any()]
                 if active:
                     changed = changed_positions(active, int(self.module.conv_kernel_size))[:, running.past :]
-                    ours, state = self.knocked_out(hidden, padding, active)
+                    with weights_at_hand(self.module):
+                        ours, state = self.knocked_out(hidden, padding, active)
                     out = torch.where(changed[..., None], ours[:, running.past :].to(out.dtype), out)
                     if state is not None and cache is not None:
                         cache.update_recurrent_state(state, self.module.layer_idx)
@@ -243,7 +245,9 @@ class SSMMixer(Mixer):
         given = call.arguments(self.module)
         hidden = given["hidden_states"]
         cuts = [cut.to(hidden.device) for cut in cuts]
-        inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
+        with weights_at_hand(self.module):
+            inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
+            skip = self.skip(inputs)
         y, _ = self.mix(inputs, cuts, base=True)
         per_group = inputs.dt.shape[2] // inputs.B.shape[2]
         diagonal = (inputs.B * inputs.C).sum(-1).repeat_interleave(per_group, 2) * inputs.dt  # [B, T, F]
@@ -258,14 +262,18 @@ class SSMMixer(Mixer):
                 return alpha
             return alpha.masked_fill_(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
 
-        output = y + self.skip(inputs) * inputs.x
-        return TokenMixing(inputs.x, self.skip(inputs)[:, 0], output, diagonal, alpha_of, self.decay(inputs))
+        output = y + skip * inputs.x
+        return TokenMixing(inputs.x, skip[:, 0], output, diagonal, alpha_of, self.decay(inputs))
 
     @contextmanager
     def remembering(self, base: Base) -> Iterator[list[Memory]]:
         kept: list[Memory] = []
 
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with weights_at_hand(self.module):
+                return remember(hidden_states)
+
+        def remember(hidden_states: Tensor) -> Tensor:
             here = base.to(hidden_states.device)
             inputs, projected = self.inputs(hidden_states, None, ())
             y, _ = self.scan(inputs, inputs.x)
@@ -297,7 +305,8 @@ class SSMMixer(Mixer):
     def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
         def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             device = hidden_states.device
-            return self.resume(memory, base.to(device), rows.to(device), hidden_states)
+            with weights_at_hand(self.module):
+                return self.resume(memory, base.to(device), rows.to(device), hidden_states)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
@@ -348,9 +357,10 @@ class SSMMixer(Mixer):
     def parity(self, call: Captured) -> float:
         given = call.arguments(self.module)
         hidden = given["hidden_states"]
-        inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
-        y, _ = self.mix(inputs, (), base=True)
-        ours = self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
+        with weights_at_hand(self.module):
+            inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
+            y, _ = self.mix(inputs, (), base=True)
+            ours = self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
         return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
 
 

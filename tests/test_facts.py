@@ -89,8 +89,6 @@ def test_bytes_that_are_no_text_are_found_by_line(tmp_path: Path) -> None:
 def test_unknown_names_get_the_near_matches() -> None:
     with pytest.raises(MambalensError, match="'atals' is no facts file .* did you mean 'atlas'"):
         load_facts("atals")
-    with pytest.raises(MambalensError, match="known_1000.* is not shipped"):
-        load_facts("known_1000")
     with pytest.raises(MambalensError, match="does not exist"):
         load_facts("no/such.csv")
     with pytest.raises(MambalensError, match="no column 'wordign'.*did you mean 'wording'"):
@@ -141,3 +139,54 @@ def test_a_target_is_joined_with_a_space_where_a_word_follows() -> None:
     assert Fact("The capital of Peru is", "Peru", " Lima").continuation == " Lima"
     assert Fact("The capital of Peru is ", "Peru", "Lima").continuation == "Lima"
     assert Fact("秘鲁的首都是", "秘鲁", "利马").continuation == "利马"
+
+
+TRACING = {"relation": "The mother tongue of {} is", "relation_prefix": "The mother tongue of", "prompt": "The mother tongue of X is",
+           "relation_id": "P103", "target_false": " English", "target_true": " French", "subject": "X"}  # fmt: skip
+ROME = {"case_id": 7, "pararel_idx": 1, "requested_rewrite": {
+    "prompt": "The mother tongue of {} is", "relation_id": "P103", "subject": "X",
+    "target_new": {"str": "English", "id": "Q1860"}, "target_true": {"str": "French", "id": "Q150"}},
+    "paraphrase_prompts": ["a"]}  # fmt: skip
+
+
+def test_counterfact_is_read_in_both_of_its_formats(tmp_path: Path) -> None:
+    (tmp_path / "counterfact.json").write_text(json.dumps([ROME]))
+    fact = load_facts(tmp_path / "counterfact.json")[0]
+    assert fact == Fact("The mother tongue of X is", "X", "French", "P103", "7")
+    assert fact.continuation == " French"
+    import pandas as pd
+
+    pd.DataFrame([TRACING]).to_parquet(tmp_path / "counterfact.parquet")
+    facts = load_facts(tmp_path / "counterfact.parquet")
+    assert facts[0] == Fact("The mother tongue of X is", "X", " French", "P103", "0")
+    assert facts.table.template[0] == "The mother tongue of {} is" and facts.table.target_false[0] == " English"
+    del ROME["requested_rewrite"]["subject"]
+    (tmp_path / "broken.json").write_text(json.dumps([ROME]))
+    with pytest.raises(MambalensError, match=r"broken\.json, record 1: requested_rewrite lacks 'subject'"):
+        load_facts(tmp_path / "broken.json")
+
+
+def test_a_data_set_is_fetched_once_and_its_digest_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambalens import fetching
+
+    asked = []
+
+    def fetch(path: Path) -> None:
+        asked.append(path)
+        path.write_text(json.dumps([{"prompt": "P is", "subject": "P", "target": "q"}]))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(fetching.SOURCES, "known_1000", fetching.Source("a copy", "known_1000.json", fetch))
+    assert load_facts("known_1000")[0].subject == "P"
+    assert len(load_facts("known_1000")) == 1 and len(asked) == 1
+    (kept,) = tmp_path.glob("**/known_1000.json")
+    kept.write_text("[]")
+    with pytest.raises(MambalensError, match="is not what was fetched"):
+        load_facts("known_1000")
+    monkeypatch.setitem(fetching.SOURCES, "known_1000", fetching.Source("a copy", "other.json", lambda path: 1 / 0))
+    with pytest.raises(
+        MambalensError, match=r"'known_1000' could not be fetched \(division by zero\): give the path of a copy"
+    ):
+        load_facts("known_1000")
+    assert not list(tmp_path.glob("**/other.json*"))

@@ -325,7 +325,7 @@ def test_models_that_cannot_be_found_get_a_sentence(tmp_path: Path, monkeypatch:
     with pytest.raises(MambalensError, match=r"has no config\.json"):
         Lens.load(str(tmp_path))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(MambalensError, match="could not be loaded .* local folder"):
+    with pytest.raises(MambalensError, match="HF_HUB_OFFLINE is set.* local folder"):
         Lens.load("nobody/nothing")
 
 
@@ -335,3 +335,35 @@ def test_a_local_folder_is_loaded_with_options() -> None:
     assert lens.name == FOLDER.name
     with lens.knockout(load_facts("atlas")[0]):
         assert len(lens.predict(load_facts("atlas")[0])) == 5
+
+
+def test_the_whole_target_has_the_log_probability_of_its_tokens_one_after_the_other(lens: Lens) -> None:
+    table = lens.evaluate(FACTS, progress=False, batch_size=2, whole_target=True).set_index("fact_id")
+    for fact in FACTS:
+        ids = lens.prompt(fact).ids
+        total, target = 0.0, lens.tokenizer(fact.target)["input_ids"]
+        for token in target:
+            with torch.no_grad():
+                total += float(lens.model(torch.tensor([ids])).logits[0, -1].double().log_softmax(-1)[token])
+            ids = [*ids, token]
+        assert table.target_tokens[fact.id] == len(target)
+        assert table.target_log_prob[fact.id] == pytest.approx(total, rel=1e-5)
+    assert table.target_tokens.max() > 1
+    assert "target_log_prob" not in lens.evaluate(FACTS, progress=False)
+
+
+def test_accuracy_is_by_relation_and_for_all(lens: Lens) -> None:
+    facts = [*FACTS, Fact("Nothing is", "Peru", " x", "capital", "unusable")]
+    table = lens.accuracy(facts, progress=False).set_index("relation")
+    assert table.facts.to_dict() == {"capital": 2, "currency": 1, "all": 3}
+    assert table.skipped.to_dict() == {"capital": 1, "currency": 0, "all": 1}
+    single = lens.evaluate(FACTS, progress=False)
+    assert table.accuracy["all"] == pytest.approx(single.correct.mean())
+    assert table.target_prob["all"] == pytest.approx(single.target_prob.mean())
+
+
+def test_short_subjects_are_counted_in_this_models_tokens(lens: Lens) -> None:
+    lengths = {fact.id: len(lens.prompt(fact).positions("subject")) for fact in FACTS}
+    for most in (1, 2, 9):
+        found = {fact.id for fact in lens.with_short_subjects(FACTS, most)}
+        assert found == {name for name, length in lengths.items() if length <= most}

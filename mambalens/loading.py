@@ -79,10 +79,8 @@ def _load(name: str, place: Path | str, options: dict[str, Any]) -> tuple[Any, A
         if is_original(config):
             tokenizer = _original_tokenizer(name, place, tokenizer_place, local)
             weights = _weights(place, local, **source)
-            kept = {
-                key: value for key, value in options.items() if key in ("dtype", "device_map", "attn_implementation")
-            }
-            return load_original(config, weights, name, **kept), tokenizer
+            taken = {key: options[key] for key in ("dtype", "device_map") if key in options}
+            return load_original(config, weights, name, **taken), tokenizer
         offline = {"local_files_only": True} if local else {}
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_place or place, **source, **offline)
         return AutoModelForCausalLM.from_pretrained(place, **options, **offline), tokenizer

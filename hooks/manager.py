@@ -157,10 +157,11 @@ class HookManager:
         numbers = set(self.layer_numbers(layers))
         if kind is not None and kind not in self.kinds:
             raise MambalensError(f"mixers={kind!r} is not a kind of mixer here: {choose(kind, self.kinds)}.")
-        kinds = {name for name in (layers, kind) if isinstance(name, str)} or set(self.kinds)
-        if len(kinds) > 1 and isinstance(layers, str) and kind is not None:
-            raise MambalensError(f"layers={layers!r} and mixers={kind!r} name two kinds of mixers: give one of them.")
-        return [mixer for mixer in self.mixers if mixer.layer in numbers and mixer.kind in kinds]
+        if isinstance(layers, str):
+            if kind not in (None, layers):
+                raise MambalensError(f"layers={layers!r} and mixers={kind!r} name two kinds of mixers: give one.")
+            kind = layers
+        return [mixer for mixer in self.mixers if mixer.layer in numbers and kind in (None, mixer.kind)]
 
     def feature_masks(
         self, features: Features, layers: Sequence[int] | int | str | None, kind: str | None = None

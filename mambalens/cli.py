@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from mambalens.facts import Facts
     from mambalens.hooks.knockout import Features
     from mambalens.lens import Lens
+    from mambalens.result import SweepResult
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False,
@@ -111,28 +113,52 @@ def sweep(
         if not len(chosen):
             _fail("No fact is answered right by every model: leave --common out, or name other models or facts.")
         chosen = chosen.sample(limit) if limit else chosen
-    results = []
+    first = os.environ.get("RANK", "0") == "0"  # of several processes that share the work, one speaks
+    results, failed = [], []
     for model in models:
-        lens = _lens(model, dtype, tokenizer)
-        plan.check(lens.hooks)
-        mine = chosen
-        if short_subjects is not None:
-            mine = lens.with_short_subjects(mine, short_subjects)
+        try:
+            lens = _lens(model, dtype, tokenizer)
+            plan.check(lens.hooks)
+            mine = chosen if short_subjects is None else lens.with_short_subjects(chosen, short_subjects)
             if not len(mine):
                 _fail(f"No subject has at most {short_subjects} tokens of {lens.name}'s tokenizer.")
-        if not all_facts and not common:
-            mine = lens.known(chosen, batch_size, limit=limit)
-            what = (
-                f"{len(mine)} facts that it knows" if limit else f"the {len(mine)} of {len(chosen)} facts that it knows"
+            if not all_facts and not common:
+                mine = _known(lens, mine, batch_size, limit, first)
+            folder = out if len(models) == 1 else out / lens.name
+            results.append(
+                lens.sweep(mine, source, target, window, groups, path, batch_size, folder, first, memory, mixers)
             )
-            typer.echo(f"{lens.name}: sweeping {what}", err=True)
-            if not len(mine):
-                _fail(f"{lens.name} answers none of the {len(chosen)} facts right: sweep them anyway with --all-facts.")
-        folder = out if len(models) == 1 else out / lens.name
-        results.append(
-            lens.sweep(mine, source, target, window, groups, path, batch_size, folder, memory=memory, mixers=mixers)
-        )
-    result = SweepResult.concat(results)
+        except MambalensError as error:
+            if len(models) == 1:
+                raise
+            failed.append(model)
+            typer.echo(f"{model} failed, the others go on: {error}", err=True)
+        except KeyboardInterrupt:
+            typer.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
+            raise
+    if failed and not results:
+        _fail(f"None of {', '.join(models)} could be swept.")
+    if first:
+        _report(SweepResult.concat(results), out)
+    if failed:
+        raise typer.Exit(1)
+
+
+def _known(lens: Lens, facts: Facts, batch_size: int | None, limit: int | None, progress: bool) -> Facts:
+    """The facts that a model knows, which there must be some of."""
+    known = lens.known(facts, batch_size, progress, limit)
+    what = f"{len(known)} facts that it knows" if limit else f"the {len(known)} of {len(facts)} facts that it knows"
+    if progress:
+        typer.echo(f"{lens.name}: sweeping {what}", err=True)
+    if not len(known):
+        _fail(f"{lens.name} answers none of the {len(facts)} facts right: sweep them anyway with --all-facts.")
+    return known
+
+
+def _report(result: SweepResult, out: Path) -> None:
+    """What a sweep found, in short, and as a figure."""
+    from mambalens.hooks.errors import MambalensError
+
     flow = out / "flow.png"
     try:
         result.plot().savefig(flow, dpi=130)
@@ -144,7 +170,7 @@ def sweep(
     typer.echo(worst.drop(columns=["target"]).to_string(index=False, float_format="{:.1f}".format))
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
-        typer.echo(f"\nSkipped (listed in skipped.parquet):\n{reasons.value_counts().to_string(header=False)}")
+        typer.echo(f"\nSkipped (listed in result.skipped):\n{reasons.value_counts().to_string(header=False)}")
     typer.echo(f"\n{len(result.table)} rows{' and flow.png' if flow.exists() else ''} in {out}")
 
 
@@ -454,7 +480,11 @@ def _lens(model: str, dtype: str, tokenizer: str | None) -> Lens:
     # Weights load in a moment, and the reference scans are the ones that run here.
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    options = {"tokenizer": tokenizer} if tokenizer else {}
+    options: dict[str, Any] = {"tokenizer": tokenizer} if tokenizer else {}
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process that accelerate or torchrun has started has a device
+        from accelerate import PartialState
+
+        options["device"] = PartialState().device
     return Lens.load(model, dtype=dtype, **options)
 
 

@@ -320,6 +320,7 @@ class Lens:
         progress: bool = True,
         memory: int | str | None = None,
         mixers: str | None = None,
+        block_size: int = 256,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -331,11 +332,13 @@ class Lens:
             features: groups of features, each on its own.
             paths: 'main', 'conv', 'both', each on its own.
             batch_size: prompts a batch at most; by default as many as fill `BATCH_TOKENS` and fit the memory.
-            out: a folder to save the result in.
+            out: a folder to keep the results in, block of facts by block of facts. The same sweep in the same folder
+                goes on where it stopped; several processes that share the folder share the work.
             progress: show a progress bar.
             memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
             mixers: cut only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several kinds;
                 windows count the model's layers all the same.
+            block_size: facts of a block.
 
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
@@ -346,10 +349,7 @@ class Lens:
         if out is not None:
             writable_folder(out)
         plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
-        result = run(self, as_facts(facts), plan, batch_size, progress, memory)
-        if out is not None:
-            result.save(out)
-        return result
+        return run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
 
     def heatmap(
         self,

@@ -12,6 +12,18 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+from mambalens.folder import (
+    CONFIG,
+    FACTS,
+    PARTS,
+    SAVED,
+    atomically,
+    digest_of,
+    read_config,
+    read_parts,
+    write_part,
+    writing,
+)  # fmt: skip
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -29,8 +41,6 @@ METRICS = {
 GROUP = ["model", "source", "target", "features", "path", "window_size", "window_start"]
 RESAMPLES = 2000
 LEVEL = 0.95
-FILES = {"table": "table.parquet", "skipped": "skipped.parquet", "facts": "facts.parquet"}
-CONFIG = "sweep.json"
 
 
 class SweepResult:
@@ -41,16 +51,24 @@ class SweepResult:
         skipped: fact_id, source ('' where the whole fact was left out) and reason.
         facts: the facts that were asked for, with all their columns.
         configs: what was run, one dict a model.
+        unfinished: blocks of facts that are still missing, of a run that is not at its end.
     """
 
     def __init__(
-        self, table: pd.DataFrame, skipped: pd.DataFrame, facts: pd.DataFrame, configs: list[dict[str, Any]]
+        self,
+        table: pd.DataFrame,
+        skipped: pd.DataFrame,
+        facts: pd.DataFrame,
+        configs: list[dict[str, Any]],
+        unfinished: int = 0,
     ) -> None:
         self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
+        self.unfinished = unfinished
 
     def __repr__(self) -> str:
         facts = self.table.fact_id.nunique()
-        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows>"
+        left = f"; {self.unfinished} blocks of facts to come" if self.unfinished else ""
+        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows{left}>"
 
     @property
     def models(self) -> list[str]:
@@ -71,7 +89,10 @@ class SweepResult:
         skipped = [result.skipped for result in results]
         facts = pd.concat([result.facts for result in results]).drop_duplicates("fact_id", ignore_index=True)
         configs = [config for result in results for config in result.configs]
-        return cls(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), facts, configs)
+        unfinished = sum(result.unfinished for result in results)
+        return cls(
+            pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), facts, configs, unfinished
+        )
 
     def where(self, **values: Any) -> SweepResult:
         """The part of the sweep whose columns have these values; a list means any of them.
@@ -86,7 +107,7 @@ class SweepResult:
         if not len(table):
             raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
         configs = [config for config in self.configs if config["model"] in set(table.model)]
-        return SweepResult(table.reset_index(drop=True), self.skipped, self.facts, configs)
+        return SweepResult(table.reset_index(drop=True), self.skipped, self.facts, configs, self.unfinished)
 
     def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
         """A column of the table, or of the facts, for every row of the table."""
@@ -139,27 +160,34 @@ class SweepResult:
         return flow(self, metric, x, rows, columns, **options)
 
     def save(self, folder: str | Path) -> Path:
-        """Write the tables as parquet and what was run as JSON; an interrupted save leaves no half file.
+        """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.folder`).
 
         Returns:
             The folder.
+
+        Raises:
+            MambalensError: if it cannot be written, or holds a run of its own.
         """
         folder = writable_folder(folder)
-        try:
-            for name, file in FILES.items():
-                temporary = folder / f".{file}.{os.getpid()}"
-                getattr(self, name).to_parquet(temporary, index=False)
-                temporary.replace(folder / file)
-            temporary = folder / f".{CONFIG}.{os.getpid()}"
-            temporary.write_text(json.dumps(self.configs, indent=1) + "\n")
-            temporary.replace(folder / CONFIG)
-        except OSError as error:
-            raise MambalensError(f"The result could not be written to {str(folder)!r} ({error.strerror}).") from error
+        if (folder / CONFIG).exists() and read_config(folder).get("definition") is not None:
+            raise MambalensError(
+                f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
+            )
+        with writing(folder):
+            (folder / PARTS).mkdir(exist_ok=True)
+            write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
+            atomically(folder / FACTS, lambda file: self.facts.to_parquet(file, index=False))
+            text = json.dumps({"configs": self.configs, "blocks": 1, "definition": None}, indent=1) + "\n"
+            atomically(folder / CONFIG, lambda file: file.write_text(text))
         return folder
 
     @classmethod
     def load(cls, folder: str | Path) -> SweepResult:
-        """Read what `save` wrote; a folder with results in its sub-folders gives them all as one."""
+        """Read a run's folder, also while it is still being filled, or what `save` wrote.
+
+        A folder with such folders in it gives them all as one. Parts that are damaged are left out with a warning;
+        `unfinished` says how many blocks are missing.
+        """
         folder = Path(folder)
         if not folder.is_dir():
             raise MambalensError(f"The folder {str(folder)!r} does not exist.")
@@ -168,11 +196,17 @@ class SweepResult:
             if not found:
                 raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
             return cls.concat([cls.load(path) for path in found])
+        about = read_config(folder)
+        parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
+        if not parts:
+            raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
         try:
-            tables = {name: pd.read_parquet(folder / file) for name, file in FILES.items()}
-            return cls(**tables, configs=json.loads((folder / CONFIG).read_text()))
+            facts = pd.read_parquet(folder / FACTS)
         except (OSError, ValueError) as error:
-            raise MambalensError(f"The sweep in {str(folder)!r} cannot be read ({error}).") from error
+            raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
+        table = pd.concat([table for table, _ in parts], ignore_index=True)
+        skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
+        return cls(table, skipped, facts, about["configs"], missing)
 
 
 def writable_folder(folder: str | Path) -> Path:
@@ -182,12 +216,10 @@ def writable_folder(folder: str | Path) -> Path:
         MambalensError: if it cannot be made or written to.
     """
     folder = Path(folder)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f".probe.{os.getpid()}").touch()
         (folder / f".probe.{os.getpid()}").unlink()
-    except OSError as error:
-        raise MambalensError(f"The result could not be written to {str(folder)!r} ({error.strerror}).") from error
     return folder
 
 

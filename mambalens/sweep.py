@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
+import os
+import time
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from mambalens.engine import Asked, Engine
 from mambalens.facts import Facts
@@ -17,6 +25,8 @@ from mambalens.prompts import Batch, Prompt, Skip, read_facts
 from mambalens.roles import check_role
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mambalens.hooks import HookManager
     from mambalens.lens import Lens
     from mambalens.result import SweepResult
@@ -27,7 +37,27 @@ COLUMNS = (
 )  # fmt: skip
 """Columns of a sweep's table. Probabilities and ranks (1 is the top) are those of the target's first token,
 `change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
-on top, `kl` KL(base || knocked out) in nats."""
+on top, `kl` KL(base || knocked out) in nats. Where the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
+
+
+BLOCK = 256
+"""Facts of a block: what a run that is killed has to compute again at most."""
+POLL = 0.5
+"""Seconds between looks at blocks that another process is at."""
+DEFINING = (
+    "model",
+    "n_layers",
+    "facts",
+    "n_facts",
+    "sources",
+    "target",
+    "window",
+    "features",
+    "paths",
+    "mixers",
+    "dtype",
+)
+"""Keys of a run's configuration that define it."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +136,10 @@ def run(
     progress: bool = True,
     memory: int | str | None = None,
     replay: bool = True,
+    out: str | FilePath | None = None,
+    block_size: int = BLOCK,
 ) -> SweepResult:
-    """Run a plan.
+    """Run a plan, block of facts by block of facts.
 
     Args:
         lens: model and tokenizer.
@@ -118,85 +150,222 @@ def run(
         memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
         replay: answer knockouts by the replay engine (`mambalens.replay`) wherever it reproduces the model; otherwise
             by one hooked forward pass for every knockout.
+        out: folder to keep finished blocks in (see `mambalens.folder`); those that are there already are not computed
+            again, and those that another process is at are left to it.
+        block_size: facts a block.
     """
     import pandas as pd
     from tqdm.auto import tqdm
 
-    from mambalens.memory import budget
     from mambalens.result import SweepResult
 
-    windows = plan.check(lens.hooks)
-    room = budget(memory, lens.device)
-    prompts, skipped = read_facts(facts, lens.tokenizer)
-    prompts, empty_target = _split(prompts, plan.target)
-    skipped += empty_target
-    if not prompts:
-        reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in skipped[:3])
-        raise MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")
-    groups = list(zip(plan.features, plan.names, strict=True))
-    roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
-    combinations = len(groups) * len(plan.paths) * len(windows) * roles
-    engine = Engine(lens, room, replay)
-    most = functools.partial(engine.prompts_at_once, plan.sources)
-    rows: list[tuple[Any, ...]] = []
-    bar = tqdm(total=len(prompts) * combinations, desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
+    if block_size < 1:
+        raise MambalensError(f"block_size={block_size}: give 1 or more facts.")
+    blocks = [facts[begin : begin + block_size] for begin in range(0, len(facts), block_size)]
+    bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
-        for batch in lens.batches(prompts, batch_size, most):
-            targets = [prompt.positions(plan.target) for prompt in batch.prompts]
-            sources = list(_sources(plan, batch, targets))
-            skipped += [
-                Skip(str(prompt.fact.id), role, f"the role {role!r} is empty")
-                for role, positions in sources
-                for prompt, found in zip(batch.prompts, positions, strict=True)
-                if not found and not role.startswith("each:")
+        work = _Work(lens, facts, plan, batch_size, memory, replay, bar)
+        if out is None:
+            found = [work.block(block) for block in blocks]
+            tables, skipped = [table for table, _ in found], [skip for _, skip in found]
+            return SweepResult(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True),
+                               facts.table, [work.config])  # fmt: skip
+        _fill(out, work, blocks, block_size)
+    return SweepResult.load(out)
+
+
+def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int) -> None:
+    """Compute the blocks that a folder lacks, those that nobody else is at first."""
+    from mambalens.folder import RunFolder
+
+    about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
+    folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table)
+    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    begin = rank * len(blocks) // max(1, processes)
+    left = [*range(begin, len(blocks)), *range(begin)]
+    counted: set[int] = set()
+    while left:
+        waiting = []
+        for number in left:
+            if not folder.finished(number):
+                with folder.claim(number) as mine:
+                    if not mine:
+                        waiting.append(number)
+                        continue
+                    if not folder.finished(number):
+                        folder.write(number, *work.block(blocks[number]))
+                        counted.add(number)
+            if number not in counted:
+                counted.add(number)
+                work.pass_over(blocks[number])
+        if len(waiting) == len(left):
+            time.sleep(POLL)
+        left = waiting
+
+
+class _Work:
+    """Everything a sweep needs to compute a block, looked up and checked once."""
+
+    def __init__(
+        self,
+        lens: Lens,
+        facts: Facts,
+        plan: Plan,
+        batch_size: int | None,
+        memory: int | str | None,
+        replay: bool,
+        bar: Any,
+    ) -> None:
+        from mambalens.memory import budget
+
+        self.lens, self.facts, self.plan, self.batch_size, self.bar = lens, facts, plan, batch_size, bar
+        self.halved = False
+        self.windows = plan.check(lens.hooks)
+        self.engine = Engine(lens, budget(memory, lens.device), replay)
+        prompts, self.unusable = read_facts(facts, lens.tokenizer)
+        prompts, empty_target = _split(prompts, plan.target)
+        self.unusable += empty_target
+        if not prompts:
+            reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in self.unusable[:3])
+            raise MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")
+        self.prompts = {prompt.fact.id: prompt for prompt in prompts}
+        groups = list(zip(plan.features, plan.names, strict=True))
+        self.combinations = list(product(self.windows, groups, plan.paths))
+        roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
+        self.per_prompt = roles * len(self.combinations)
+        bar.reset(total=len(prompts) * self.per_prompt)
+
+    def pass_over(self, facts: Facts) -> None:
+        """A block is finished without this process's doing."""
+        self.bar.update(sum(fact.id in self.prompts for fact in facts) * self.per_prompt)
+
+    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The table's rows for some facts, and what is left out of them."""
+        import pandas as pd
+
+        order = {fact.id: i for i, fact in enumerate(facts)}
+        prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
+        skipped = [skip for skip in self.unusable if skip.fact_id in order]
+        rows: list[tuple[Any, ...]] = []
+        most = functools.partial(self.engine.prompts_at_once, self.plan.sources)
+        for batch in self.lens.batches(prompts, self.batch_size, most):
+            found, empty = self._halving(batch)
+            rows += found
+            skipped += empty
+        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        missing = pd.DataFrame(skipped, columns=list(Skip._fields))
+
+        def sort(frame: pd.DataFrame) -> pd.DataFrame:
+            """Batches are made by length; tables are in the order of the facts."""
+            by_order = frame.fact_id.map(order)
+            return frame.iloc[by_order.argsort(kind="stable")].reset_index(drop=True)
+
+        return sort(table), sort(missing)
+
+    def _halving(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
+        """A batch; where it does not fit the memory after all, its halves."""
+        before = self.bar.n
+        try:
+            return self._batch(batch)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+            if not full or len(batch.prompts) == 1:
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not self.halved:
+            size = len(batch.prompts)
+            warnings.warn(
+                f"A batch of {size} prompts does not fit the memory: going on with smaller ones.", stacklevel=2
+            )
+        self.halved = True
+        self.bar.update(before - self.bar.n)
+        half = (len(batch.prompts) + 1) // 2
+        self.batch_size = half
+        parts = [batch.part(range(half)), batch.part(range(half, len(batch.prompts)))]
+        found = [self._halving(part.trimmed()) for part in parts]
+        return [row for rows, _ in found for row in rows], [skip for _, skips in found for skip in skips]
+
+    def _batch(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
+        plan, lens = self.plan, self.lens
+        targets = [prompt.positions(plan.target) for prompt in batch.prompts]
+        sources = list(_sources(plan, batch, targets))
+        skipped = [
+            Skip(str(prompt.fact.id), role, f"the role {role!r} is empty")
+            for role, positions in sources
+            for prompt, found in zip(batch.prompts, positions, strict=True)
+            if not found and not role.startswith("each:")
+        ]
+        knockouts = [
+            Asked(layers, features, name, path, source, positions, plan.mixers)
+            for layers, (features, name), path in self.combinations
+            for source, positions in sources
+            if any(positions)
+        ]
+        answers = self.engine.answers(batch, knockouts, targets)
+        base = Prediction.of(next(answers)[1], batch.targets)
+        rows: dict[int, list[tuple[Any, ...]]] = {}
+        for number, logits in answers:
+            now = Prediction.of(logits, batch.targets)
+            asked = knockouts[number]
+            window = (min(asked.layers), len(asked.layers))
+            labels = (lens.name, asked.source, plan.target, asked.name, asked.path, *window)
+            rows[number] = list(_rows(batch, asked.positions, labels, base, now, lens.tokenizer))
+            self.bar.update(len(batch.prompts))
+        self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
+        return [row for number in sorted(rows) for row in rows[number]], skipped
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What was run, to label tables and figures with."""
+        plan = self.plan
+        return {
+            "model": self.lens.name,
+            "n_layers": self.lens.n_layers,
+            "kinds": self.lens.hooks.kinds,
+            "facts": self.facts.name,
+            "n_facts": len(self.facts),
+            "sources": list(plan.sources),
+            "target": plan.target,
+            "window": plan.window if isinstance(plan.window, int) else self.windows,
+            "features": list(plan.names),
+            "paths": list(plan.paths),
+            "mixers": plan.mixers,
+            "dtype": str(self.lens.model.dtype).removeprefix("torch."),
+        }
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """Everything that the numbers depend on."""
+        config, model = self.config, self.lens.model
+        masks = [
+            None if isinstance(features, str) else [
+                [mixer.layer, mixer.kind, None if mask is None else mask.nonzero().flatten().tolist()]
+                for layers in self.windows
+                for mixer, mask in self.lens.hooks.feature_masks(features, layers, self.plan.mixers).items()
             ]
-            knockouts = [
-                Asked(layers, features, name, path, source, positions, plan.mixers)
-                for layers, (features, name), path in product(windows, groups, plan.paths)
-                for source, positions in sources
-                if any(positions)
-            ]
-            answers = engine.answers(batch, knockouts, targets)
-            base = Prediction.of(next(answers)[1], batch.targets)
-            found: dict[int, list[tuple[Any, ...]]] = {}
-            for number, logits in answers:
-                now = Prediction.of(logits, batch.targets)
-                knockout = knockouts[number]
-                layers = knockout.layers
-                labels = (
-                    lens.name,
-                    knockout.source,
-                    plan.target,
-                    knockout.name,
-                    knockout.path,
-                    min(layers),
-                    len(layers),
-                )
-                found[number] = list(_rows(batch, knockout.positions, labels, base, now, lens.tokenizer))
-                bar.update(len(batch.prompts))
-            rows += [row for number in sorted(found) for row in found[number]]
-            bar.update(len(batch.prompts) * (combinations - len(knockouts)))
-    order = {fact.id: i for i, fact in enumerate(facts)}
-    table = pd.DataFrame(rows, columns=list(COLUMNS))
-    # Batches are made by length; the table is in the order of the facts.
-    table = table.sort_values("fact_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
-    missing = pd.DataFrame(skipped, columns=list(Skip._fields))
-    missing = missing.sort_values("fact_id", key=lambda ids: ids.map(order), kind="stable", ignore_index=True)
-    config = {
-        "model": lens.name,
-        "n_layers": lens.n_layers,
-        "kinds": lens.hooks.kinds,
-        "facts": facts.name,
-        "n_facts": len(facts),
-        "sources": list(plan.sources),
-        "target": plan.target,
-        "window": plan.window if isinstance(plan.window, int) else windows,
-        "features": list(plan.names),
-        "paths": list(plan.paths),
-        "mixers": plan.mixers,
-        "dtype": str(lens.model.dtype).removeprefix("torch."),
-    }
-    return SweepResult(table, missing, facts.table, [config])
+            for features in self.plan.features
+        ]  # fmt: skip
+        weights = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+        asked = [(f.id, f.prompt, f.subject, f.target) for f in self.facts]
+        return {key: config[key] for key in DEFINING} | {
+            "windows": _digest(self.windows),
+            "feature masks": _digest(masks),
+            "model config": _digest(model.config.to_json_string()),
+            "weights index": _digest(sorted(weights)),
+            "revision": getattr(model.config, "_commit_hash", None),
+            "facts digest": _digest(asked),
+        }
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("mambalens", "torch", "transformers")}
 
 
 def _rows(
@@ -210,12 +379,15 @@ def _rows(
     """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""
     change = 100 * (now.prob - base.prob) / base.prob
     kl = kl_divergence(base.log_probs, now.log_probs)
+    broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
     for i, prompt in enumerate(batch.prompts):
         if positions[i]:
-            top = int(now.top[i])
+            top, bad = int(now.top[i]), bool(broken[i])
+            base_rank = 0 if bool(base.prob[i].isnan()) else int(base.rank[i])
             yield (
-                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(change[i]), int(base.rank[i]),
-                int(now.rank[i]), top == prompt.target_id, tokenizer.decode([top]), float(kl[i]),
+                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(change[i]), base_rank,
+                0 if bad else int(now.rank[i]), not bad and top == prompt.target_id,
+                "" if bad else tokenizer.decode([top]), float(kl[i]),
             )  # fmt: skip
 
 

@@ -49,7 +49,7 @@ def test_sweep_twice_gives_the_same_table_value_for_value(tmp_path: Path) -> Non
     for out in ("one", "two"):
         text = run("sweep", MODEL, "--out", str(tmp_path / out), *options)
     assert "sweeping 6 facts that it knows" in text
-    tables = [pd.read_parquet(tmp_path / out / "table.parquet") for out in ("one", "two")]
+    tables = [SweepResult.load(tmp_path / out).table for out in ("one", "two")]
     pd.testing.assert_frame_equal(tables[0], tables[1], check_exact=True)
     assert len(tables[0]) == 6 * 4 * 4
     assert tables[0].base_rank.eq(1).all()
@@ -121,7 +121,7 @@ def test_features_writes_tables_figures_and_a_selection_that_sweep_takes(tmp_pat
     swept = tmp_path / "swept"
     run("sweep", model, "--out", str(swept), "--limit", "4", "--source", "subject", "--features", "all", "--features",
         str(chosen), "--features", "slow:0.1", "--features", "7")  # fmt: skip
-    found = pd.read_parquet(swept / "table.parquet").features.unique().tolist()
+    found = SweepResult.load(swept).table.features.unique().tolist()
     assert found == ["all", "exchange_share_last", "slow:0.1", "feature 7"]
     refused = typed("sweep", model, "--out", str(swept), "--features", str(tmp_path / "none.csv"))
     assert refused.returncode == 2 and "none.csv' cannot be read" in refused.stderr

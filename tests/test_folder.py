@@ -1,0 +1,255 @@
+"""A run's folder: nothing lost, nothing done twice, whatever happens to processes, parts and disks."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from mambalens import Lens, MambalensError, SweepResult, load_facts
+from mambalens.folder import PARTS, RunFolder
+from mambalens.prediction import Prediction
+
+FACTS = load_facts("atlas").where(wording="near").sample(9)
+BLOCKS = 3
+
+
+@pytest.fixture(scope="module")
+def lens() -> Lens:
+    return Lens.load("atlas-gpt-neox")
+
+
+@pytest.fixture(scope="module")
+def expected(lens: Lens) -> SweepResult:
+    return swept(lens, None)
+
+
+def swept(lens: Lens, out: Path | None, **changed: Any) -> SweepResult:
+    options: dict[str, Any] = {"sources": ("subject", "context"), "window": 6, "progress": False, "block_size": BLOCKS}
+    return lens.sweep(changed.pop("facts", FACTS), out=out, **(options | changed))
+
+
+def in_forks(task: str, folder: Path) -> dict[str, Any]:
+    script = Path(__file__).parent / "runs_in_forks.py"
+    done = subprocess.run([sys.executable, str(script), task, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_killed_at_random_moments_a_run_goes_on_and_ends_with_the_same_table(tmp_path: Path) -> None:
+    found = in_forks("killed", tmp_path)
+    assert found["kills"] >= 24 and found["in the middle"] >= 10
+    assert found["recomputed"] == 0
+
+
+def test_one_two_and_three_processes_give_the_same_table_and_compute_every_block_once(tmp_path: Path) -> None:
+    found = in_forks("shared", tmp_path)
+    for processes in (1, 2, 3):
+        same, computed, at_work = found[f"{processes} processes"]
+        assert same and computed == 24
+        assert at_work == processes
+    same, computed = found["one killed"]
+    assert same and computed == 24  # the block that the dead process was at is computed by the other
+
+
+def test_a_full_disk_is_said_and_spoils_nothing(tmp_path: Path) -> None:
+    found = in_forks("full", tmp_path)
+    assert "could not be written" in found["said"] and "What was finished is kept" in found["said"]
+    assert not [name for name in found["left"] if name.startswith(".")]
+    assert found["same"]
+
+
+def test_finished_blocks_are_not_computed_again(lens: Lens, expected: SweepResult, tmp_path: Path) -> None:
+    first = swept(lens, tmp_path)
+    pd.testing.assert_frame_equal(first.table, expected.table, check_exact=True)
+    pd.testing.assert_frame_equal(first.skipped, expected.skipped)
+    pd.testing.assert_frame_equal(first.facts, expected.facts)
+    parts = {path: path.stat().st_mtime_ns for path in (tmp_path / PARTS).iterdir()}
+    assert len(parts) == 3
+    (tmp_path / PARTS / "00001.parquet").unlink()
+    half = SweepResult.load(tmp_path)
+    assert half.unfinished == 1 and "1 blocks of facts to come" in repr(half)
+    assert half.table.fact_id.nunique() == 6
+    again = swept(lens, tmp_path)
+    pd.testing.assert_frame_equal(again.table, expected.table, check_exact=True)
+    after = {path: path.stat().st_mtime_ns for path in (tmp_path / PARTS).iterdir()}
+    assert [path.name for path in parts if parts[path] != after[path]] == ["00001.parquet"]
+    assert again.unfinished == 0
+    everything = pd.read_parquet(tmp_path / PARTS)  # also without this package
+    assert len(everything) == len(expected.table)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "bit flipped", "empty", "foreign", "no parquet"])
+def test_a_damaged_part_is_set_aside_and_computed_again(
+    damage: str, lens: Lens, expected: SweepResult, tmp_path: Path
+) -> None:
+    swept(lens, tmp_path / "run")
+    part = tmp_path / "run" / PARTS / "00001.parquet"
+    content = bytearray(part.read_bytes())
+    if damage == "foreign":
+        swept(lens, tmp_path / "other", facts=FACTS[1:])
+        content = bytearray((tmp_path / "other" / PARTS / "00001.parquet").read_bytes())
+    content = {
+        "cut off": content[: len(content) // 2], "empty": bytearray(), "no parquet": bytearray(b"hello"), "foreign": content,
+        "bit flipped": content,
+    }[damage]  # fmt: skip
+    if damage == "bit flipped":
+        content[len(content) // 3] ^= 16
+    part.write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=r"00001\.parquet' (cannot be read|is damaged|belongs to another run).* left out"
+    ):
+        assert SweepResult.load(tmp_path / "run").unfinished == 1
+    with pytest.warns(UserWarning, match=r"it is set aside as 00001\.broken-\w+ and computed again"):
+        again = swept(lens, tmp_path / "run")
+    pd.testing.assert_frame_equal(again.table, expected.table, check_exact=True)
+    (aside,) = (tmp_path / "run" / PARTS).glob("*.broken-*")
+    assert aside.read_bytes() == content
+
+
+def test_every_flipped_bit_of_a_part_is_noticed_or_harmless(lens: Lens, expected: SweepResult, tmp_path: Path) -> None:
+    swept(lens, tmp_path)
+    part = tmp_path / PARTS / "00000.parquet"
+    whole = part.read_bytes()
+    rows = expected.table[expected.table.fact_id.isin([fact.id for fact in FACTS[:BLOCKS]])].reset_index(drop=True)
+    generator = torch.Generator().manual_seed(0)
+    run = RunFolder(tmp_path, json.loads((tmp_path / "sweep.json").read_text())["definition"], {}, pd.DataFrame())
+    from mambalens.folder import BrokenPart, read_part
+
+    for place in torch.randint(0, len(whole), (150,), generator=generator).tolist():
+        content = bytearray(whole)
+        content[place] ^= 1 << place % 8
+        part.write_bytes(content)
+        try:
+            table, _ = read_part(part, run.digest)
+        except BrokenPart:
+            continue
+        pd.testing.assert_frame_equal(table, rows, check_exact=True)
+
+
+def test_another_sweep_in_the_same_folder_is_refused_with_the_difference(lens: Lens, tmp_path: Path) -> None:
+    swept(lens, tmp_path)
+    with pytest.raises(
+        MambalensError, match=r"holds another run \(window: 6 there, 5 now; windows: .*choose another folder"
+    ):
+        swept(lens, tmp_path, window=5)
+    with pytest.raises(MambalensError, match="facts digest: "):
+        swept(lens, tmp_path, facts=FACTS[:8])
+    with pytest.raises(MambalensError, match="feature masks: "):
+        swept(lens, tmp_path, features=([0, 1],))
+    with pytest.raises(MambalensError, match=r"block_size: 3 there, 4 now"):
+        swept(lens, tmp_path, block_size=4)
+    other = Lens.load("atlas-gpt-neox", dtype=torch.bfloat16)
+    with pytest.raises(MambalensError, match=r'dtype: "float32" there, "bfloat16" now'):
+        swept(other, tmp_path)
+    result = SweepResult.load(tmp_path)
+    with pytest.raises(MambalensError, match="holds a run: a result is not written over it"):
+        result.save(tmp_path)
+    result.save(tmp_path / "saved")
+    with pytest.raises(MambalensError, match="holds a saved result, which is no run"):
+        swept(lens, tmp_path / "saved")
+
+
+def test_a_lock_that_nobody_holds_stops_nobody(lens: Lens, expected: SweepResult, tmp_path: Path) -> None:
+    (tmp_path / "locks").mkdir()
+    for name in ("run", "00000", "00002"):
+        (tmp_path / "locks" / f"{name}.lock").write_text("12345")
+    pd.testing.assert_frame_equal(swept(lens, tmp_path).table, expected.table, check_exact=True)
+
+
+def test_folders_that_cannot_be_used_are_named(lens: Lens, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MambalensError, match="could not be written to .*file/run"):
+        swept(lens, tmp_path / "file" / "run")
+    with pytest.raises(MambalensError, match="does not exist"):
+        SweepResult.load(tmp_path / "nothing")
+    with pytest.raises(MambalensError, match="holds no sweep"):
+        SweepResult.load(tmp_path)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(MambalensError, match="cannot be read"):
+        SweepResult.load(tmp_path)
+    (tmp_path / "sweep.json").write_text('{"configs": [], "blocks": 2}')
+    with pytest.raises(MambalensError, match="no finished block yet"):
+        SweepResult.load(tmp_path)
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path) -> None:
+    found = in_forks("read_only", tmp_path)
+    assert "could not be written" in found["said"] and "Permission denied" in found["said"]
+
+
+def test_accelerate_starts_processes_that_share_the_work(lens: Lens, tmp_path: Path) -> None:
+    options = [
+        "sweep",
+        "atlas-gpt-neox",
+        "--where",
+        "wording=near",
+        "--limit",
+        "12",
+        "--source",
+        "subject",
+        "--window",
+        "6",
+    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+              "--mixed_precision", "no", "--dynamo_backend", "no", "-m"]  # fmt: skip
+    for out, command in (("two", launch), ("one", [sys.executable, "-m"])):
+        done = subprocess.run(
+            [*command, "mambalens", *options, "--out", str(tmp_path / out)], capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert done.stdout.count("The window that costs most") == 1  # one process speaks
+    two, one = (SweepResult.load(tmp_path / out).table for out in ("two", "one"))
+    pd.testing.assert_frame_equal(two, one, check_exact=True)
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(
+    lens: Lens, expected: SweepResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mambalens.sweep import _Work
+
+    whole, sizes = _Work._batch, []
+
+    def tight(self: _Work, batch: Any) -> Any:
+        sizes.append(len(batch.prompts))
+        if len(batch.prompts) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return whole(self, batch)
+
+    monkeypatch.setattr(_Work, "_batch", tight)
+    with pytest.warns(UserWarning, match="A batch of 3 prompts does not fit the memory") as seen:
+        table = swept(lens, None).table
+    assert max(sizes[4:]) <= 2 and len(seen) == 1
+    assert (table.prob - expected.table.prob).abs().max() < 1e-5
+    assert table.fact_id.tolist() == expected.table.fact_id.tolist()
+
+    def hopeless(self: _Work, batch: Any) -> Any:
+        raise torch.OutOfMemoryError("far too much")
+
+    monkeypatch.setattr(_Work, "_batch", hopeless)
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+        swept(lens, None)
+
+
+def test_nan_is_recorded_as_nan(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = Prediction.of
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor) -> Prediction:
+        logits = logits.clone()
+        logits[0] = torch.nan
+        return of(logits, targets)
+
+    monkeypatch.setattr(Prediction, "of", broken)
+    table = swept(lens, None, block_size=9).table
+    bad = table[table.prob.isna()]
+    assert bad.fact_id.nunique() == 1
+    assert bad.change_pct.isna().all() and bad["rank"].eq(0).all() and bad.base_rank.eq(0).all() and not bad.hit.any()
+    assert table[table.prob.notna()]["rank"].ge(1).all()

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import sys
+from collections.abc import Callable, Iterable
+from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from types import GenericAlias
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from mambalens.settings import SweepSettings
 
 if TYPE_CHECKING:
     from mambalens.facts import Facts
     from mambalens.hooks.knockout import Features
     from mambalens.lens import Lens
+    from mambalens.program import Estimate
     from mambalens.result import SweepResult
 
 app = typer.Typer(
@@ -64,95 +72,81 @@ def about() -> None:
     """
 
 
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for every field of `SweepSettings` (and an argument for the models)."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    parameters = [parameter for parameter in own if parameter.kind is not parameter.VAR_KEYWORD]
+    for setting in fields(SweepSettings):
+        about, default = setting.metadata, setting.default
+        kind: Any = GenericAlias(list, about["kind"]) if about["many"] else about["kind"]
+        if setting.name == "model":
+            option: Any = typer.Argument(help=about["help"], metavar="MODEL...", show_default=False)
+        else:
+            shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
+            words = "" if default in (None, (), False, MISSING) else f"  [default: {shown}]"
+            metavar = "COLUMN=VALUE" if setting.name == "where" else None
+            flag = f"--{setting.name.replace('_', '-')}"
+            option = typer.Option(flag, help=about["help"] + words, show_default=False, metavar=metavar)
+        taken: Any = Annotated.__class_getitem__((kind | None, option))  # type: ignore[attr-defined]
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        parameters.append(inspect.Parameter(setting.name, keyword, default=None, annotation=taken))
+    command.__dict__["__signature__"] = inspect.Signature(parameters)
+    command.__annotations__ = {p.name: p.annotation for p in parameters} | {"return": None}
+    return command
+
+
 @app.command()
+@_with_settings
 def sweep(
-    models: Models,
-    out: Annotated[Path, typer.Option("--out", help="Folder for tables and figure; one below it for each of several.")],
-    facts: FactsFile = "atlas",
-    source: Annotated[list[str], typer.Option("--source", help="Roles to knock out.")] = [  # noqa: B006
-        "subject",
-        "relation",
-        "last",
-        "first",
-    ],
-    target: Target = "last",
-    window: Window = 9,
-    features: FeatureGroups = ["all"],  # noqa: B006
-    path: Annotated[list[str], typer.Option("--path", help="main, conv or both.")] = ["main"],  # noqa: B006
-    mixers: Mixers = None,
-    all_facts: Annotated[bool, typer.Option("--all-facts", help="Also facts the model answers wrong.")] = False,
-    common: Annotated[bool, typer.Option("--common", help="Only facts that all of several models know.")] = False,
-    short_subjects: Annotated[
-        int | None, typer.Option("--subject-tokens", help="Only subjects of at most so many tokens.", min=1)
-    ] = None,
-    where: Where = [],  # noqa: B006
-    limit: Limit = None,
-    batch_size: BatchSize = None,
-    memory: Memory = None,
-    dtype: DType = "auto",
-    tokenizer: Tokenizer = None,
+    config: Annotated[Path | None, typer.Option("--config", help="A .toml file with these settings.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it will take, and stop.", show_default=False)
+    ] = False,
+    **given: Any,
 ) -> None:
     """Knock out every source in every window, over the facts the model knows.
 
     Example: mambalens sweep atlas-mamba1 --where wording=far --window 6 --path main --path both --out runs/far
     """
-    from mambalens.hooks.errors import MambalensError
-    from mambalens.result import SweepResult, writable_folder
-    from mambalens.sweep import Plan
+    settings = SweepSettings.read(config, given)
+    groups = tuple(_features(text) for text in settings.features)
 
-    writable_folder(out)
-    chosen = _facts(facts, where, limit if all_facts else None)
-    groups = tuple(_features(text) for text in features)
-    plan = Plan(tuple(source), target, window, groups, cast(Any, tuple(path)), mixers)
-    if common and all_facts:
-        _fail("--common and --all-facts contradict each other: give one of them.")
-    if common:
-        for model in models:
-            chosen = _lens(model, dtype, tokenizer).known(chosen, batch_size)
-        typer.echo(f"{len(chosen)} facts are known to all {len(models)} models", err=True)
-        if not len(chosen):
-            _fail("No fact is answered right by every model: leave --common out, or name other models or facts.")
-        chosen = chosen.sample(limit) if limit else chosen
-    first = os.environ.get("RANK", "0") == "0"  # of several processes that share the work, one speaks
-    results, failed = [], []
-    for model in models:
-        try:
-            lens = _lens(model, dtype, tokenizer)
-            plan.check(lens.hooks)
-            mine = chosen if short_subjects is None else lens.with_short_subjects(chosen, short_subjects)
-            if not len(mine):
-                _fail(f"No subject has at most {short_subjects} tokens of {lens.name}'s tokenizer.")
-            if not all_facts and not common:
-                mine = _known(lens, mine, batch_size, limit, first)
-            folder = out if len(models) == 1 else out / lens.name
-            results.append(
-                lens.sweep(mine, source, target, window, groups, path, batch_size, folder, first, memory, mixers)
-            )
-        except MambalensError as error:
-            if len(models) == 1:
-                raise
-            failed.append(model)
-            typer.echo(f"{model} failed, the others go on: {error}", err=True)
-        except KeyboardInterrupt:
-            typer.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
-            raise
-    if failed and not results:
-        _fail(f"None of {', '.join(models)} could be swept.")
+    from mambalens.program import estimate, sweep_all
+    from mambalens.result import SweepResult, writable_folder
+
+    chosen = _facts(settings.facts, list(settings.where), settings.limit if settings.all_facts else None)
+    first = os.environ.get("RANK", "0") == "0"
+    load = functools.partial(_lens, dtype=settings.dtype, tokenizer=settings.tokenizer)
+    if dry_run:
+        _estimates(estimate(settings, chosen, groups, load))
+        return
+    out = writable_folder(settings.out)
+    try:
+        results, failed = sweep_all(settings, chosen, groups, load, lambda text: typer.echo(text, err=True))
+    except KeyboardInterrupt:
+        typer.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
+        raise
     if first:
         _report(SweepResult.concat(results), out)
     if failed:
         raise typer.Exit(1)
 
 
-def _known(lens: Lens, facts: Facts, batch_size: int | None, limit: int | None, progress: bool) -> Facts:
-    """The facts that a model knows, which there must be some of."""
-    known = lens.known(facts, batch_size, progress, limit)
-    what = f"{len(known)} facts that it knows" if limit else f"the {len(known)} of {len(facts)} facts that it knows"
-    if progress:
-        typer.echo(f"{lens.name}: sweeping {what}", err=True)
-    if not len(known):
-        _fail(f"{lens.name} answers none of the {len(facts)} facts right: sweep them anyway with --all-facts.")
-    return known
+def _estimates(estimates: Iterable[Estimate]) -> None:
+    """Print what a dry run found."""
+    total = 0.0
+    typer.echo(f"{'model':24}{'facts':>8}{'knockouts':>12}{'time':>12}{'memory':>12}")
+    for found in estimates:
+        total += found.seconds
+        memory = f"{found.peak_bytes / 1e6:,.0f} MB"
+        typer.echo(f"{found.model:24}{found.facts:8,}{found.knockouts:12,}{_duration(found.seconds):>12}{memory:>12}")
+    typer.echo(f"\nIn all about {_duration(total)} in one process; memory beside the model. Nothing was written.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _report(result: SweepResult, out: Path) -> None:
@@ -165,9 +159,10 @@ def _report(result: SweepResult, out: Path) -> None:
     except MambalensError as error:
         typer.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
     summary = result.summary()
-    worst = summary.loc[summary.groupby(["model", "source", "features", "path"], sort=False)["mean"].idxmin()]
+    keys = ["model", "source", "target", "features", "path", "window_size"]
+    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()]
     typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
-    typer.echo(worst.drop(columns=["target"]).to_string(index=False, float_format="{:.1f}".format))
+    typer.echo(worst.to_string(index=False, float_format="{:.1f}".format))
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
         typer.echo(f"\nSkipped (listed in result.skipped):\n{reasons.value_counts().to_string(header=False)}")
@@ -448,11 +443,13 @@ def _facts(name: str, where: list[str], limit: int | None) -> Facts:
     from mambalens.facts import load_facts
 
     chosen = load_facts(name)
+    wanted: dict[str, list[str]] = {}  # several values of a column: any of them
     for condition in where:
         column, value = _condition(condition)
-        chosen = chosen.where(**{column: value})
-        if not len(chosen):
-            _fail(f"No fact of {name!r} has {condition}.")
+        wanted.setdefault(column, []).append(value)
+    chosen = chosen.where(**wanted)
+    if not len(chosen):
+        _fail(f"No fact of {name!r} has {' and '.join(where)}.")
     return chosen.sample(limit) if limit else chosen
 
 

@@ -73,7 +73,7 @@ class SweepResult:
     @property
     def models(self) -> list[str]:
         """Names of the models."""
-        return [config["model"] for config in self.configs]
+        return list(dict.fromkeys(config["model"] for config in self.configs))
 
     @property
     def n_layers(self) -> dict[str, int]:
@@ -87,7 +87,8 @@ class SweepResult:
             raise MambalensError("There is no result to put together.")
         tables = [result.table for result in results]
         skipped = [result.skipped for result in results]
-        facts = pd.concat([result.facts for result in results]).drop_duplicates("fact_id", ignore_index=True)
+        facts = pd.concat([result.facts for result in results], ignore_index=True)
+        facts = facts.drop_duplicates("fact_id", ignore_index=True)
         configs = [config for result in results for config in result.configs]
         unfinished = sum(result.unfinished for result in results)
         return cls(
@@ -192,7 +193,7 @@ class SweepResult:
         if not folder.is_dir():
             raise MambalensError(f"The folder {str(folder)!r} does not exist.")
         if not (folder / CONFIG).is_file():
-            found = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+            found = sorted(path.parent for path in folder.rglob(CONFIG))
             if not found:
                 raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
             return cls.concat([cls.load(path) for path in found])

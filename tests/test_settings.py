@@ -1,0 +1,139 @@
+"""A sweep from a file: the same settings as on the command line, checked as strictly."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_cli import run, typed
+from typer.testing import CliRunner
+
+from mambalens import MambalensError, SweepResult
+from mambalens.cli import app
+from mambalens.settings import SweepSettings
+
+FILE = """
+model = ["atlas-gpt-neox", "atlas-mamba2"]
+source = ["subject"]
+where = {wording = "near", relation = ["capital", "language"]}
+window = [6, 9]
+target = ["last", "subject_last"]
+limit = 4
+block_size = 3
+"""
+
+
+def test_a_file_and_the_command_line_say_the_same() -> None:
+    given = {"model": ["m"], "out": Path("o"), "window": [3], "where": ["a=b"], "all_facts": True, "limit": 7}
+    from_line = SweepSettings.read(None, given)
+    assert from_line == SweepSettings(("m",), "o", window=(3,), where=("a=b",), all_facts=True, limit=7)
+
+
+def test_what_is_given_beside_a_file_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(FILE + "out = 'there'\n")
+    read = SweepSettings.read(tmp_path / "s.toml", {"out": "here", "window": [4], "source": None, "where": []})
+    assert (read.out, read.window, read.source) == ("here", (4,), ("subject",))
+    assert read.where == ("wording=near", "relation=capital", "relation=language")
+
+
+def test_a_sweep_from_a_file_has_a_folder_for_every_model_target_and_window(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(FILE)
+    out = tmp_path / "out"
+    text = run("sweep", "--config", str(tmp_path / "s.toml"), "--out", str(out))
+    assert "The window that costs most" in text
+    folders = {str(path.parent.relative_to(out)) for path in out.rglob("sweep.json")}
+    assert folders == {f"{model}/{target}-{window}" for model in ("atlas-gpt-neox", "atlas-mamba2")
+                       for target in ("last", "subject_last") for window in (6, 9)}  # fmt: skip
+    result = SweepResult.load(out)
+    assert result.models == ["atlas-gpt-neox", "atlas-mamba2"]
+    assert result.facts.relation.isin(["capital", "language"]).all()
+    one = tmp_path / "one"
+    run("sweep", "atlas-mamba2", "--source", "subject", "--where", "wording=near", "--where", "relation=capital", "--where",
+        "relation=language", "--window", "9", "--limit", "4", "--out", str(one), "--block-size", "3")  # fmt: skip
+    alone = SweepResult.load(one).table
+    among = result.where(model="atlas-mamba2", target="last", window_size=9).table
+    assert alone.equals(among)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("sources = ['subject']", "'sources' is no setting: did you mean 'source'"),
+    ("window = ['six']", "window has 'six', which is not a whole number"),
+    ("window = true", "window has True, which is not a whole number"),
+    ("all_facts = 1", "all_facts has 1, which is not true or false"),
+    ("limit = 0", "limit has 0: give 1 or more"), ("source = []", "source is empty"),
+    ("source = ['last', 'last']", "source has 'last' twice"), ("common = true\nall_facts = true", "contradict each other"),
+    ("facts = {a = 1}", "which is not text"), ("model = 'a", "is not TOML"),
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_quoted(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(text + ("" if text.startswith("model") else "\nmodel = 'm'") + "\nout = 'o'\n")
+    with pytest.raises(MambalensError, match=message):
+        SweepSettings.read(tmp_path / "s.toml", {})
+    with pytest.raises(MambalensError, match="cannot be read"):
+        SweepSettings.read(tmp_path / "none.toml", {})
+    with pytest.raises(MambalensError, match="model and out must be given"):
+        SweepSettings.read(None, {})
+
+
+KEYS = st.sampled_from(["model", "out", "facts", "source", "target", "window", "features", "path", "mixers", "all_facts",
+                        "common", "where", "limit", "memory", "dtype"]) | st.text("abcd_", min_size=1, max_size=5)  # fmt: skip
+SCALARS = st.one_of(
+    st.integers(-3, 20).map(str), st.booleans().map(lambda b: str(b).lower()), st.floats(-2, 2).map(lambda f: f"{f:.3f}"),
+    st.text("abc =:\"'\n[", max_size=6).map(lambda t: "'" + t.replace("'", "").replace("\n", "") + "'"),
+)  # fmt: skip
+LINES = st.builds("{} = {}".format, KEYS, SCALARS | st.lists(SCALARS, max_size=3).map(lambda v: f"[{', '.join(v)}]"))
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINES | st.text(max_size=15), max_size=6), bits=st.binary(max_size=3))
+def test_any_file_gives_settings_or_a_sentence(lines: list[str], bits: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "s.toml"
+    path.write_bytes("\n".join(lines).encode("utf-8", "replace") + bits)
+    try:
+        found = SweepSettings.read(path, {"model": ["m"], "out": "o"})
+    except MambalensError as error:
+        assert str(error).endswith((".", ")"))
+        return
+    assert set(tomllib.loads(path.read_text())) <= set(SweepSettings.__dataclass_fields__)
+    assert all(isinstance(window, int) for window in found.window)
+
+
+def test_a_dry_run_says_what_it_will_take_and_writes_nothing(tmp_path: Path) -> None:
+    text = run("sweep", "atlas-gpt-neox", "atlas-mamba2", "--where", "wording=far", "--limit", "40", "--source", "subject",
+               "--window", "6", "--dry-run", "--out", str(tmp_path / "out"))  # fmt: skip
+    lines = {line.split()[0]: line.split() for line in text.splitlines() if line.startswith("atlas")}
+    for model in ("atlas-gpt-neox", "atlas-mamba2"):
+        assert lines[model][1:3] == ["40", "280"]  # 7 windows
+    assert "Nothing was written" in text and not (tmp_path / "out").exists()
+
+
+def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
+    done = typed("sweep", "atlas-gpt-neox", str(tmp_path), "--where", "wording=near", "--limit", "3", "--window", "6", "--out",
+                 str(tmp_path / "out"))  # fmt: skip
+    assert done.returncode == 1
+    assert "failed, the others go on" in done.stderr and "has no config.json" in done.stderr
+    assert SweepResult.load(tmp_path / "out").models == ["atlas-gpt-neox"]
+
+
+def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mambalens.sweep import _Work
+
+    whole, done = _Work.block, []
+
+    def interrupted(self: _Work, facts: object) -> object:
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(1)
+        return whole(self, facts)  # type: ignore[arg-type]
+
+    options = ["sweep", "atlas-gpt-neox", "--where", "wording=near", "--limit", "6", "--window", "6", "--block-size", "2",
+               "--out", str(tmp_path)]  # fmt: skip
+    monkeypatch.setattr(_Work, "block", interrupted)
+    result = CliRunner().invoke(app, options)
+    assert "the same command goes on from there" in result.output
+    assert SweepResult.load(tmp_path).unfinished == 1
+    done.clear()
+    run(*options)
+    assert len(done) == 1 and SweepResult.load(tmp_path).unfinished == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -125,6 +126,7 @@ def estimate(settings: SweepSettings, facts: Facts, groups: tuple[Features, ...]
     """What the sweep of every model will take: a few facts are evaluated and swept, and the rest reckoned from them."""
     import psutil
 
+    starting = time.time() - psutil.Process().create_time()  # imports and facts, once a process
     for model in settings.model:
         started = time.perf_counter()
         lens = load(model)
@@ -136,13 +138,17 @@ def estimate(settings: SweepSettings, facts: Facts, groups: tuple[Features, ...]
             sample = lens.with_short_subjects(facts, settings.subject_tokens).sample(2 * MEASURED)
         else:
             share = 1.0
-        seconds, count = loading, len(facts) * share
+        seconds, count, starting = starting + loading, len(facts) * share, 0.0
         if not settings.all_facts:
             lens.known(sample[:4], settings.batch_size, progress=False)  # what runs first runs slower
             started = time.perf_counter()
             known = lens.known(sample, settings.batch_size, progress=False)
-            seconds += (time.perf_counter() - started) / len(sample) * len(facts) * share
+            each, asked = (time.perf_counter() - started) / len(sample), count
             count *= len(known) / len(sample)
+            if settings.limit and not settings.common and len(known):  # `known` looks at twice the limit at a time
+                tries = math.ceil(len(sample) / len(known) / 2)
+                asked = min(asked, tries * 2 * settings.limit)
+            seconds += each * asked
             sample = known if len(known) else sample
         count = int(min(count, settings.limit or count))
         process, knockouts, peak = psutil.Process(), 0, 0

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mambalens.events import print_json, tell
 from mambalens.settings import SweepSettings
 
 if TYPE_CHECKING:
@@ -102,6 +103,9 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it will take, and stop.", show_default=False)
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print progress and result as JSON lines.", show_default=False)
+    ] = False,
     **given: Any,
 ) -> None:
     """Knock out every source in every window, over the facts the model knows.
@@ -121,13 +125,18 @@ def sweep(
         _estimates(estimate(settings, chosen, groups, load))
         return
     out = writable_folder(settings.out)
+    if as_json:
+        print_json()
     try:
-        results, failed = sweep_all(settings, chosen, groups, load, lambda text: typer.echo(text, err=True))
+        say: Callable[[str], None] = (lambda _: None) if as_json else functools.partial(typer.echo, err=True)
+        results, failed = sweep_all(settings, chosen, groups, load, say, progress=not as_json)
     except KeyboardInterrupt:
         typer.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
         raise
-    if first:
-        _report(SweepResult.concat(results), out)
+    result = SweepResult.concat(results)
+    tell("result", folder=str(out), models=result.models, rows=len(result.table), skipped=len(result.skipped))
+    if first and not as_json:
+        _report(result, out)
     if failed:
         raise typer.Exit(1)
 

@@ -10,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
@@ -47,7 +48,7 @@ Say = Callable[[str], None]
 
 
 def sweep_all(
-    settings: SweepSettings, facts: Facts, groups: tuple[Features, ...], load: Load, say: Say
+    settings: SweepSettings, facts: Facts, groups: tuple[Features, ...], load: Load, say: Say, progress: bool = True
 ) -> tuple[list[SweepResult], list[str]]:
     """Sweep every model; one that fails does not stop the others.
 
@@ -57,11 +58,12 @@ def sweep_all(
         groups: the features that `settings.features` name.
         load: gives a model's lens.
         say: hears what happens.
+        progress: show progress bars.
 
     Returns:
         The results, and the models that failed.
     """
-    first = os.environ.get("RANK", "0") == "0"  # of several processes that share the work, one speaks
+    first = progress and os.environ.get("RANK", "0") == "0"  # of several processes that share the work, one speaks
     if settings.common:
         for model in settings.model:
             facts = load(model).known(facts, settings.batch_size, first)
@@ -77,6 +79,7 @@ def sweep_all(
             for part in parts:
                 part.plan.check(lens.hooks)
             mine = facts_of(settings, lens, facts, say, first)
+            tell("model", model=lens.name, facts=len(mine), sweeps=len(parts))
             for part in parts:
                 results.append(run(lens, mine, part.plan, settings.batch_size, first, settings.memory,
                                    out=part.folder, block_size=settings.block_size))  # fmt: skip
@@ -84,6 +87,7 @@ def sweep_all(
             if len(settings.model) == 1:
                 raise
             failed.append(model)
+            tell("model failed", model=model, error=str(error))
             say(f"{model} failed, the others go on: {error}")
     if not results:
         raise MambalensError(f"None of {', '.join(settings.model)} could be swept.")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mambalens.engine import Asked, Engine
+from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Path
@@ -193,10 +194,16 @@ def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int
                         waiting.append(number)
                         continue
                     if not folder.finished(number):
-                        folder.write(number, *work.block(blocks[number]))
+                        started = time.perf_counter()
+                        table, skipped = work.block(blocks[number])
+                        folder.write(number, table, skipped)
                         counted.add(number)
+                        seconds = round(time.perf_counter() - started, 3)
+                        about = {"model": work.lens.name, "folder": str(out), "block": number, "blocks": len(blocks)}
+                        tell("block", **about, rows=len(table), seconds=seconds)
             if number not in counted:
                 counted.add(number)
+                tell("block already there", model=work.lens.name, folder=str(out), block=number, blocks=len(blocks))
                 work.pass_over(blocks[number])
         if len(waiting) == len(left):
             time.sleep(POLL)
@@ -279,6 +286,7 @@ class _Work:
                 f"A batch of {size} prompts does not fit the memory: going on with smaller ones.", stacklevel=2
             )
         self.halved = True
+        tell("memory full", model=self.lens.name, prompts=len(batch.prompts))
         self.bar.update(before - self.bar.n)
         half = (len(batch.prompts) + 1) // 2
         self.batch_size = half

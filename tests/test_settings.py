@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 
@@ -137,3 +138,39 @@ def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypat
     done.clear()
     run(*options)
     assert len(done) == 1 and SweepResult.load(tmp_path).unfinished == 0
+
+
+def test_progress_and_result_as_json_lines(tmp_path: Path) -> None:
+    options = ["sweep", "atlas-gpt-neox", "--where", "wording=near", "--limit", "5", "--window", "6", "--block-size", "2",
+               "--out", str(tmp_path), "--json"]  # fmt: skip
+    for again in (False, True):
+        done = typed(*options)
+        assert done.returncode == 0, done.stderr
+        events = [json.loads(line) for line in done.stdout.splitlines()]
+        kinds = [event["event"] for event in events]
+        assert kinds == ["model", *["block already there" if again else "block"] * 3, "result"]
+        assert [event["block"] for event in events[1:-1]] == [0, 1, 2] and events[1]["blocks"] == 3
+        assert events[-1]["rows"] == len(SweepResult.load(tmp_path).table)
+
+
+def test_logs_are_quiet_unless_somebody_listens(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = [
+        "sweep",
+        "atlas-gpt-neox",
+        "--where",
+        "wording=near",
+        "--limit",
+        "2",
+        "--window",
+        "6",
+        "--out",
+        str(tmp_path),
+    ]
+    with caplog.at_level("INFO", logger="mambalens"):
+        run(*options)
+    assert [record.message.split()[0] for record in caplog.records if record.name == "mambalens"] == [
+        "model",
+        "block",
+        "result",
+    ]
+    assert "block=0" not in typed(*options).stderr

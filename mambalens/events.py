@@ -1,7 +1,7 @@
 """What happens in a long run, for logs and for programs: quiet unless somebody listens.
 
-Events go through `logging` under the name 'mambalens' (level INFO); `mambalens sweep --json` prints them, one JSON object
-a line.
+Events go through `logging` under the name 'mambalens' (level INFO); `mambalens sweep --json` prints them, one object a
+line.
 """
 
 from __future__ import annotations

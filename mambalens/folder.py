@@ -14,6 +14,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import signal
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -120,6 +123,34 @@ def digest_of(definition: dict[str, Any] | None) -> str:
     if definition is None:
         return SAVED
     return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+class Interrupts:
+    """While the `with` runs, Ctrl-C waits for `look`, so that a part that is nearly done is kept; twice, it does not."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupts:
+        self.ours = threading.current_thread() is threading.main_thread()  # only there can signals be heard
+        if self.ours:
+            self.before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _hear(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nFinishing the current block of facts; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def look(self) -> None:
+        """Stop here if Ctrl-C was pressed."""
+        if self.asked:
+            raise KeyboardInterrupt
 
 
 class BrokenPart(Exception):

@@ -28,6 +28,7 @@ from mambalens.roles import check_role
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mambalens.folder import RunFolder
     from mambalens.hooks import HookManager
     from mambalens.lens import Lens
     from mambalens.result import SweepResult
@@ -177,7 +178,7 @@ def run(
 
 def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int) -> None:
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
-    from mambalens.folder import RunFolder
+    from mambalens.folder import Interrupts, RunFolder
 
     about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
     folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table)
@@ -185,29 +186,35 @@ def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int
     begin = rank * len(blocks) // max(1, processes)
     left = [*range(begin, len(blocks)), *range(begin)]
     counted: set[int] = set()
-    while left:
-        waiting = []
-        for number in left:
-            if not folder.finished(number):
-                with folder.claim(number) as mine:
-                    if not mine:
-                        waiting.append(number)
-                        continue
-                    if not folder.finished(number):
-                        started = time.perf_counter()
-                        table, skipped = work.block(blocks[number])
-                        folder.write(number, table, skipped)
-                        counted.add(number)
-                        seconds = round(time.perf_counter() - started, 3)
-                        about = {"model": work.lens.name, "folder": str(out), "block": number, "blocks": len(blocks)}
-                        tell("block", **about, rows=len(table), seconds=seconds)
-            if number not in counted:
-                counted.add(number)
-                tell("block already there", model=work.lens.name, folder=str(out), block=number, blocks=len(blocks))
-                work.pass_over(blocks[number])
-        if len(waiting) == len(left):
-            time.sleep(POLL)
-        left = waiting
+    with Interrupts() as interrupts:
+        while left:
+            waiting = []
+            for number in left:
+                interrupts.look()
+                if not folder.finished(number):
+                    with folder.claim(number) as mine:
+                        if not mine:
+                            waiting.append(number)
+                            continue
+                        if not folder.finished(number):
+                            _compute(folder, work, number, blocks)
+                            counted.add(number)
+                if number not in counted:
+                    counted.add(number)
+                    tell("block already there", model=work.lens.name, folder=str(out), block=number, blocks=len(blocks))
+                    work.pass_over(blocks[number])
+            if len(waiting) == len(left):
+                time.sleep(POLL)
+            left = waiting
+
+
+def _compute(folder: RunFolder, work: _Work, number: int, blocks: list[Facts]) -> None:
+    """Compute a block and keep it."""
+    started = time.perf_counter()
+    table, skipped = work.block(blocks[number])
+    folder.write(number, table, skipped)
+    about = {"model": work.lens.name, "folder": str(folder.path), "block": number, "blocks": len(blocks)}
+    tell("block", **about, rows=len(table), seconds=round(time.perf_counter() - started, 3))
 
 
 class _Work:

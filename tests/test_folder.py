@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -237,6 +238,31 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
     monkeypatch.setattr(_Work, "_batch", hopeless)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
         swept(lens, None)
+
+
+def test_ctrl_c_waits_for_the_block_and_twice_it_does_not(
+    lens: Lens, expected: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from mambalens.sweep import _Work
+
+    whole, presses, before = _Work.block, [0, 1], signal.getsignal(signal.SIGINT)
+
+    def pressed(self: _Work, facts: Any) -> Any:
+        for _ in range(presses.pop(0) if presses else 0):
+            signal.raise_signal(signal.SIGINT)
+        return whole(self, facts)
+
+    monkeypatch.setattr(_Work, "block", pressed)
+    with pytest.raises(KeyboardInterrupt):
+        swept(lens, tmp_path)
+    assert "Finishing the current block" in capsys.readouterr().err
+    assert SweepResult.load(tmp_path).unfinished == 1  # the second block was kept
+    presses.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        swept(lens, tmp_path)
+    assert SweepResult.load(tmp_path).unfinished == 1
+    assert signal.getsignal(signal.SIGINT) is before
+    pd.testing.assert_frame_equal(swept(lens, tmp_path).table, expected.table, check_exact=True)
 
 
 def test_nan_is_recorded_as_nan(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,7 +126,7 @@ def digest_of(definition: dict[str, Any] | None) -> str:
 
 
 class Interrupts:
-    """While the `with` runs, Ctrl-C waits for `look`, so that a part that is nearly done is kept; twice, it does not."""
+    """While the `with` runs, Ctrl-C waits for `look`, so that a part nearly done is kept; twice, it does not wait."""
 
     def __init__(self) -> None:
         self.asked = False

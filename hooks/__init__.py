@@ -1,6 +1,6 @@
 """Touches the model: adapters for token mixers, and the hook manager that cuts between positions.
 
-Knows no facts, no tokenizers and no plots; imports torch and transformers only, and those when first used.
+Knows no facts, no tokenizers and no plots; torch and transformers are imported when first used.
 """
 
 from importlib import import_module

@@ -54,6 +54,8 @@ class Mixer(ABC):
     """'mamba1', 'mamba2' or 'attention'."""
     has_conv: ClassVar[bool] = False
     """Whether a causal convolution carries information between positions too."""
+    decays: ClassVar[bool] = False
+    """Whether what features carry decays with time, so that they have a decay norm."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
         self.module: Any = module  # its attributes are the architecture's, which only the adapter knows

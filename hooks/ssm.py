@@ -77,6 +77,7 @@ class SSMMixer(Mixer):
     """Base of the adapters for mixers with a causal convolution and a scan."""
 
     has_conv = True
+    decays = True
     tested: ClassVar[frozenset[str]]
     """Classes of modules whose arithmetic the tests compare with the adapter's."""
     parts: ClassVar[tuple[str, ...]]

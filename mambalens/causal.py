@@ -16,7 +16,7 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Knockout, Path
 from mambalens.memory import budget
 from mambalens.prediction import target_probability
-from mambalens.prompts import Skip, read_facts
+from mambalens.prompts import Skip, none_usable, read_facts
 from mambalens.result import LEVEL, RESAMPLES
 from mambalens.roles import check_role
 
@@ -142,8 +142,7 @@ def causal_features(
         else:
             skipped.append(Skip(str(prompt.fact.id), "", f"the role {empty!r} is empty"))
     if not usable:
-        reason = f" ({skipped[0].reason})" if skipped else ""
-        raise MambalensError(f"None of the {len(facts)} facts can be used{reason}.")
+        raise none_usable(facts, skipped)
     measured = lens.features([prompt.fact for prompt in usable], batch_size, progress)
     table = _blocks(measured[[key in chosen for key in zip(measured.layer, measured.kind, strict=True)]], block)
     engine = Engine(lens, room)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mambalens import processes
 from mambalens.events import print_json, tell
 from mambalens.settings import SweepSettings
 
@@ -29,38 +29,31 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )  # fmt: skip
 
-# Options that several verbs share are described once.
+
+def _option(name: str, words: str = "") -> Any:
+    """The option of a setting of `SweepSettings`, which describes it once for all verbs."""
+    setting = next(setting for setting in fields(SweepSettings) if setting.name == name)
+    metavar = "COLUMN=VALUE" if name == "where" else None
+    flag, about = f"--{name.replace('_', '-')}", setting.metadata
+    return typer.Option(flag, help=about["help"] + words, min=about["least"], metavar=metavar, show_default=not words)
+
+
+# What several verbs share.
 Models = Annotated[
     list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL...")
 ]
 OneModel = Annotated[str, typer.Argument(help="Bundled name, folder, .gguf file or hub id.", metavar="MODEL")]
-FactsFile = Annotated[
-    str, typer.Option("--facts", help="atlas, counterfact, known_1000, or a .jsonl, .json, .csv or .parquet file.")
-]
-Where = Annotated[
-    list[str], typer.Option("--where", help="Keep facts with this value, e.g. wording=far.", metavar="COLUMN=VALUE")
-]
-Limit = Annotated[
-    int | None, typer.Option("--limit", help="At most this many facts, drawn at random with seed 0.", min=1)
-]
-BatchSize = Annotated[int | None, typer.Option("--batch-size", help="Prompts a batch at most.", min=1)]
-Memory = Annotated[
-    str | None,
-    typer.Option("--memory", help="What to use beside the model, e.g. 4GB; by default half of what is free."),
-]
-DType = Annotated[str, typer.Option("--dtype", help="float32, bfloat16, float16, float64 or auto.")]
-Tokenizer = Annotated[
-    str | None, typer.Option("--tokenizer", help="Where to take the tokenizer from, if not from MODEL.")
-]
-Window = Annotated[int, typer.Option("--window", help="Consecutive layers that a knockout covers.")]
-Target = Annotated[str, typer.Option("--target", help="Role that is not to receive the information.")]
-FeatureGroups = Annotated[
-    list[str], typer.Option("--features", help="Groups ('slow', 'fast:0.1'), feature numbers or a selection's .csv.")
-]
+FactsFile = Annotated[str, _option("facts")]
+Where = Annotated[list[str], _option("where")]
+Limit = Annotated[int | None, _option("limit")]
+BatchSize = Annotated[int | None, _option("batch_size")]
+Memory = Annotated[str | None, _option("memory")]
+DType = Annotated[str, _option("dtype")]
+Tokenizer = Annotated[str | None, _option("tokenizer")]
+Window = Annotated[int, _option("window")]
+Target = Annotated[str, _option("target")]
+Mixers = Annotated[str | None, _option("mixers")]
 OneGroup = Annotated[str, typer.Option("--features", help="A group, a feature's number or a selection's .csv file.")]
-Mixers = Annotated[
-    str | None, typer.Option("--mixers", help="Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).")
-]
 PromptText = Annotated[str, typer.Option("--prompt", help="Text that ends right before the target.")]
 Metric = Annotated[str, typer.Option("--metric", help="change_pct, prob, hit, rank or kl.")]
 
@@ -81,13 +74,10 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         about, default = setting.metadata, setting.default
         kind: Any = GenericAlias(list, about["kind"]) if about["many"] else about["kind"]
         if setting.name == "model":
-            option: Any = typer.Argument(help=about["help"], metavar="MODEL...", show_default=False)
+            option = typer.Argument(help=about["help"], metavar="MODEL...", show_default=False)
         else:
             shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
-            words = "" if default in (None, (), False, MISSING) else f"  [default: {shown}]"
-            metavar = "COLUMN=VALUE" if setting.name == "where" else None
-            flag = f"--{setting.name.replace('_', '-')}"
-            option = typer.Option(flag, help=about["help"] + words, show_default=False, metavar=metavar)
+            option = _option(setting.name, "" if default in (None, (), False, MISSING) else f"  [default: {shown}]")
         taken: Any = Annotated.__class_getitem__((kind | None, option))  # type: ignore[attr-defined]
         keyword = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(setting.name, keyword, default=None, annotation=taken))
@@ -118,8 +108,7 @@ def sweep(
     from mambalens.program import estimate, sweep_all
     from mambalens.result import SweepResult, writable_folder
 
-    chosen = _facts(settings.facts, list(settings.where), settings.limit if settings.all_facts else None)
-    first = os.environ.get("RANK", "0") == "0"
+    chosen = _facts(settings.facts, list(settings.where), None)
     load = functools.partial(_lens, dtype=settings.dtype, tokenizer=settings.tokenizer)
     if dry_run:
         _estimates(estimate(settings, chosen, groups, load))
@@ -135,7 +124,7 @@ def sweep(
         raise
     result = SweepResult.concat(results)
     tell("result", folder=str(out), models=result.models, rows=len(result.table), skipped=len(result.skipped))
-    if first and not as_json:
+    if processes.first() and not as_json:
         _report(result, out)
     if failed:
         raise typer.Exit(1)
@@ -401,7 +390,7 @@ def plot(
 
     result = SweepResult.load(folder)
     if where:
-        result = result.where(**dict(_condition(condition) for condition in where))
+        result = result.where(**_conditions(where))
     figure = flow(result, metric, x, rows, columns, interval)
     figure.savefig(out or folder / "flow.png", dpi=130)
     typer.echo(f"Figure: {out or folder / 'flow.png'}")
@@ -451,12 +440,7 @@ def facts(
 def _facts(name: str, where: list[str], limit: int | None) -> Facts:
     from mambalens.facts import load_facts
 
-    chosen = load_facts(name)
-    wanted: dict[str, list[str]] = {}  # several values of a column: any of them
-    for condition in where:
-        column, value = _condition(condition)
-        wanted.setdefault(column, []).append(value)
-    chosen = chosen.where(**wanted)
+    chosen = load_facts(name).where(**_conditions(where))
     if not len(chosen):
         _fail(f"No fact of {name!r} has {' and '.join(where)}.")
     return chosen.sample(limit) if limit else chosen
@@ -471,11 +455,15 @@ def _features(text: str) -> Features:
     return int(text) if text.isdigit() else text
 
 
-def _condition(text: str) -> tuple[str, str]:
-    column, equals, value = text.partition("=")
-    if not equals:
-        _fail(f"--where {text!r} is not COLUMN=VALUE.")
-    return column, value
+def _conditions(where: list[str]) -> dict[str, list[str]]:
+    """COLUMN=VALUE texts as columns and what they may be; several values of a column: any of them."""
+    wanted: dict[str, list[str]] = {}
+    for text in where:
+        column, equals, value = text.partition("=")
+        if not equals:
+            _fail(f"--where {text!r} is not COLUMN=VALUE.")
+        wanted.setdefault(column, []).append(value)
+    return wanted
 
 
 def _lens(model: str, dtype: str, tokenizer: str | None) -> Lens:
@@ -487,7 +475,7 @@ def _lens(model: str, dtype: str, tokenizer: str | None) -> Lens:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     options: dict[str, Any] = {"tokenizer": tokenizer} if tokenizer else {}
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # each process that accelerate or torchrun has started has a device
+    if processes.count() > 1:  # each process that accelerate or torchrun has started has a device
         from accelerate import PartialState
 
         options["device"] = PartialState().device

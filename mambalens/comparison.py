@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +13,32 @@ from mambalens.result import SweepResult
 
 
 def known_to_all(
-    models: Sequence[Lens | str], facts: FactLike, batch_size: int | None = None, progress: bool = True, **options: Any
+    models: Iterable[Lens | str],
+    facts: FactLike,
+    batch_size: int | None = None,
+    progress: bool = True,
+    subject_tokens: int | None = None,
+    **options: Any,
 ) -> Facts:
     """The facts whose target's first token is the top prediction of every model, in their old order.
 
     Args:
-        models: lenses, or names to load one after the other (one at a time is held).
+        models: lenses, or names to load one after the other.
         facts: facts, a name or a path.
         batch_size: prompts a batch.
         progress: show a progress bar.
+        subject_tokens: only subjects of at most so many tokens of every model's tokenizer.
         options: for `Lens.load`.
     """
+
+    def known(model: Lens | str, left: Facts) -> Facts:
+        lens = _lens(model, options)
+        left = left if subject_tokens is None else lens.with_short_subjects(left, subject_tokens)
+        return lens.known(left, batch_size, progress)
+
     left = as_facts(facts)
     for model in models:
-        with _lens(model, options) as lens:
-            left = lens.known(left, batch_size, progress)
+        left = known(model, left)
     return left
 
 
@@ -43,7 +53,7 @@ def compare(
     """The same sweep of several models, as one result to plot (`result.plot(columns='model', x='depth')`).
 
     Args:
-        models: lenses, or names to load one after the other (one at a time is held).
+        models: lenses, or names to load one after the other; one at a time is held.
         facts: facts, a name or a path.
         common: only the facts that all models know; otherwise each model is swept over those that it knows.
         out: a folder to save in, one below it for each model.
@@ -62,17 +72,16 @@ def compare(
     chosen = known_to_all(models, asked, **batching, **options) if common else asked
     if not len(chosen):
         raise MambalensError(f"No fact of the {len(asked)} is answered right by all of {', '.join(names)}.")
-    results = []
-    for model in models:
-        with _lens(model, options) as lens:
-            mine = chosen if common else lens.known(chosen, **batching)
-            if not len(mine):
-                raise MambalensError(f"{lens.name} answers none of the {len(asked)} facts right.")
-            results.append(lens.sweep(mine, out=None if out is None else Path(out) / lens.name, **sweep))
-    return SweepResult.concat(results)
+
+    def swept(model: Lens | str) -> SweepResult:
+        lens = _lens(model, options)
+        mine = chosen if common else lens.known(chosen, **batching)
+        if not len(mine):
+            raise MambalensError(f"{lens.name} answers none of the {len(asked)} facts right.")
+        return lens.sweep(mine, out=None if out is None else Path(out) / lens.name, **sweep)
+
+    return SweepResult.concat([swept(model) for model in models])
 
 
-@contextmanager
-def _lens(model: Lens | str, options: dict[str, Any]) -> Iterator[Lens]:
-    """A lens, loaded for the block only where a name was given."""
-    yield model if isinstance(model, Lens) else Lens.load(model, **options)
+def _lens(model: Lens | str, options: dict[str, Any]) -> Lens:
+    return model if isinstance(model, Lens) else Lens.load(model, **options)

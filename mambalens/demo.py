@@ -38,7 +38,8 @@ def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
         facts = Facts([fact for part in known for fact in part], [row for part in known for row in part.extra], "atlas")
         has_conv = any(mixer.has_conv for mixer in lens.hooks.mixers)
         paths = ("main", "conv", "both") if has_conv else ("main",)
-        result = lens.sweep(facts, SOURCES, "last", WINDOW, ("all",), paths, out=out / name)
+        result = lens.sweep(facts, SOURCES, "last", WINDOW, ("all",), paths)
+        result.save(out / name)
         flow(result, columns="wording").savefig(out / name / "flow.png", dpi=130)
         lens.heatmap(facts.where(relation="capital", wording="far")[0], WINDOW).savefig(
             out / name / "heatmap.png", dpi=130
@@ -63,9 +64,8 @@ def groups(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResul
         known = lens.known(load_facts("atlas").where(wording="far"), limit=2 * n_facts)
         measured = lens.features(known[1::2])
         third = Selection.by(measured, "exchange_share", top=1 / 3).named("top third by exchange share")
-        result = lens.sweep(
-            known[::2], ("subject", "others"), "last", WINDOW, (*GROUPS, third), out=out / "groups" / name
-        )
+        result = lens.sweep(known[::2], ("subject", "others"), "last", WINDOW, (*GROUPS, third))
+        result.save(out / "groups" / name)
         results.append(result)
     together = SweepResult.concat(results)
     title = f"Knocking out source → last in groups of features, window of {WINDOW} layers, far wordings"

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mambalens import operators
 from mambalens.facts import Facts
-from mambalens.hooks import Mixer, TokenMixing, group_mask
-from mambalens.hooks.errors import MambalensError
-from mambalens.prompts import Prompt, read_facts
+from mambalens.features import thirds
+from mambalens.hooks import Mixer, TokenMixing
+from mambalens.prompts import Prompt, none_usable, read_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -37,8 +37,7 @@ def diagnose(lens: Lens, facts: Facts, batch_size: int | None, progress: bool, s
 
     prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
     if not prompts:
-        reason = f" ({skipped[0].reason})" if skipped else ""
-        raise MambalensError(f"None of the {len(facts)} facts can be used{reason}.")
+        raise none_usable(facts, skipped)
     longest = max(len(prompt.ids) for prompt in prompts)
     measures = {mixer: _Diagnosis(mixer, longest) for mixer in lens.hooks.mixers}
     by_length: dict[int, list[Prompt]] = defaultdict(list)  # so that no operator has columns of padding
@@ -102,7 +101,8 @@ class _Diagnosis:
         features["position_dependence"] = self.dependence.value()
         lags = self.dependence.lags()
         found = []
-        for group, mask in _groups(self.mixer).items():
+        groups = {"all": torch.ones(self.mixer.n_features, dtype=torch.bool)} | thirds(self.mixer)
+        for group, mask in groups.items():
             values = {name: float(value[mask].nanmean()) for name, value in features.items()}
             values["interaction_rank"] = float(operators.interaction_rank(lags[mask]))
             count = int(mask.sum())
@@ -111,14 +111,3 @@ class _Diagnosis:
                 label = (model, self.mixer.layer, n_layers, self.mixer.kind, group, diagnostic, lag)
                 found.append((*label, value, count, SEQUENCES if diagnostic == "induction_score" else prompts))
         return found
-
-
-def _groups(mixer: Mixer) -> dict[str, Tensor]:
-    """'all', and the thirds that are not empty where features decay."""
-    everything = {"all": torch.ones(mixer.n_features, dtype=torch.bool)}
-    try:
-        norm = mixer.decay_norm().cpu()
-    except MambalensError:
-        return everything
-    thirds = {group: group_mask(norm, group) for group in ("slow", "middle", "fast")}
-    return everything | {group: mask for group, mask in thirds.items() if mask.any()}

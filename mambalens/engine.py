@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.memory import exhausted
 from mambalens.prompts import Batch
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class Engine:
         except MambalensError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
-            if isinstance(error, torch.OutOfMemoryError):
+            if exhausted(error):
                 raise
             self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
             return None

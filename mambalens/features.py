@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mambalens.facts import Facts
 from mambalens.hooks import HookManager, Mixer, TokenMixing, group_mask
-from mambalens.hooks.errors import MambalensError
-from mambalens.prompts import Batch, read_facts
+from mambalens.prompts import Batch, none_usable, read_facts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -34,8 +33,7 @@ def feature_table(
     if facts is not None:
         prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
         if not prompts:
-            reason = f" ({skipped[0].reason})" if skipped else ""
-            raise MambalensError(f"None of the {len(facts)} facts can be used{reason}.")
+            raise none_usable(facts, skipped)
         by_mixer = dict(zip(lens.hooks.mixers, measures, strict=True))
         bar = tqdm(total=len(prompts), desc=f"features {lens.name}", unit="prompt", disable=not progress, leave=False)
         with bar:
@@ -59,14 +57,22 @@ def _see(hooks: HookManager, batch: Batch, measures: dict[Mixer, _Measure]) -> N
     hooks.watch(batch.ids.to(hooks.model.get_input_embeddings().weight.device), see)
 
 
+def thirds(mixer: Mixer) -> dict[str, Tensor]:
+    """Masks of a mixer's features by decay norm, those that are not empty; none where nothing decays."""
+    if not mixer.decays:
+        return {}
+    norm = mixer.decay_norm().cpu()
+    masks = {group: group_mask(norm, group) for group in ("slow", "middle", "fast")}
+    return {group: mask for group, mask in masks.items() if mask.any()}
+
+
 def _decays(mixer: Mixer) -> tuple[list[float], list[str]]:
     """Decay norm and third of every feature; NaN and '' where nothing decays."""
-    try:
-        norm = mixer.decay_norm().cpu()
-    except MambalensError:
+    if not mixer.decays:
         return [math.nan] * mixer.n_features, [""] * mixer.n_features
-    groups = {group: group_mask(norm, group) for group in ("slow", "middle", "fast")}
-    return norm.tolist(), [next(g for g, mask in groups.items() if mask[f]) for f in range(len(norm))]
+    masks = thirds(mixer)
+    groups = [next(group for group, mask in masks.items() if mask[f]) for f in range(mixer.n_features)]
+    return mixer.decay_norm().tolist(), groups
 
 
 class _Measure:

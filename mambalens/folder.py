@@ -62,7 +62,7 @@ class RunFolder:
                 if (self.path / CONFIG).exists():
                     self._compare(read_config(self.path))
                     return
-                atomically(self.path / FACTS, lambda file: facts.to_parquet(file, index=False))
+                write_facts(self.path, facts)
                 text = json.dumps(about | {"definition": self.definition}, indent=1) + "\n"
                 atomically(self.path / CONFIG, lambda file: file.write_text(text))
 
@@ -153,6 +153,19 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
+def write_facts(path: Path, facts: pd.DataFrame) -> None:
+    """Keep the facts; a further column that mixes kinds of values, as JSON may, is kept as text."""
+
+    def plain(column: pd.Series) -> pd.Series:
+        try:
+            pa.array(column, from_pandas=True)
+            return column
+        except pa.ArrowException:
+            return column.map(lambda value: value if isinstance(value, str) else json.dumps(value, default=str))
+
+    atomically(path / FACTS, lambda file: facts.apply(plain).to_parquet(file, index=False))
+
+
 class BrokenPart(Exception):
     """A part that is cut off, altered, or of another run; the message says which."""
 
@@ -210,6 +223,14 @@ def read_config(path: Path) -> dict[str, Any]:
         return found
     except (OSError, ValueError) as error:
         raise MambalensError(f"The sweep in {str(path)!r} cannot be read ({error}).") from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run of its own, and not a saved result or something that cannot be read."""
+    try:
+        return read_config(path).get("definition") is not None
+    except MambalensError:
+        return False
 
 
 def atomically(path: Path, write: Callable[[Path], Any]) -> None:

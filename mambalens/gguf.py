@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from importlib.util import find_spec
@@ -74,12 +73,10 @@ def smollm2_folder() -> Path:
         try:
             _plain(model).save_pretrained(temporary)
             tokenizer.save_pretrained(temporary)
-            json.loads((temporary / "config.json").read_text())
             temporary.rename(folder)
-        except FileExistsError:  # somebody else was quicker
-            pass
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        raise MambalensError(f"SmolLM2 could not be kept in {str(folder)!r} ({error.strerror}).") from error
+        if not (folder / "config.json").is_file():  # else somebody else was quicker
+            raise MambalensError(f"SmolLM2 could not be kept in {str(folder)!r} ({error.strerror}).") from error
     return folder

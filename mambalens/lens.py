@@ -20,6 +20,7 @@ from mambalens.loading import load_model
 from mambalens.prediction import Prediction
 from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts, whole_target
 from mambalens.roles import check_role
+from mambalens.settings import BLOCK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 4096
 """Tokens (padding included) of a batch where the user names no batch size."""
+
+LOGIT_TOKENS = 512
+"""Tokens of a batch whose logits are wanted at every position: 0.3 GB for a vocabulary of 150,000."""
 
 FactLike = Fact | Iterable[Fact] | str | Path
 
@@ -218,7 +222,7 @@ class Lens:
         found = {}
         longer = [whole_target(prompt, self.tokenizer) for prompt in prompts]
         starts = {id(prompt): len(short.ids) for short, prompt in zip(prompts, longer, strict=True)}
-        for batch in self.batches(longer, batch_size):
+        for batch in self.batches(longer, batch_size, lambda length: max(1, LOGIT_TOKENS // length)):
             logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
             for row, prompt in enumerate(batch.prompts):
                 at = torch.arange(starts[id(prompt)], len(prompt.ids))
@@ -320,7 +324,7 @@ class Lens:
         progress: bool = True,
         memory: int | str | None = None,
         mixers: str | None = None,
-        block_size: int = 256,
+        block_size: int = BLOCK,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -343,11 +347,8 @@ class Lens:
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
         """
-        from mambalens.result import writable_folder
         from mambalens.sweep import Plan, run
 
-        if out is not None:
-            writable_folder(out)
         plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
         return run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
 

@@ -60,3 +60,10 @@ def _left_in_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc
         except (OSError, ValueError):
             continue
     return left
+
+
+def exhausted(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mambalens import processes
+from mambalens.comparison import known_to_all
 from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
@@ -63,26 +64,37 @@ def sweep_all(
     Returns:
         The results, and the models that failed.
     """
-    first = progress and os.environ.get("RANK", "0") == "0"  # of several processes that share the work, one speaks
+    say = say if processes.first() else lambda _: None
+    progress = progress and processes.first()
     if settings.common:
-        for model in settings.model:
-            facts = load(model).known(facts, settings.batch_size, first)
+        every = (load(model) for model in settings.model)
+        facts = known_to_all(every, facts, settings.batch_size, progress, settings.subject_tokens)
         say(f"{len(facts)} facts are known to all {len(settings.model)} models")
         if not len(facts):
             raise MambalensError("No fact is answered right by every model: leave common out, or name others.")
         facts = facts.sample(settings.limit) if settings.limit else facts
+    names: set[str] = set()
+
+    def swept(model: str) -> list[SweepResult]:
+        lens = load(model)
+        if lens.name in names:
+            raise MambalensError(f"Two of the models are called {lens.name!r}: sweep them in different folders.")
+        names.add(lens.name)
+        parts = list(parts_of(settings, groups, lens))
+        for part in parts:
+            part.plan.check(lens.hooks)
+        mine = facts if settings.common else facts_of(settings, lens, facts, say, progress)
+        tell("model", model=lens.name, facts=len(mine), sweeps=len(parts))
+        return [
+            run(lens, mine, part.plan, settings.batch_size, progress, settings.memory, True, part.folder,
+                settings.block_size)
+            for part in parts
+        ]  # fmt: skip
+
     results, failed = [], []
     for model in settings.model:
         try:
-            lens = load(model)
-            parts = list(parts_of(settings, groups, lens))
-            for part in parts:
-                part.plan.check(lens.hooks)
-            mine = facts_of(settings, lens, facts, say, first)
-            tell("model", model=lens.name, facts=len(mine), sweeps=len(parts))
-            for part in parts:
-                results.append(run(lens, mine, part.plan, settings.batch_size, first, settings.memory,
-                                   out=part.folder, block_size=settings.block_size))  # fmt: skip
+            results += swept(model)
         except MambalensError as error:
             if len(settings.model) == 1:
                 raise
@@ -105,7 +117,7 @@ def parts_of(settings: SweepSettings, groups: tuple[Features, ...], lens: Lens) 
 
 
 def facts_of(settings: SweepSettings, lens: Lens, facts: Facts, say: Say, progress: bool) -> Facts:
-    """The facts that a model is swept over.
+    """The facts that a model is swept over, chosen for it alone.
 
     Raises:
         MambalensError: if there is none.
@@ -114,8 +126,8 @@ def facts_of(settings: SweepSettings, lens: Lens, facts: Facts, say: Say, progre
         facts = lens.with_short_subjects(facts, settings.subject_tokens)
         if not len(facts):
             raise MambalensError(f"No subject has at most {settings.subject_tokens} tokens of {lens.name}'s tokenizer.")
-    if settings.all_facts or settings.common:
-        return facts
+    if settings.all_facts:
+        return facts.sample(settings.limit) if settings.limit else facts
     known = lens.known(facts, settings.batch_size, progress, settings.limit)
     share = f"{len(known)} facts" if settings.limit else f"the {len(known)} of {len(facts)} facts"
     say(f"{lens.name}: sweeping {share} that it knows")
@@ -136,13 +148,12 @@ def estimate(settings: SweepSettings, facts: Facts, groups: tuple[Features, ...]
         lens = load(model)
         loading = time.perf_counter() - started
         parts = list(parts_of(settings, groups, lens))
-        sample = facts.sample(2 * MEASURED)
-        if settings.subject_tokens is not None:
-            share = len(lens.with_short_subjects(facts, settings.subject_tokens)) / len(facts)
-            sample = lens.with_short_subjects(facts, settings.subject_tokens).sample(2 * MEASURED)
-        else:
-            share = 1.0
-        seconds, count, starting = starting + loading, len(facts) * share, 0.0
+        tokens = settings.subject_tokens
+        mine = facts if tokens is None else lens.with_short_subjects(facts, tokens)
+        if not len(mine):
+            raise MambalensError(f"No subject has at most {tokens} tokens of {lens.name}'s tokenizer.")
+        sample, count = mine.sample(2 * MEASURED), float(len(mine))
+        seconds, starting = starting + loading, 0.0
         if not settings.all_facts:
             lens.known(sample[:4], settings.batch_size, progress=False)  # what runs first runs slower
             started = time.perf_counter()

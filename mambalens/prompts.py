@@ -145,6 +145,12 @@ def read_facts(facts: Facts, tokenizer: Any, subject: bool = True) -> tuple[list
     return prompts, skipped
 
 
+def none_usable(facts: Facts, skipped: Sequence[Skip]) -> MambalensError:
+    """The error where no fact is left, with the first reasons."""
+    reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in skipped[:3])
+    return MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")
+
+
 def batches(prompts: Sequence[Prompt], size: Callable[[int], int], padding: int) -> Iterator[Batch]:
     """Batches of prompts of like length, the longest first, so that too large a batch fails at once.
 

@@ -19,8 +19,10 @@ from mambalens.folder import (
     SAVED,
     atomically,
     digest_of,
+    is_run,
     read_config,
     read_parts,
+    write_facts,
     write_part,
     writing,
 )  # fmt: skip
@@ -170,14 +172,14 @@ class SweepResult:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
         folder = writable_folder(folder)
-        if (folder / CONFIG).exists() and read_config(folder).get("definition") is not None:
+        if (folder / CONFIG).exists() and is_run(folder):
             raise MambalensError(
                 f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
             )
         with writing(folder):
             (folder / PARTS).mkdir(exist_ok=True)
             write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
-            atomically(folder / FACTS, lambda file: self.facts.to_parquet(file, index=False))
+            write_facts(folder, self.facts)
             text = json.dumps({"configs": self.configs, "blocks": 1, "definition": None}, indent=1) + "\n"
             atomically(folder / CONFIG, lambda file: file.write_text(text))
         return folder

@@ -10,6 +10,9 @@ from typing import Any
 
 from mambalens.hooks.errors import MambalensError, choose
 
+BLOCK = 256
+"""Facts of a block: what a run that is killed has to compute again at most."""
+
 
 def _option(text: str, default: Any = MISSING, kind: type = str, many: bool = False, least: int | None = None) -> Any:
     """A setting: its help, default and kind; `many` takes a list."""
@@ -38,7 +41,7 @@ class SweepSettings:
     where: tuple[str, ...] = _option("Keep facts with this value, e.g. wording=far.", (), many=True)
     limit: int | None = _option("At most this many facts, drawn at random with seed 0.", None, int, least=1)
     batch_size: int | None = _option("Prompts a batch at most.", None, int, least=1)
-    block_size: int = _option("Facts a block: what a killed run computes again at most.", 256, int, least=1)
+    block_size: int = _option("Facts a block: what a killed run computes again at most.", BLOCK, int, least=1)
     memory: str | None = _option("What to use beside the model, e.g. 4GB; by default half of what is free.", None)
     dtype: str = _option("float32, bfloat16, float16, float64 or auto.", "auto")
     tokenizer: str | None = _option("Where to take the tokenizer from, if not from the model.", None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,19 @@ from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
+from mambalens import processes
 from mambalens.engine import Asked, Engine
 from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.memory import budget, exhausted
 from mambalens.prediction import Prediction, kl_divergence
-from mambalens.prompts import Batch, Prompt, Skip, read_facts
+from mambalens.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.roles import check_role
+from mambalens.settings import BLOCK
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,8 +45,6 @@ COLUMNS = (
 on top, `kl` KL(base || knocked out) in nats. Where the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
 
 
-BLOCK = 256
-"""Facts of a block: what a run that is killed has to compute again at most."""
 POLL = 0.5
 """Seconds between looks at blocks that another process is at."""
 DEFINING = (
@@ -182,8 +183,7 @@ def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int
 
     about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
     folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table)
-    rank, processes = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    begin = rank * len(blocks) // max(1, processes)
+    begin = processes.rank() * len(blocks) // processes.count()
     left = [*range(begin, len(blocks)), *range(begin)]
     counted: set[int] = set()
     with Interrupts() as interrupts:
@@ -230,8 +230,6 @@ class _Work:
         replay: bool,
         bar: Any,
     ) -> None:
-        from mambalens.memory import budget
-
         self.lens, self.facts, self.plan, self.batch_size, self.bar = lens, facts, plan, batch_size, bar
         self.halved = False
         self.windows = plan.check(lens.hooks)
@@ -240,8 +238,7 @@ class _Work:
         prompts, empty_target = _split(prompts, plan.target)
         self.unusable += empty_target
         if not prompts:
-            reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in self.unusable[:3])
-            raise MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")
+            raise none_usable(facts, self.unusable)
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
         groups = list(zip(plan.features, plan.names, strict=True))
         self.combinations = list(product(self.windows, groups, plan.paths))
@@ -281,9 +278,8 @@ class _Work:
         before = self.bar.n
         try:
             return self._batch(batch)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            full = isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-            if not full or len(batch.prompts) == 1:
+        except (MemoryError, RuntimeError) as error:
+            if not exhausted(error) or len(batch.prompts) == 1:
                 raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -361,16 +357,24 @@ class _Work:
             ]
             for features in self.plan.features
         ]  # fmt: skip
-        weights = [(name, list(value.shape), str(value.dtype)) for name, value in model.state_dict().items()]
+        weights = [
+            (name, list(value.shape), str(value.dtype), _first_numbers(value))
+            for name, value in model.state_dict().items()
+        ]
         asked = [(f.id, f.prompt, f.subject, f.target) for f in self.facts]
         return {key: config[key] for key in DEFINING} | {
             "windows": _digest(self.windows),
             "feature masks": _digest(masks),
             "model config": _digest(model.config.to_json_string()),
-            "weights index": _digest(sorted(weights)),
+            "weights": _digest(sorted(weights)),
             "revision": getattr(model.config, "_commit_hash", None),
             "facts digest": _digest(asked),
         }
+
+
+def _first_numbers(value: Tensor) -> list[float]:
+    """A few of a weight's numbers: another checkpoint of the same shape has others. None where they lie on disk."""
+    return [] if value.device.type == "meta" else value.flatten()[:8].double().tolist()
 
 
 def _digest(value: Any) -> str:

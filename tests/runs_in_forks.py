@@ -62,16 +62,18 @@ def killed(folder: Path) -> dict[str, object]:
     while kills < 24:
         runs += 1
         run = folder / str(runs)
+        patience = 0.7
         while True:
             before = parts(run) if run.exists() else {}
             pid = child(lambda run=run: sweep(run))
-            time.sleep(rng.uniform(0.05, 0.7))
+            time.sleep(rng.uniform(0.05, patience))
             os.kill(pid, signal.SIGKILL)
             ended = status(pid)
             after = parts(run) if run.exists() else {}
             recomputed += sum(after.get(name) != when for name, when in before.items())
             if ended == 0:
                 break
+            patience *= 1.0 if len(after) > len(before) else 1.3  # a slow machine gets somewhere too
             kills += 1
             early += len(after) < 24
             if run.exists() and after:
@@ -112,11 +114,20 @@ def pid_of(line: str) -> str:
     return line.split()[0]
 
 
+def wait_for_all(run: Path) -> None:
+    """Let no process begin before all of them have started."""
+    run.mkdir(exist_ok=True)
+    (run / f"started.{os.environ['RANK']}").touch()
+    while len(list(run.glob("started.*"))) < int(os.environ["WORLD_SIZE"]):
+        time.sleep(0.005)
+
+
 def counted(run: Path, log: Path) -> None:
     """A run that notes every block it computes."""
     from mambalens.folder import RunFolder
 
     write = RunFolder.write
+    wait_for_all(run)
 
     def noted(self: RunFolder, block: int, *results: object) -> None:
         write(self, block, *results)

@@ -158,6 +158,25 @@ def test_another_sweep_in_the_same_folder_is_refused_with_the_difference(lens: L
         swept(lens, tmp_path / "saved")
 
 
+def test_another_checkpoint_of_the_same_shape_and_name_is_another_run(tmp_path: Path) -> None:
+    lens = Lens.load("atlas-gpt-neox")
+    swept(lens, tmp_path)
+    with torch.no_grad():
+        lens.model.get_output_embeddings().weight[0, 0] += 1
+    with pytest.raises(MambalensError, match="weights: "):
+        swept(lens, tmp_path)
+
+
+def test_facts_whose_columns_mix_kinds_of_values_are_kept(lens: Lens, tmp_path: Path) -> None:
+    (tmp_path / "facts.json").write_text(json.dumps([
+        {"prompt": fact.prompt, "subject": fact.subject, "target": fact.target, "note": note, "n": number}
+        for fact, note, number in zip(FACTS, [1, "two", [3], None, {"a": 1}, 2.5, True, "x", "y"], range(9), strict=True)
+    ]))  # fmt: skip
+    result = swept(lens, tmp_path / "run", facts=load_facts(tmp_path / "facts.json"))
+    assert result.facts.note.tolist()[:3] == ["1", "two", "[3]"] and result.facts.n.tolist() == list(range(9))
+    assert len(result.table) == len(SweepResult.load(result.save(tmp_path / "saved")).table)
+
+
 def test_a_lock_that_nobody_holds_stops_nobody(lens: Lens, expected: SweepResult, tmp_path: Path) -> None:
     (tmp_path / "locks").mkdir()
     for name in ("run", "00000", "00002"):
@@ -231,6 +250,24 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
     assert max(sizes[4:]) <= 2 and len(seen) == 1
     assert (table.prob - expected.table.prob).abs().max() < 1e-5
     assert table.fact_id.tolist() == expected.table.fact_id.tolist()
+
+    found = []
+
+    def first_full(self: Any, *arguments: Any) -> Any:
+        found.append(1)
+        if len(found) == 1:
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+        return logits(self, *arguments)
+
+    from mambalens.replay import Replay
+
+    monkeypatch.setattr(_Work, "_batch", whole)
+    logits = Replay.logits
+    monkeypatch.setattr(Replay, "logits", first_full)
+    with pytest.warns(UserWarning, match="going on with smaller ones") as seen:  # and replay is not given up
+        table = swept(lens, None, block_size=9).table
+    assert len(seen) == 1 and (table.prob - expected.table.prob).abs().max() < 1e-5
+    monkeypatch.undo()
 
     def hopeless(self: _Work, batch: Any) -> Any:
         raise torch.OutOfMemoryError("far too much")

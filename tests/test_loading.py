@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -98,14 +97,14 @@ for ask in (lambda: Lens.load("state-spaces/mamba2-130m"), lambda: load_facts("c
 
 
 def test_without_a_network_one_sentence_says_what_to_do_within_seconds(tmp_path: Path) -> None:
-    started = time.monotonic()
     environment = {"XDG_CACHE_HOME": str(tmp_path), "HF_HOME": str(tmp_path), "PATH": "/usr/bin"}
-    done = subprocess.run([sys.executable, "-c", OFFLINE], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE], capture_output=True, text=True, env=environment, check=True, timeout=60
+    )  # a stall, were it to retry, takes minutes
     one, two, three = done.stdout.splitlines()
     assert "'state-spaces/mamba2-130m' is no folder here" in one and "Give a local folder" in one
     assert "'counterfact' could not be fetched" in two and "give the path of" in two
     assert "'known_1000' could not be fetched" in three and "give the path of ROME's known_1000.json" in three
-    assert time.monotonic() - started < 30  # three stalls of a minute each, were it to retry
 
 
 def test_an_original_checkpoint_without_a_tokenizer_asks_for_one(
@@ -128,11 +127,10 @@ pretrained = pytest.mark.skipif(
 
 @pytest.mark.pretrained
 @pretrained
-def test_a_real_transformer_is_converted_once_and_knows_the_capital_of_france() -> None:
+def test_a_real_transformer_is_converted_once_and_knows_the_capital_of_france(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = Lens.load("smollm2")
-    started = time.monotonic()
+    monkeypatch.delattr("mambalens.gguf.load_gguf")  # what converts
     again = Lens.load("smollm2")
-    assert time.monotonic() - started < 15  # converting takes longer than that
     top = lens.predict(Fact("The capital of France is", "France", "Paris")).iloc[0]
     assert top.token == " Paris" and top.prob == pytest.approx(0.7725, abs=1e-3)
     assert again.model.config.to_dict().get("quantization_config") is None

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_cli import run, typed
 from typer.testing import CliRunner
 
-from mambalens import MambalensError, SweepResult
+from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.cli import app
 from mambalens.settings import SweepSettings
 
@@ -116,6 +116,42 @@ def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "failed, the others go on" in done.stderr and "has no config.json" in done.stderr
     assert SweepResult.load(tmp_path / "out").models == ["atlas-gpt-neox"]
+
+
+def test_two_models_of_one_name_do_not_share_a_folder(tmp_path: Path) -> None:
+    from mambalens.data import checkpoints
+
+    done = typed("sweep", "atlas-gpt-neox", str(checkpoints()["atlas-gpt-neox"]), "--where", "wording=near", "--limit", "2",
+                 "--window", "6", "--out", str(tmp_path))  # fmt: skip
+    assert done.returncode == 1 and "Two of the models are called 'atlas-gpt-neox'" in done.stderr
+
+
+def test_common_facts_have_subjects_that_are_short_for_every_model_and_a_limit_counts_what_is_left(
+    tmp_path: Path,
+) -> None:
+    options = [
+        "--where",
+        "wording=near",
+        "--window",
+        "6",
+        "--source",
+        "subject",
+        "--subject-tokens",
+        "2",
+        "--limit",
+        "3",
+    ]
+    run("sweep", "atlas-gpt-neox", "atlas-mamba2", "--common", *options, "--out", str(tmp_path / "common"))
+    result = SweepResult.load(tmp_path / "common")
+    of_each = [sorted(set(part.fact_id)) for _, part in result.table.groupby("model")]
+    assert of_each[0] == of_each[1] and len(of_each[0]) == 3
+    lens = Lens.load("atlas-mamba2")
+    facts = {fact.id: fact for fact in load_facts("atlas")}
+    assert all(len(lens.prompt(facts[name]).positions("subject")) <= 2 for name in of_each[0])
+    run("sweep", "atlas-mamba2", "--all-facts", *options, "--out", str(tmp_path / "all"))
+    assert SweepResult.load(tmp_path / "all").table.fact_id.nunique() == 3
+    text = run("plot", str(tmp_path / "common"), "--where", "model=atlas-gpt-neox", "--where", "model=atlas-mamba2")
+    assert "Figure" in text
 
 
 def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -344,7 +344,7 @@ class HookManager:
             for mixer in mixers:
                 hook = watched(mixer, stack.enter_context(mixer.probing()))
                 stack.callback(mixer.module.register_forward_hook(hook, with_kwargs=True).remove)
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=True)
+            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     @torch.no_grad()
     def check(self) -> None:

@@ -42,6 +42,7 @@ METRICS = {
 """Columns that can be summarized and drawn, and what axes call them."""
 GROUP = ["model", "source", "target", "features", "path", "window_size", "window_start"]
 RESAMPLES = 2000
+_AT_ONCE = 100
 LEVEL = 0.95
 
 
@@ -141,13 +142,14 @@ class SweepResult:
             raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, METRICS)}.")
         table = self.table.assign(**{name: self.column(name) for name in by})
         keys = [*by, *GROUP]
-        rows = []
+        found, groups = [], []
         for key, group in table.groupby(keys, sort=False, dropna=False):
             values = group[metric].to_numpy(float)
-            values = values[~np.isnan(values)]
-            rows.append((*key, len(values), *mean_interval(values, interval, seed)))
-        summary = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
-        return summary
+            found.append(key)
+            groups.append(values[~np.isnan(values)])
+        intervals = mean_intervals(groups, interval, seed)
+        rows = [(*key, len(group), *three) for key, group, three in zip(found, groups, intervals, strict=True)]
+        return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
 
     def plot(
         self,
@@ -226,22 +228,44 @@ def writable_folder(folder: str | Path) -> Path:
     return folder
 
 
-def mean_interval(values: np.ndarray, interval: str, seed: int = 0) -> tuple[float, float, float]:
-    """Mean, low and high of values [n]; see `SweepResult.summary`."""
-    n = len(values)
-    mean = float(values.mean()) if n else float("nan")
-    if n < 2:
-        return mean, float("nan"), float("nan")
-    error = float(values.std(ddof=1) / np.sqrt(n))
-    if error == 0.0:
-        return mean, mean, mean
-    if interval == "sem":
-        return mean, mean - error, mean + error
-    if interval == "t":
-        reach = float(stats.t.ppf(0.5 + LEVEL / 2, n - 1)) * error
-        return mean, mean - reach, mean + reach
-    found = stats.bootstrap(
-        (values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="percentile",
-        rng=np.random.default_rng(seed), batch=100,
-    ).confidence_interval  # fmt: skip
-    return mean, float(found.low), float(found.high)
+def mean_intervals(groups: Sequence[np.ndarray], interval: str, seed: int = 0) -> list[tuple[float, float, float]]:
+    """Mean, low and high of every group of values [n]; see `SweepResult.summary`.
+
+    The bootstrap draws the same facts for all groups of one size: what `scipy.stats.bootstrap` draws for each, which
+    the tests hold it against. The resamples' means of many groups are one matrix product.
+    """
+    by_size: dict[int, list[int]] = {}
+    for number, values in enumerate(groups):
+        by_size.setdefault(len(values), []).append(number)
+    found = [(float("nan"),) * 3] * len(groups)
+    for n, numbers in by_size.items():
+        if n == 0:
+            continue
+        values = np.stack([groups[number] for number in numbers])  # [G, n]
+        mean = values.mean(1)
+        if n == 1:
+            low = high = np.full(len(values), np.nan)
+        else:
+            error = values.std(1, ddof=1) / np.sqrt(n)
+            if interval == "bootstrap":
+                low, high = _percentiles(values, seed)
+            else:
+                reach = error * (1.0 if interval == "sem" else stats.t.ppf(0.5 + LEVEL / 2, n - 1))
+                low, high = mean - reach, mean + reach
+            low, high = np.where(error == 0.0, mean, low), np.where(error == 0.0, mean, high)
+        for number, *three in zip(numbers, mean, low, high, strict=True):
+            found[number] = tuple(float(value) for value in three)  # type: ignore[assignment]
+    return found
+
+
+def _percentiles(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low and high of the means of bootstrap resamples of values [G, n]."""
+    rng, (groups, n) = np.random.default_rng(seed), values.shape
+    means = np.empty((groups, RESAMPLES))
+    for begin in range(0, RESAMPLES, _AT_ONCE):
+        drawn = rng.integers(0, n, (_AT_ONCE, n))
+        drawn += n * np.arange(_AT_ONCE)[:, None]
+        times = np.bincount(drawn.ravel(), minlength=_AT_ONCE * n).reshape(_AT_ONCE, n)  # how often each fact is drawn
+        means[:, begin : begin + _AT_ONCE] = values @ times.T / n
+    low, high = np.percentile(means, [50 * (1 - LEVEL), 50 * (1 + LEVEL)], axis=1)
+    return low, high

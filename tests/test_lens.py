@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from models import tiny
+from scipy import stats
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
@@ -16,7 +17,7 @@ from mambalens.data import checkpoints
 from mambalens.facts import as_facts
 from mambalens.figures import flow, heatmap
 from mambalens.prediction import kl_divergence
-from mambalens.result import mean_interval
+from mambalens.result import mean_intervals
 from mambalens.sweep import COLUMNS, Plan, run
 
 FOLDER = next(iter(checkpoints().values()))
@@ -275,8 +276,22 @@ def test_intervals_cover_what_they_promise() -> None:
     rng = np.random.default_rng(0)
     draws = rng.normal(3.0, 2.0, (300, 40))
     for interval, level in (("bootstrap", 0.95), ("t", 0.95), ("sem", 0.68)):
-        found = [mean_interval(values, interval) for values in draws]
+        found = mean_intervals(list(draws), interval)
         assert np.mean([low <= 3.0 <= high for _, low, high in found]) == pytest.approx(level, abs=0.06)
+
+
+def test_the_bootstrap_is_scipys_group_by_group() -> None:
+    rng = np.random.default_rng(3)
+    groups = [rng.normal(size=n) for n in (5, 40, 5, 1, 40, 0)] + [np.ones(7)]
+    for group, (mean, low, high) in zip(groups, mean_intervals(groups, "bootstrap", seed=4), strict=True):
+        if len(group) < 2:
+            assert np.isnan([low, high]).all()
+            continue
+        theirs = stats.bootstrap(
+            (group,), np.mean, n_resamples=2000, method="percentile", rng=np.random.default_rng(4), batch=100
+        ).confidence_interval
+        expected = (1.0, 1.0) if np.ptp(group) == 0 else (theirs.low, theirs.high)
+        assert (low, high) == pytest.approx(expected, abs=1e-12) and mean == pytest.approx(group.mean())
 
 
 def test_kl_of_known_distributions() -> None:

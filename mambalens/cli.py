@@ -156,15 +156,17 @@ def _report(result: SweepResult, out: Path) -> None:
         result.plot().savefig(flow, dpi=130)
     except MambalensError as error:
         typer.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
-    summary = result.summary()
+    summary = result.roles().summary()
     keys = ["model", "source", "target", "features", "path", "window_size"]
     worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()]
-    typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
-    typer.echo(worst.to_string(index=False, float_format="{:.1f}".format))
+    if len(worst):
+        typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
+        typer.echo(worst.to_string(index=False, float_format="{:.1f}".format))
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
         typer.echo(f"\nSkipped (listed in result.skipped):\n{reasons.value_counts().to_string(header=False)}")
-    typer.echo(f"\n{len(result.table)} rows{' and flow.png' if flow.exists() else ''} in {out}")
+    figure = " and flow.png" if flow.exists() else ""
+    typer.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
 
 
 @app.command()

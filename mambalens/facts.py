@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 from mambalens.data import ATLAS_FACTS
 from mambalens.hooks.errors import MambalensError, choose
@@ -51,6 +51,14 @@ class Fact:
         return " " + self.target if spaced and not self.prompt[-1:].isspace() else self.target
 
 
+class Answered(NamedTuple):
+    """How a model did on the facts that some were chosen from, because it answers them right."""
+
+    model: str
+    asked: int
+    right: int
+
+
 class Facts(Sequence[Fact]):
     """A sequence of facts, with the further columns of the file they came from.
 
@@ -65,6 +73,8 @@ class Facts(Sequence[Fact]):
         self.extra = list(extra) if extra is not None else [{} for _ in self._facts]
         """Further columns of the file, one dict a fact."""
         self.name = name
+        self.answered: tuple[Answered, ...] = ()
+        """How models did on the facts that these were chosen from (`Lens.known`), in the order they were asked."""
         seen: set[str | None] = set()
         for fact in self._facts:
             if fact.id in seen:
@@ -92,7 +102,15 @@ class Facts(Sequence[Fact]):
     def pick(self, indices: Iterable[int]) -> Facts:
         """The facts at these indices, in the order given."""
         indices = list(indices)
-        return Facts([self._facts[i] for i in indices], [self.extra[i] for i in indices], self.name)
+        picked = Facts([self._facts[i] for i in indices], [self.extra[i] for i in indices], self.name)
+        picked.answered = self.answered
+        return picked
+
+    def answered_by(self, model: str, asked: int, right: int) -> Facts:
+        """The same facts, with a note that a model was asked and these were chosen by its answers."""
+        noted = self.pick(range(len(self)))
+        noted.answered = (*self.answered, Answered(model, asked, right))
+        return noted
 
     @property
     def table(self) -> pd.DataFrame:

@@ -2,6 +2,7 @@
 
     sweep.json            what defines the run, and what it was run with
     facts.parquet         the facts that were asked for
+    prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
     parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, which
                           run it belongs to and a digest of the rows
     locks/00000.lock      held by the process that computes the block; the system frees it when the process ends
@@ -29,11 +30,13 @@ import pyarrow.parquet as pq
 
 from mambalens.hooks.errors import MambalensError
 
-CONFIG, FACTS, PARTS, LOCKS = "sweep.json", "facts.parquet", "parts", "locks"
+CONFIG, FACTS, PROMPTS, PARTS, LOCKS = "sweep.json", "facts.parquet", "prompts.parquet", "parts", "locks"
 SAVED = "saved"
 """Stands for the run of a result that was saved, not filled block by block."""
 _KEY = b"mambalens"
 SKIPPED = ("fact_id", "source", "reason")
+PROMPT = ("model", "fact_id", "tokens", "subject")
+"""Columns of the prompts: the tokens' texts, and the subject's positions."""
 
 
 class RunFolder:
@@ -44,13 +47,19 @@ class RunFolder:
         definition: everything that the numbers depend on, as JSON.
         about: what else is worth keeping (configs, versions, blocks).
         facts: the facts that were asked for.
+        prompts: their prompts, with the columns of `PROMPT`.
 
     Raises:
         MambalensError: if the folder cannot be written, or holds another run.
     """
 
     def __init__(
-        self, path: str | Path, definition: dict[str, Any], about: dict[str, Any], facts: pd.DataFrame
+        self,
+        path: str | Path,
+        definition: dict[str, Any],
+        about: dict[str, Any],
+        facts: pd.DataFrame,
+        prompts: pd.DataFrame,
     ) -> None:
         self.path, self.definition = Path(path), json.loads(json.dumps(definition))
         self.digest = digest_of(self.definition)
@@ -61,6 +70,9 @@ class RunFolder:
             with self.claim("run", wait=True):
                 if (self.path / CONFIG).exists():
                     self._compare(read_config(self.path))
+                if not (self.path / PROMPTS).exists():
+                    write_prompts(self.path, prompts)
+                if (self.path / CONFIG).exists():
                     return
                 write_facts(self.path, facts)
                 text = json.dumps(about | {"definition": self.definition}, indent=1) + "\n"
@@ -164,6 +176,21 @@ def write_facts(path: Path, facts: pd.DataFrame) -> None:
             return column.map(lambda value: value if isinstance(value, str) else json.dumps(value, default=str))
 
     atomically(path / FACTS, lambda file: facts.apply(plain).to_parquet(file, index=False))
+
+
+def write_prompts(path: Path, prompts: pd.DataFrame) -> None:
+    """Keep the prompts' tokens."""
+    atomically(path / PROMPTS, lambda file: prompts.to_parquet(file, index=False))
+
+
+def read_prompts(path: Path) -> pd.DataFrame:
+    """The prompts' tokens; none where the folder is older than this file."""
+    if not (path / PROMPTS).exists():
+        return pd.DataFrame(columns=list(PROMPT))
+    try:
+        return pd.read_parquet(path / PROMPTS)
+    except (OSError, ValueError) as error:
+        raise MambalensError(f"The prompts of the run in {str(path)!r} cannot be read ({error}).") from error
 
 
 class BrokenPart(Exception):

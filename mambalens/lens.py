@@ -273,14 +273,16 @@ class Lens:
         facts = as_facts(facts)
         if limit is None:
             correct = self.evaluate(facts, batch_size, progress).correct
-            return facts.pick(i for i, right in enumerate(correct) if right)
+            found = [i for i, right in enumerate(correct) if right]
+            return facts.pick(found).answered_by(self.name, len(facts), len(found))
         order = random.Random(seed).sample(range(len(facts)), len(facts))
-        found: list[int] = []
+        found, asked = [], 0
         while order and len(found) < limit:
             tried, order = order[: 2 * limit], order[2 * limit :]
             correct = self.evaluate(facts.pick(tried), batch_size, progress).correct
             found += [i for i, right in zip(tried, correct, strict=True) if right]
-        return facts.pick(sorted(found[:limit]))
+            asked += len(tried)
+        return facts.pick(sorted(found[:limit])).answered_by(self.name, asked, len(found))
 
     @contextmanager
     def knockout(
@@ -363,13 +365,10 @@ class Lens:
         mixers: str | None = None,
     ) -> Figure:
         """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps)."""
-        from mambalens.figures import heatmap
-
         result = self.sweep(
             [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers
         )
-        prompt = self.prompt(fact)
-        return heatmap(result, prompt.tokens, prompt.positions("subject"))
+        return result.heatmap(result.facts.fact_id[0])
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

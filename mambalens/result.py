@@ -16,14 +16,17 @@ from mambalens.folder import (
     CONFIG,
     FACTS,
     PARTS,
+    PROMPT,
     SAVED,
     atomically,
     digest_of,
     is_run,
     read_config,
     read_parts,
+    read_prompts,
     write_facts,
     write_part,
+    write_prompts,
     writing,
 )  # fmt: skip
 from mambalens.hooks.errors import MambalensError, choose
@@ -55,6 +58,7 @@ class SweepResult:
         facts: the facts that were asked for, with all their columns.
         configs: what was run, one dict a model.
         unfinished: blocks of facts that are still missing, of a run that is not at its end.
+        prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
     """
 
     def __init__(
@@ -64,9 +68,11 @@ class SweepResult:
         facts: pd.DataFrame,
         configs: list[dict[str, Any]],
         unfinished: int = 0,
+        prompts: pd.DataFrame | None = None,
     ) -> None:
         self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
         self.unfinished = unfinished
+        self.prompts = pd.DataFrame(columns=list(PROMPT)) if prompts is None else prompts
 
     def __repr__(self) -> str:
         facts = self.table.fact_id.nunique()
@@ -94,9 +100,10 @@ class SweepResult:
         facts = facts.drop_duplicates("fact_id", ignore_index=True)
         configs = [config for result in results for config in result.configs]
         unfinished = sum(result.unfinished for result in results)
-        return cls(
-            pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), facts, configs, unfinished
-        )
+        prompts = pd.concat([result.prompts for result in results], ignore_index=True)
+        prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
+        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True)
+        return cls(table, missing, facts, configs, unfinished, prompts)
 
     def where(self, **values: Any) -> SweepResult:
         """The part of the sweep whose columns have these values; a list means any of them.
@@ -111,7 +118,17 @@ class SweepResult:
         if not len(table):
             raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
         configs = [config for config in self.configs if config["model"] in set(table.model)]
-        return SweepResult(table.reset_index(drop=True), self.skipped, self.facts, configs, self.unfinished)
+        return self._with(table, configs)
+
+    def roles(self) -> SweepResult:
+        """The part without sources of `each`: what is a mean over facts, where positions of prompts are not."""
+        table = self.table
+        return self._with(table[~table.source.str.startswith("each:")], self.configs)
+
+    def _with(self, table: pd.DataFrame, configs: list[dict[str, Any]]) -> SweepResult:
+        """The same with other rows."""
+        table = table.reset_index(drop=True)
+        return SweepResult(table, self.skipped, self.facts, configs, self.unfinished, self.prompts)
 
     def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
         """A column of the table, or of the facts, for every row of the table."""
@@ -164,6 +181,39 @@ class SweepResult:
 
         return flow(self, metric, x, rows, columns, **options)
 
+    def heatmap(self, fact_id: str, metric: str = "change_pct", **where: Any) -> Figure:
+        """Every token of a fact's prompt as the source, by window; the sweep needs `each` among its sources.
+
+        Args:
+            fact_id: the fact.
+            metric: a column of `METRICS`.
+            where: which part, where the sweep has several: `model=`, `features=`, `path=`, `window_size=`.
+
+        Raises:
+            MambalensError: if the sweep has no such fact, no single tokens as sources, or several grids of them.
+        """
+        from mambalens.figures import heatmap
+
+        part = self.where(fact_id=fact_id, **where)
+        part = part._with(part.table[part.table.source.str.startswith("each:")], part.configs)
+        if not len(part.table):
+            raise MambalensError(
+                f"The sweep has no single tokens of the fact {fact_id!r} as sources: sweep it with sources='each'."
+            )
+        several = [name for name in GROUP if name not in ("source", "window_start") and part.table[name].nunique() > 1]
+        if several:
+            raise MambalensError(
+                f"One heatmap cannot show several values of {', '.join(several)}: keep one, for example "
+                f"{several[0]}={part.table[several[0]].iloc[0]!r}."
+            )
+        prompts = part.prompts
+        found = prompts[(prompts.model == part.table.model[0]) & (prompts.fact_id == fact_id)]
+        if not len(found):
+            raise MambalensError(f"The sweep was kept without the tokens of {fact_id!r}: run it again in its folder.")
+        facts = part.facts[part.facts.fact_id == fact_id].reset_index(drop=True)
+        part = SweepResult(part.table, part.skipped, facts, part.configs)
+        return heatmap(part, list(found.tokens.iloc[0]), list(found.subject.iloc[0]), metric)
+
     def save(self, folder: str | Path) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.folder`).
 
@@ -182,6 +232,7 @@ class SweepResult:
             (folder / PARTS).mkdir(exist_ok=True)
             write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
             write_facts(folder, self.facts)
+            write_prompts(folder, self.prompts)
             text = json.dumps({"configs": self.configs, "blocks": 1, "definition": None}, indent=1) + "\n"
             atomically(folder / CONFIG, lambda file: file.write_text(text))
         return folder
@@ -211,7 +262,7 @@ class SweepResult:
             raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
         table = pd.concat([table for table, _ in parts], ignore_index=True)
         skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
-        return cls(table, skipped, facts, about["configs"], missing)
+        return cls(table, skipped, facts, about["configs"], missing, read_prompts(folder))
 
 
 def writable_folder(folder: str | Path) -> Path:

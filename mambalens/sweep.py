@@ -172,7 +172,7 @@ def run(
             found = [work.block(block) for block in blocks]
             tables, skipped = [table for table, _ in found], [skip for _, skip in found]
             return SweepResult(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True),
-                               facts.table, [work.config])  # fmt: skip
+                               facts.table, [work.config], prompts=work.tokens)  # fmt: skip
         _fill(out, work, blocks, block_size)
     return SweepResult.load(out)
 
@@ -182,7 +182,7 @@ def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int
     from mambalens.folder import Interrupts, RunFolder
 
     about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
-    folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table)
+    folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table, work.tokens)
     begin = processes.rank() * len(blocks) // processes.count()
     left = [*range(begin, len(blocks)), *range(begin)]
     counted: set[int] = set()
@@ -327,6 +327,19 @@ class _Work:
         return [row for number in sorted(rows) for row in rows[number]], skipped
 
     @property
+    def tokens(self) -> pd.DataFrame:
+        """The prompts as the model reads them, with the columns of `folder.PROMPT`."""
+        import pandas as pd
+
+        from mambalens.folder import PROMPT
+
+        rows = [
+            (self.lens.name, fact_id, prompt.tokens, prompt.positions("subject"))
+            for fact_id, prompt in self.prompts.items()
+        ]
+        return pd.DataFrame(rows, columns=list(PROMPT))
+
+    @property
     def config(self) -> dict[str, Any]:
         """What was run, to label tables and figures with."""
         plan = self.plan
@@ -336,6 +349,7 @@ class _Work:
             "kinds": self.lens.hooks.kinds,
             "facts": self.facts.name,
             "n_facts": len(self.facts),
+            "answered": [answered._asdict() for answered in self.facts.answered],
             "sources": list(plan.sources),
             "target": plan.target,
             "window": plan.window if isinstance(plan.window, int) else self.windows,

@@ -121,7 +121,9 @@ def test_every_flipped_bit_of_a_part_is_noticed_or_harmless(lens: Lens, expected
     whole = part.read_bytes()
     rows = expected.table[expected.table.fact_id.isin([fact.id for fact in FACTS[:BLOCKS]])].reset_index(drop=True)
     generator = torch.Generator().manual_seed(0)
-    run = RunFolder(tmp_path, json.loads((tmp_path / "sweep.json").read_text())["definition"], {}, pd.DataFrame())
+    run = RunFolder(
+        tmp_path, json.loads((tmp_path / "sweep.json").read_text())["definition"], {}, pd.DataFrame(), pd.DataFrame()
+    )
     from mambalens.folder import BrokenPart, read_part
 
     for place in torch.randint(0, len(whole), (150,), generator=generator).tolist():

@@ -383,3 +383,31 @@ def test_short_subjects_are_counted_in_this_models_tokens(lens: Lens) -> None:
     for most in (1, 2, 9):
         found = {fact.id for fact in lens.with_short_subjects(FACTS, most)}
         assert found == {name for name, length in lengths.items() if length <= most}
+
+
+def test_a_sweep_of_roles_and_single_tokens_draws_both(lens: Lens, tmp_path: Path) -> None:
+    result = lens.sweep(FACTS, ("subject", "each"), window=(2), features=("all", [0]), progress=False)
+    result.save(tmp_path)
+    kept = SweepResult.load(tmp_path)
+    prompt = lens.prompt(FACTS[1])
+    (row,) = kept.prompts[kept.prompts.fact_id == prompt.fact.id].itertuples()
+    assert list(row.tokens) == prompt.tokens and list(row.subject) == prompt.positions("subject")
+    assert set(kept.roles().table.source) == {"subject"}
+    assert [text.get_text() for text in flow(kept).legends[0].get_texts()] == ["all", "selection 1"]
+    drawn = kept.heatmap(str(prompt.fact.id), features="all").axes[0]
+    alone = lens.sweep([FACTS[1]], "each", window=2, progress=False).table
+    expected = alone.pivot(index="source", columns="window_start", values="change_pct")
+    order = [f"each:{i}" for i in range(len(prompt.tokens))]
+    np.testing.assert_allclose(drawn.images[0].get_array(), expected.loc[order].to_numpy(), atol=1e-3)
+    with pytest.raises(MambalensError, match="several values of features: keep one"):
+        kept.heatmap(str(prompt.fact.id))
+    with pytest.raises(MambalensError, match="sweep it with sources='each'"):
+        kept.roles().heatmap(str(prompt.fact.id), features="all")
+    with pytest.raises(MambalensError, match="single tokens as sources only"):
+        flow(lens.sweep([FACTS[1]], "each", window=2, progress=False))
+
+
+def test_known_facts_say_what_they_were_chosen_from(lens: Lens) -> None:
+    known = lens.known(FACTS, progress=False)
+    assert known.answered == ((lens.name, len(as_facts(FACTS)), len(known)),)
+    assert known[:0].answered == known.answered

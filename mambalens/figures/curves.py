@@ -34,7 +34,7 @@ def flow(
     """Information-flow curves: one line per source, or per group of features where panels have one source each.
 
     Args:
-        result: a sweep.
+        result: a sweep; single tokens as sources (each) are left to `heatmap`.
         metric: a column of `result.METRICS`.
         x: 'layer' (the window's first layer) or 'depth' (the same in % of the model's layers).
         rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', 'target', 'window_size', or a
@@ -47,6 +47,9 @@ def flow(
     """
     if x not in _AXES:
         raise MambalensError(f"x={x!r} is not an axis: {choose(x, _AXES)}.")
+    result = result.roles()
+    if not len(result.table):
+        raise MambalensError("The sweep has single tokens as sources only (each): draw result.heatmap(fact_id).")
     hue, rows, columns = _layout(result.table, rows, columns)
     by = [name for name in (rows, columns) if name not in result.table.columns]
     summary = result.summary(interval, metric, by)

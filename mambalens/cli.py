@@ -156,9 +156,7 @@ def _report(result: SweepResult, out: Path) -> None:
         result.plot().savefig(flow, dpi=130)
     except MambalensError as error:
         typer.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
-    summary = result.roles().summary()
-    keys = ["model", "source", "target", "features", "path", "window_size"]
-    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()]
+    worst = result.roles().dearest()
     if len(worst):
         typer.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
         typer.echo(worst.to_string(index=False, float_format="{:.1f}".format))

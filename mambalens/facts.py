@@ -39,6 +39,11 @@ class Fact:
     relation: str | None = None
     id: str | None = None
 
+    def _repr_html_(self) -> str:
+        from mambalens.pages.notebook import fact_html
+
+        return fact_html(self)
+
     @property
     def continuation(self) -> str:
         """The target as it follows the prompt.
@@ -98,6 +103,11 @@ class Facts(Sequence[Fact]):
 
     def __repr__(self) -> str:
         return f"<{len(self)} facts{f' of {self.name}' if self.name else ''}>"
+
+    def _repr_html_(self) -> str:
+        from mambalens.pages.notebook import facts_html
+
+        return facts_html(self)
 
     def pick(self, indices: Iterable[int]) -> Facts:
         """The facts at these indices, in the order given."""

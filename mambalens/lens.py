@@ -67,6 +67,11 @@ class Lens:
     def __repr__(self) -> str:
         return f"<Lens on {self.name}: {self.n_layers} layers, {', '.join(self.hooks.kinds)}>"
 
+    def _repr_html_(self) -> str:
+        from mambalens.pages.notebook import lens_html
+
+        return lens_html(self)
+
     @property
     def n_layers(self) -> int:
         """Number of layers."""
@@ -157,14 +162,17 @@ class Lens:
         Returns:
             One row a token, the most probable first: token, prob, token_id.
         """
-        import pandas as pd
+        from mambalens.pages.notebook import NextTokens
 
+        asked = isinstance(fact, Fact)
         if isinstance(fact, str):
             fact = Fact(fact, subject="", target=fact[-1:] or ".")
         (batch,) = self.batches([self.prompt(fact)])
         top = self.last_logits(batch)[0].softmax(-1).topk(k)
         tokens = [self.tokenizer.decode([i]) for i in top.indices.tolist()]
-        return pd.DataFrame({"token": tokens, "prob": top.values.tolist(), "token_id": top.indices.tolist()})
+        found = NextTokens({"token": tokens, "prob": top.values.tolist(), "token_id": top.indices.tolist()})
+        found.fact, found.scored = fact, batch.prompts[0].target_id if asked else -1
+        return found
 
     def evaluate(
         self, facts: FactLike, batch_size: int | None = None, progress: bool = True, whole_target: bool = False

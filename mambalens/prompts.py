@@ -30,6 +30,11 @@ class Prompt:
     target_id: int
     """First token of the target."""
 
+    def _repr_html_(self) -> str:
+        from mambalens.pages.notebook import prompt_html
+
+        return prompt_html(self)
+
     def positions(self, role: str, target: Sequence[int] = ()) -> list[int]:
         """Positions of a role; `target` are the positions that 'others' leaves out."""
         return role_positions(role, self.offsets, self.spans, target)

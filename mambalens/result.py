@@ -79,6 +79,11 @@ class SweepResult:
         left = f"; {self.unfinished} blocks of facts to come" if self.unfinished else ""
         return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows{left}>"
 
+    def _repr_html_(self) -> str:
+        from mambalens.pages.notebook import result_html
+
+        return result_html(self)
+
     @property
     def models(self) -> list[str]:
         """Names of the models."""
@@ -167,6 +172,17 @@ class SweepResult:
         intervals = mean_intervals(groups, interval, seed)
         rows = [(*key, len(group), *three) for key, group, three in zip(found, groups, intervals, strict=True)]
         return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+
+    def dearest(self) -> pd.DataFrame:
+        """The window that costs the target most probability, for every source, group of features and path.
+
+        Returns:
+            The lowest rows of `summary()`, in the order of the sweep.
+        """
+        summary = self.summary()
+        keys = [name for name in GROUP if name != "window_start"]
+        lowest = summary.assign(mean=summary["mean"].fillna(np.inf)).groupby(keys, sort=False)["mean"].idxmin()
+        return summary.loc[lowest.to_numpy(int)].reset_index(drop=True)
 
     def plot(
         self,

@@ -23,7 +23,7 @@ SHOWN = r"facts\[0\]\s+# (.*?) \.\.\."
 MODULES = [
     name
     for package in (mambalens, mambalens.hooks)
-    for name in (package.__name__, *(f"{package.__name__}.{m.name}" for m in pkgutil.iter_modules(package.__path__)))
+    for name in (package.__name__, *(m.name for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")))
     if not name.endswith("__main__")
 ]
 

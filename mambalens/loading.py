@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -60,12 +63,42 @@ def load_model(name: str, **options: Any) -> tuple[str, Any, Any]:
         MambalensError: in one sentence, whatever is missing.
     """
     short, place = find_model(name)
+    _mute_advice()
     device = options.pop("device", None)
     if isinstance(place, Path) and place.suffix == ".gguf":
         model, tokenizer = load_gguf(place, **options)
+    elif name in checkpoints():
+        with _quiet():  # they load in a moment
+            model, tokenizer = _load(name, place, options)
     else:
         model, tokenizer = _load(name, place, options)
     return short, (model if device is None else model.to(device)).eval(), tokenizer
+
+
+def _mute_advice() -> None:
+    """Where there is no GPU, no advice to install kernels for one; `HookManager.backend` says what scans."""
+    import torch
+
+    if not torch.cuda.is_available():
+        logging.getLogger("transformers.integrations.hub_kernels").addFilter(_is_no_advice)
+
+
+def _is_no_advice(record: logging.LogRecord) -> bool:
+    return "falling back to its reference" not in record.getMessage()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar."""
+    from transformers.utils import logging as theirs
+
+    shown = theirs.is_progress_bar_enabled()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            theirs.enable_progress_bar()
 
 
 def _load(name: str, place: Path | str, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -397,6 +397,31 @@ def plot(
 
 
 @app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps, put together.", metavar="DIR...")],
+    out: Annotated[Path | None, typer.Option("--out", help="Page; by default report.html in the first DIR.")] = None,
+    title: Annotated[str | None, typer.Option("--title", help="Heading; by default the models.")] = None,
+    details: Annotated[
+        int, typer.Option("--details", help="Facts a model whose own numbers are in the page.", min=0)
+    ] = 1000,
+    where: Where = [],  # noqa: B006
+) -> None:
+    """Write a page to look at sweeps with, one file that needs no network.
+
+    Heatmaps of single prompts are in it where a sweep has --source each.
+
+    Example: mambalens report runs/first runs/second --out report.html
+    """
+    from mambalens.result import SweepResult
+
+    result = SweepResult.concat([SweepResult.load(folder) for folder in folders])
+    if where:
+        result = result.where(**_conditions(where))
+    page = result.report(out or folders[0] / "report.html", title, details)
+    typer.echo(f"Page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
+
+
+@app.command()
 def models() -> None:
     """List the bundled checkpoints.
 

@@ -103,6 +103,12 @@ class SweepResult:
         skipped = [result.skipped for result in results]
         facts = pd.concat([result.facts for result in results], ignore_index=True)
         facts = facts.drop_duplicates("fact_id", ignore_index=True)
+        asked = pd.concat([result.facts[["fact_id", "prompt", "target"]] for result in results]).drop_duplicates()
+        other = asked.fact_id[asked.fact_id.duplicated()]
+        if len(other):
+            raise MambalensError(
+                f"Different facts have the id {other.iloc[0]!r} in these results: give the facts ids of their own."
+            )
         configs = [config for result in results for config in result.configs]
         unfinished = sum(result.unfinished for result in results)
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
@@ -229,6 +235,26 @@ class SweepResult:
         facts = part.facts[part.facts.fact_id == fact_id].reset_index(drop=True)
         part = SweepResult(part.table, part.skipped, facts, part.configs)
         return heatmap(part, list(found.tokens.iloc[0]), list(found.subject.iloc[0]), metric)
+
+    def report(self, path: str | Path, title: str | None = None, details: int | None = None) -> Path:
+        """Write one HTML page to look at the sweep with: curves, switches, facts and their heatmaps.
+
+        The page needs no network. Heatmaps of single prompts are there where the sweep has `each` among its sources.
+
+        Args:
+            path: the .html file.
+            title: a heading; by default the models.
+            details: facts of each model whose own numbers go into the page (1,000); curves are means over all.
+
+        Returns:
+            The file.
+
+        Raises:
+            MambalensError: if it cannot be written, or sweeps that were put together contradict each other.
+        """
+        from mambalens.pages.report import DETAILS, write_report
+
+        return write_report(self, path, title, DETAILS if details is None else details)
 
     def save(self, folder: str | Path) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.folder`).

@@ -422,6 +422,37 @@ def report(
 
 
 @app.command()
+def reproduce(
+    experiment: Annotated[
+        str, typer.Argument(help="figure1, 3, 4, 5, 6, 8, 9, 10, 14, or heatmaps.", metavar="FIGURE")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder for runs, figures and findings.txt.")],
+    models: Annotated[
+        list[str] | None, typer.Argument(help="As for sweep; without, the Atlas checkpoints.", metavar="[MODEL...]")
+    ] = None,
+    facts: FactsFile = "atlas",
+    where: Where = [],  # noqa: B006
+    limit: Limit = 300,
+    window: Annotated[int | None, typer.Option("--window", help="Instead of the paper's windows.", min=1)] = None,
+    dtype: DType = "auto",
+    tokenizer: Tokenizer = None,
+) -> None:
+    """Repeat an experiment of Endy et al. 2025: what the paper reports, and what was measured.
+
+    Example: mambalens reproduce figure1 --out runs/figure1
+    """
+    from mambalens import reproduce as plans
+    from mambalens.result import writable_folder
+
+    chosen = _facts(facts, where, None)
+    load = functools.partial(_lens, dtype=dtype, tokenizer=tokenizer)
+    say = functools.partial(typer.echo, err=True)
+    found = plans.reproduce(experiment, models or (), chosen, writable_folder(out), limit, window, load, say)
+    typer.echo(f"\n{plans.words(experiment, found.findings)}")
+    typer.echo(f"findings.txt and {len(found.figures)} .png in {out}; a page of them: mambalens report {out}")
+
+
+@app.command()
 def models() -> None:
     """List the bundled checkpoints.
 

@@ -76,9 +76,10 @@ def flow(
             _panel(axis, panel, hue, order, handles, baseline=metric == "change_pct")
             n = sorted(panel.n.unique())
             counted = f" · {n[0]} facts" if len(n) == 1 else f" · {n[0]} to {n[-1]} facts" if n else " · not run"
-            values = ((rows, row_value), (columns, column_value))
-            words = [_label(name, value, result) for name, value in values]
-            axis.set_title(", ".join(dict.fromkeys(words)) + counted, fontsize=9)
+            values = ((rows, row_value, row_values), (columns, column_value, column_values))
+            words = [_label(name, value, result) for name, value, every in values if len(every) > 1]
+            title_words = ", ".join(dict.fromkeys(words)) or _label("path", summary.path[0], result)
+            axis.set_title(title_words + counted, fontsize=9)
     figure.supxlabel(_AXES[x], fontsize=10)
     figure.supylabel(METRICS[metric], fontsize=10)
     sizes = sorted(summary.window_size.unique())
@@ -141,6 +142,8 @@ def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: 
 
 
 def _label(name: str, value: Any, result: SweepResult) -> str:
+    if name == "window_size":
+        return f"window of {value} layer{'s' if value > 1 else ''}"
     if name == "path":
         return PATHS.get(str(value), main_path(result))
     return f"{value} wording" if name == "wording" else str(value)

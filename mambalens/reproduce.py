@@ -1,0 +1,302 @@
+"""The experiments of Endy et al. (ACL 2025), by the names of their figures, for any list of models.
+
+What the paper reports is put into words here; beside it goes what was measured.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pandas as pd
+
+from mambalens.comparison import known_to_all
+from mambalens.facts import Facts
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.lens import Lens
+from mambalens.result import SweepResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+SOURCES = ("subject", "relation", "last", "first")
+WINDOW_SIZES = (1, 3, 5, 9, 12, 15)
+ATLAS = ("atlas-mamba1", "atlas-mamba2", "atlas-gpt-neox")
+HEATMAPS = 3
+"""Facts that heatmaps are drawn of."""
+
+Load = Callable[[str], Lens]
+Say = Callable[[str], None]
+
+
+class Finding(NamedTuple):
+    """One of the paper's findings, and what to measure beside it."""
+
+    paper: str
+    measure: Callable[[SweepResult], Iterable[str]]
+    """Gives a line for each model."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What a figure of the paper varies."""
+
+    shows: str
+    paper: str
+    """The models it was run on."""
+    models: tuple[str, ...]
+    """What it is run on where nobody names models."""
+    findings: tuple[Finding, ...]
+    sources: tuple[str, ...] = SOURCES
+    windows: tuple[int, ...] = (9,)
+    features: tuple[str, ...] = ("all",)
+    known: tuple[str, ...] = ("all",)
+    """Whose answers choose the facts: 'all' models', or each model's 'own'."""
+
+
+class Reproduction(NamedTuple):
+    """What came out."""
+
+    results: dict[str, SweepResult]
+    """One for every choice of facts in `Experiment.known`."""
+    findings: pd.DataFrame
+    """finding, paper, measured."""
+    figures: list[Path]
+
+
+def reproduce(
+    name: str,
+    models: Sequence[str],
+    facts: Facts,
+    out: str | Path,
+    limit: int | None = None,
+    window: int | None = None,
+    load: Load = Lens.load,
+    say: Say = print,
+    progress: bool = True,
+) -> Reproduction:
+    """Run one of the paper's experiments.
+
+    Args:
+        name: a key of `EXPERIMENTS`.
+        models: what to run it on; the experiment's own models if empty.
+        facts: facts to choose from: only those that the models answer right are swept.
+        out: folder for runs, figures and findings.txt. Started again, it goes on where it stopped.
+        limit: at most so many facts, drawn at random with seed 0.
+        window: a window of this size instead of the paper's.
+        load: gives a model's lens.
+        say: hears what happens.
+        progress: show progress bars.
+
+    Raises:
+        MambalensError: for an unknown experiment, or if no fact is left.
+    """
+    if name not in EXPERIMENTS:
+        raise MambalensError(f"{name!r} is no experiment of the paper: {choose(name, EXPERIMENTS)}.")
+    experiment, out = EXPERIMENTS[name], Path(out)
+    names = list(models) or list(experiment.models)
+    windows = (window,) if window is not None else experiment.windows
+    results, figures = {}, []
+    for known in experiment.known:
+        folder = out / f"known-to-{known}" if len(experiment.known) > 1 else out
+        chosen = _known_to_all(names, facts, limit, load, say, progress) if known == "all" else facts
+        parts = []
+        for model in names:
+            lens = load(model)
+            mine = chosen if known == "all" else lens.known(chosen, limit=limit, progress=progress)
+            if not len(mine):
+                raise MambalensError(f"{lens.name} answers none of the {len(chosen)} facts right.")
+            mine = mine[:HEATMAPS] if experiment.sources == ("each",) else mine
+            for size in windows:
+                if size > lens.n_layers:
+                    say(f"{lens.name} has {lens.n_layers} layers: no window of {size}.")
+                    continue
+                run = folder / lens.name if len(windows) == 1 else folder / lens.name / f"window-{size}"
+                parts.append(lens.sweep(mine, experiment.sources, "last", size, experiment.features, out=run,
+                                        progress=progress))  # fmt: skip
+        if not parts:
+            raise MambalensError(f"No model has as many layers as a window of {min(windows)}.")
+        results[known] = SweepResult.concat(parts)
+        figures += list(_draw(name, results[known], folder))
+    together = next(iter(results.values()))
+    rows = [(i, finding.paper, line) for i, finding in enumerate(experiment.findings, 1)
+            for line in finding.measure(together)]  # fmt: skip
+    if len(results) > 1:
+        own = [f"own facts: {line}" for line in experiment.findings[0].measure(results["own"])]
+        rows += [(1, experiment.findings[0].paper, line) for line in own]
+    findings = pd.DataFrame(rows, columns=["finding", "paper", "measured"])
+    (out / "findings.txt").write_text(words(name, findings), encoding="utf-8")
+    return Reproduction(results, findings, figures)
+
+
+def words(name: str, findings: pd.DataFrame, width: int = 100) -> str:
+    """The findings as text: what the paper reports, and below it what was measured."""
+    experiment = EXPERIMENTS[name]
+    lines = [f"{name}: {experiment.shows}", f"In the paper: {experiment.paper}", ""]
+    for paper, rows in findings.groupby("paper", sort=False):
+        lines += textwrap.wrap(f"The paper: {paper}", width)
+        for line in rows.measured:
+            lines += textwrap.wrap(line, width, initial_indent="  measured  ", subsequent_indent=" " * 14)
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _known_to_all(names: Sequence[str], facts: Facts, limit: int | None, load: Load, say: Say, progress: bool) -> Facts:
+    chosen = known_to_all((load(name) for name in names), facts, progress=progress)
+    if not len(chosen):
+        raise MambalensError(f"No fact of the {len(facts)} is answered right by all of {', '.join(names)}.")
+    say(f"{len(chosen)} of {len(facts)} facts are known to {'all models' if len(names) > 1 else names[0]}")
+    return chosen.sample(limit) if limit else chosen
+
+
+def _draw(name: str, result: SweepResult, folder: Path) -> Iterator[Path]:
+    for part, figure in _figures(name, result):
+        figure.savefig(folder / f"{part}.png", dpi=130)
+        yield folder / f"{part}.png"
+
+
+def _figures(name: str, result: SweepResult) -> Iterator[tuple[str, Figure]]:
+    """The experiment's figures by name."""
+    if name == "heatmaps":
+        for (model, fact_id, size), _ in result.table.groupby(["model", "fact_id", "window_size"], sort=False):
+            yield f"{model}-{fact_id}-window-{size}", result.heatmap(fact_id, model=model, window_size=size)
+        return
+    for model in result.models if result.table.window_size.nunique() > 1 else [""]:
+        part = result.where(model=model) if model else result
+        rows, columns = ("window_size", "model") if model else ("path", "model")
+        yield f"{name}-{model}" if model else name, part.plot(x="depth", rows=rows, columns=columns)
+
+
+# What was measured beside each finding.
+
+
+def _subject(result: SweepResult) -> Iterator[str]:
+    """Of every model: the window without which the subject costs most."""
+    for row in result.where(source="subject", features="all").dearest().itertuples():
+        layers = result.n_layers[str(row.model)]
+        begin, end = 100 * row.window_start / layers, 100 * (row.window_start + row.window_size) / layers
+        yield f"{row.model}: {_change(row)} in layers {_layers(row)}, depth {begin:.0f} to {end:.0f} % ({row.n} facts)"
+
+
+def _others(result: SweepResult) -> Iterator[str]:
+    rows = result.dearest()
+    for model, of_model in rows[rows.source != "subject"].groupby("model", sort=False):
+        shown = [f"{row.source} {_change(row)} in {_layers(row)}" for row in of_model.itertuples()]
+        yield f"{model}: {'; '.join(shown)}"
+
+
+def _final(result: SweepResult) -> Iterator[str]:
+    """Of relation and last: the lowest mean, and what the last window makes of it."""
+    summary = result.where(features="all").summary()
+    for model, of_model in summary.groupby("model", sort=False):
+        kinds = next(config["kinds"] for config in result.configs if config["model"] == model)
+        shown = []
+        for source in ("relation", "last"):
+            curve = of_model[of_model.source == source].sort_values("window_start")
+            lowest = curve.loc[curve["mean"].idxmin()]
+            shown.append(f"{source} {_change(lowest)} in {_layers(lowest)}, {_change(curve.iloc[-1])} in the final "
+                         f"{_layers(curve.iloc[-1])}")  # fmt: skip
+        yield f"{model} ({', '.join(kinds)}): {'; '.join(shown)}"
+
+
+def _groups(result: SweepResult) -> Iterator[str]:
+    """Of every model: each group's change in the window that costs most when all features are knocked out."""
+    summary = result.where(source="subject").summary().set_index(["model", "features", "window_start"])
+    for row in result.where(source="subject", features="all").dearest().itertuples():
+        shown = [f"all {_change(row)}"]
+        for group in ("context-dependent", "context-independent"):
+            of_group = summary.loc[(row.model, group, row.window_start)]
+            shown.append(f"{group} {_change(of_group)}")
+        yield f"{row.model}, layers {_layers(row)}: {'; '.join(shown)}"
+
+
+def _sizes(result: SweepResult) -> Iterator[str]:
+    rows = result.where(source="subject").dearest()
+    for model, of_model in rows.groupby("model", sort=False):
+        shown = [f"{row.window_size} layers {_change(row)}" for row in of_model.itertuples()]
+        yield f"{model}: {'; '.join(shown)}"
+
+
+def _tokens(result: SweepResult) -> Iterator[str]:
+    """Of every fact and window size: the token that costs most."""
+    lowest = result.table.loc[result.table.groupby(["model", "fact_id", "window_size"], sort=False).change_pct.idxmin()]
+    prompts = result.prompts.set_index(["model", "fact_id"])
+    for (model, fact_id), rows in lowest.groupby(["model", "fact_id"], sort=False):
+        prompt = prompts.loc[(model, fact_id)]
+        shown = []
+        for row in rows.itertuples():
+            position = int(str(row.source).removeprefix("each:"))
+            role = "subject" if position in set(prompt.subject) else "not subject"
+            shown.append(
+                f"window {row.window_size}: {str(prompt.tokens[position]).strip()!r} ({role}) {row.change_pct:+.0f} %"
+            )
+        yield f"{model}, {fact_id}: {'; '.join(shown)}"
+
+
+def _change(row: object) -> str:
+    mean, low, high = (getattr(row, name) for name in ("mean", "low", "high")) if isinstance(row, tuple) else (
+        row[name] for name in ("mean", "low", "high"))  # type: ignore[index]  # fmt: skip
+    return f"{mean:+z.1f} % [{low:+z.1f}, {high:+z.1f}]"
+
+
+def _layers(row: object) -> str:
+    start, size = int(row.window_start), int(row.window_size)  # type: ignore[attr-defined]
+    return f"{start}–{start + size - 1}"
+
+
+_SUBJECT = Finding(
+    "knocking out subject → last lowers the target's probability in every model, at similar relative depths, in middle "
+    "to late layers.",
+    _subject,
+)
+_OTHERS = Finding("other sources have weaker effects, which vary more between architectures.", _others)
+_FINAL = Finding(
+    "in Mamba-1 alone, knocking out relation → last or last → last in the final layers first lowers the probability "
+    "and then raises it strongly.",
+    _final,
+)
+_GROUPS = Finding(
+    "the context-dependent features alone cost nearly what all cost; the context-independent ones matter little.",
+    _groups,
+)
+_SIZES = Finding("larger windows strengthen the effects and keep their shape.", _sizes)
+_TOKENS = Finding("every position as the source, prompt by prompt (no single number).", _tokens)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    "figure1": Experiment(
+        "four sources → last, models side by side", "Mamba-1 2.8B, Mamba-2 2.7B, GPT-2 1.5B, Falcon-Mamba 7B",
+        ATLAS, (_SUBJECT, _OTHERS, _FINAL),
+    ),
+    "figure3": Experiment(
+        "four sources → last, by model size", "Mamba-1 130M, 1.4B, 2.8B", ("atlas-mamba1",),
+        (_SUBJECT, _OTHERS, _FINAL),
+    ),
+    "figure4": Experiment(
+        "four sources → last, by model size", "Mamba-2 130M, 1.3B, 2.7B", ("atlas-mamba2",),
+        (_SUBJECT, _OTHERS, _FINAL),
+    ),
+    "figure5": Experiment(
+        "four sources → last, by model size", "GPT-2 355M, 774M, 1.5B (and Llama 3.2, Mistral, Llama 3 8B)",
+        ("atlas-gpt-neox",), (_SUBJECT, _OTHERS, _FINAL),
+    ),
+    "figure6": Experiment(
+        "groups of features, subject → last", "Mamba-1 2.8B and 7B, Mamba-2 2.7B, Falcon-Mamba 7B",
+        ("atlas-mamba1", "atlas-mamba2"), (_GROUPS,), ("subject",),
+        features=("all", "context-dependent", "context-independent"),
+    ),
+    "figure8": Experiment("window sizes", "Mamba-1", ("atlas-mamba1",), (_SIZES,), windows=WINDOW_SIZES),
+    "figure9": Experiment("window sizes", "Mamba-2", ("atlas-mamba2",), (_SIZES,), windows=WINDOW_SIZES),
+    "figure10": Experiment("window sizes", "GPT-2", ("atlas-gpt-neox",), (_SIZES,), windows=WINDOW_SIZES),
+    "figure14": Experiment(
+        "facts that all models know, or each model's own", "Mamba-1 2.8B, Mamba-2 2.7B, GPT-2 1.5B, Falcon-Mamba 7B",
+        ATLAS, (_SUBJECT, _OTHERS), known=("all", "own"),
+    ),
+    "heatmaps": Experiment(
+        "every token of a prompt → last", "most models, windows of 1, 5, 9 and 15 layers", ATLAS, (_TOKENS,), ("each",),
+        windows=(1, 5, 9, 15),
+    ),
+}  # fmt: skip
+"""The paper's experiments. Windows cover 9 layers where nothing else is said."""

@@ -40,7 +40,7 @@ def _option(name: str, words: str = "") -> Any:
 
 # What several verbs share.
 Models = Annotated[
-    list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL...")
+    list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL")
 ]
 OneModel = Annotated[str, typer.Argument(help="Bundled name, folder, .gguf file or hub id.", metavar="MODEL")]
 FactsFile = Annotated[str, _option("facts")]
@@ -74,7 +74,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         about, default = setting.metadata, setting.default
         kind: Any = GenericAlias(list, about["kind"]) if about["many"] else about["kind"]
         if setting.name == "model":
-            option = typer.Argument(help=about["help"], metavar="MODEL...", show_default=False)
+            option = typer.Argument(help=about["help"], metavar="MODEL", show_default=False)
         else:
             shown = ", ".join(map(str, default)) if isinstance(default, tuple) else default
             option = _option(setting.name, "" if default in (None, (), False, MISSING) else f"  [default: {shown}]")
@@ -86,7 +86,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-@app.command()
+@app.command(short_help="Knock out sources in windows of layers, over many facts.")
 @_with_settings
 def sweep(
     config: Annotated[Path | None, typer.Option("--config", help="A .toml file with these settings.")] = None,
@@ -167,7 +167,7 @@ def _report(result: SweepResult, out: Path) -> None:
     typer.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
 
 
-@app.command()
+@app.command(short_help="Count the facts that a model knows.")
 def evaluate(
     models: Models,
     facts: FactsFile = "atlas",
@@ -206,7 +206,7 @@ def evaluate(
         typer.echo(f"{len(table)} rows in {out}")
 
 
-@app.command()
+@app.command(short_help="Draw one prompt, every token as the source.")
 def heatmap(
     model: OneModel,
     prompt: PromptText,
@@ -235,7 +235,7 @@ def heatmap(
     typer.echo(f"{lens.predict(Fact(prompt, subject, target)).to_string(index=False)}\n\nFigure: {out}")
 
 
-@app.command()
+@app.command(short_help="Measure what each feature carries.")
 def features(
     model: OneModel,
     out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")],
@@ -308,7 +308,7 @@ def features(
     typer.echo(f"\n{', '.join(written)} in {out}")
 
 
-@app.command()
+@app.command(short_help="Draw a layer's effective attention.")
 def attention(
     model: OneModel,
     prompt: PromptText,
@@ -337,7 +337,7 @@ def attention(
     typer.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
 
 
-@app.command()
+@app.command(short_help="Compare the kinds of operators that layers are.")
 def diagnose(
     models: Models,
     out: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")],
@@ -368,7 +368,7 @@ def diagnose(
     typer.echo(f"\ndiagnostics.csv, diagnostics.png in {out}")
 
 
-@app.command()
+@app.command(short_help="Draw a sweep's curves.")
 def plot(
     folder: Annotated[Path, typer.Argument(help="Folder of a sweep, or of several.", metavar="DIR")],
     metric: Metric = "change_pct",
@@ -396,9 +396,9 @@ def plot(
     typer.echo(f"Figure: {out or folder / 'flow.png'}")
 
 
-@app.command()
+@app.command(short_help="Write a page to look at sweeps with.")
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps, put together.", metavar="DIR...")],
+    folders: Annotated[list[Path], typer.Argument(help="Folders of sweeps, put together.", metavar="DIR")],
     out: Annotated[Path | None, typer.Option("--out", help="Page; by default report.html in the first DIR.")] = None,
     title: Annotated[str | None, typer.Option("--title", help="Heading; by default the models.")] = None,
     details: Annotated[
@@ -421,14 +421,14 @@ def report(
     typer.echo(f"Page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
-@app.command()
+@app.command(short_help="Repeat the paper's experiments.")
 def reproduce(
     experiment: Annotated[
         str, typer.Argument(help="figure1, 3, 4, 5, 6, 8, 9, 10, 14, or heatmaps.", metavar="FIGURE")
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder for runs, figures and findings.txt.")],
     models: Annotated[
-        list[str] | None, typer.Argument(help="As for sweep; without, the Atlas checkpoints.", metavar="[MODEL...]")
+        list[str] | None, typer.Argument(help="As for sweep; without, the Atlas checkpoints.", metavar="MODEL")
     ] = None,
     facts: FactsFile = "atlas",
     where: Where = [],  # noqa: B006
@@ -452,7 +452,7 @@ def reproduce(
     typer.echo(f"findings.txt and {len(found.figures)} .png in {out}; a page of them: mambalens report {out}")
 
 
-@app.command()
+@app.command(short_help="List the bundled checkpoints.")
 def models() -> None:
     """List the bundled checkpoints.
 
@@ -472,9 +472,9 @@ def models() -> None:
     typer.echo("Any local folder, .gguf file or hub id of a Mamba, transformer or hybrid language model works too.")
 
 
-@app.command()
+@app.command(short_help="Show facts and count them.")
 def facts(
-    name: Annotated[str, typer.Argument(help="'atlas' or a facts file.", metavar="[FACTS]")] = "atlas",
+    name: Annotated[str, typer.Argument(help="'atlas' or a facts file.", metavar="FACTS")] = "atlas",
     where: Where = [],  # noqa: B006
     n: Annotated[int, typer.Option("-n", help="How many to show.", min=0)] = 10,
 ) -> None:

@@ -16,7 +16,8 @@ from mambalens.cli import app
 from mambalens.data import checkpoints
 
 MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
-VERBS = ("sweep", "evaluate", "heatmap", "features", "attention", "diagnose", "plot", "models", "facts")
+VERBS = ("sweep", "evaluate", "heatmap", "features", "attention", "diagnose", "plot", "report", "reproduce", "models",
+         "facts")  # fmt: skip
 
 
 def run(*arguments: str) -> str:
@@ -37,7 +38,7 @@ def test_help_is_quick_has_examples_and_fits_a_screen() -> None:
     for arguments in ([], *([verb] for verb in VERBS)):
         text = typed(*arguments, "--help").stdout
         assert len(text.splitlines()) <= 50, arguments
-        assert "Example" in text
+        assert "Example" in text and "..." not in text.partition("Commands:")[2]
     started = time.perf_counter()
     probe = "import mambalens, mambalens.cli, sys; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
     subprocess.run([sys.executable, "-c", probe], check=True)

@@ -125,9 +125,9 @@ def shares_by_layer(table: pd.DataFrame, measure: str = "exchange_share_last") -
     ordered = {name: handles[name] for name in (*_GROUPS, "all") if name in handles}
     figure.supxlabel("Layer", fontsize=9)
     figure.supylabel(LABELS.get(measure, measure), fontsize=9)
-    figure.suptitle("Median over the features of a group, and their middle half", fontsize=10)
+    figure.suptitle("Median and middle half of a group's features", fontsize=10)
     figure.legend(
-        ordered.values(), ordered.keys(), loc="outside right upper", frameon=False, fontsize=9, title="features"
+        ordered.values(), ordered.keys(), loc="outside right center", frameon=False, fontsize=9, title="features"
     )
     plt.close(figure)
     return figure

@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -17,8 +18,11 @@ import mambalens.hooks
 
 matplotlib.use("agg")
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+BLOCK = re.compile(r"^ *```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+README = (ROOT / "README.md").read_text()
+BLOCKS = BLOCK.findall(README)
+PAGES = sorted(path for path in (ROOT / "docs" / "pages").rglob("*.md") if BLOCK.search(path.read_text()))
 SHOWN = r"facts\[0\]\s+# (.*?) \.\.\."
 MODULES = [
     name
@@ -34,6 +38,20 @@ def test_every_python_block_of_the_readme_runs(block: str) -> None:
     exec(block, names)
     for shown in re.finditer(SHOWN, block):  # the comment shows what the line gives
         assert repr(names["facts"][0]).startswith(shown[1])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT / "docs" / "pages").as_posix())
+def test_the_python_blocks_of_a_page_run_one_after_the_other(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"__name__": "__main__"}
+    for number, block in enumerate(BLOCK.findall(page.read_text()), 1):
+        exec(compile(textwrap.dedent(block), f"{page.name}, block {number}", "exec"), names)
+
+
+def test_there_are_pages_with_code() -> None:
+    assert len(PAGES) > 5
 
 
 def test_the_readme_shows_a_fact() -> None:

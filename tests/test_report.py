@@ -226,6 +226,7 @@ def test_filtering_changes_the_table_and_choosing_a_fact_draws_its_curve_and_hea
     tab.click(f"#facts-table button[data-model={MODELS[1]}]")
     assert tab.inner_text("#fact-prompt").startswith('<b>Peru</b> & "Chile" </script>')
     assert tab.evaluate("document.activeElement.id") == "fact-heading"
+    assert tab.locator("#facts-table tr.chosen").count() == 1
     result = SweepResult.load(runs / "roles").where(model=MODELS[1], fact_id="odd-1")
     lines = {line["name"]: line["y"] for line in drawn(tab, "fact-plot")}
     for source in ("subject", "last"):
@@ -237,6 +238,8 @@ def test_filtering_changes_the_table_and_choosing_a_fact_draws_its_curve_and_hea
     expected = table.pivot(index="source", columns="window_start", values="change_pct")
     order = [f"each:{i}" for i in range(len(expected))]
     np.testing.assert_allclose(np.array(heatmap["z"], float), expected.loc[order].to_numpy(), rtol=1e-4, atol=1e-4)
+    tab.fill(".dt-search input", "Morelia")
+    tab.wait_for_function("!document.querySelector('#facts-table tr.chosen')")
     tab.fill(".dt-search input", "")
     tab.locator("thead tr:nth-child(2) input").nth(1).fill("Chile")  # a column's own filter
     tab.wait_for_function("document.querySelector('.dt-info').textContent.includes('of 2 facts (of 30)')")

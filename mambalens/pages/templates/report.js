@@ -206,12 +206,18 @@ $("facts-note").textContent = leftOut.map(([model, of]) =>
 
 // --- the chosen fact
 
-function choose(model, row, jump) {
-  chosen = { model, row };
+/** Mark the chosen fact among those that the table shows. */
+function mark() {
   for (const line of $("facts-table").querySelectorAll("tbody tr")) {
     const button = line.querySelector("button[data-row]");
-    line.classList.toggle("chosen", button?.dataset.model === model && Number(button?.dataset.row) === row);
+    line.classList.toggle("chosen", chosen !== null && button?.dataset.model === chosen.model && Number(button?.dataset.row) === chosen.row);
   }
+}
+table.on("draw", mark);
+
+function choose(model, row, jump) {
+  chosen = { model, row };
+  mark();
   $("fact").hidden = false;
   drawFact();
   if (jump) { $("fact-heading").focus({ preventScroll: true }); $("fact").scrollIntoView({ behavior: "smooth" }); }

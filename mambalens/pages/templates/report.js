@@ -283,10 +283,10 @@ function drawTokens(of, fact, metric, rows) {
     texttemplate: "%{text}", textfont: { size: 11 },
     hovertext: z.map((values, i) => values.map((value, w) => `<b>${escaped(visible(tokens[i]))}</b> (${i})<br>layers ${layersOf(grid.starts[w], grid.window_size)}: ${format(value, metric)}`)),
     hovertemplate: "%{hovertext}<extra></extra>",
-    colorbar: { title: { text: narrow() ? "" : data.metrics[metric], side: "right" }, thickness: 12, outlinewidth: 0 },
+    colorbar: { thickness: 12, outlinewidth: 0 },
   }], {
-    ...layout(metric, Math.max(260, 22 * tokens.length + 110)), margin: { l: 8, r: 8, t: 40, b: 48 }, plot_bgcolor: "#e8e8e8",
-    title: { text: escaped(`token → ${grid.target}, ${grid.features} features, path ${grid.path}`), font: { size: 13 }, x: 0, xanchor: "left", y: 0.99, yanchor: "top", pad: { l: 8, t: 8 } },
+    ...layout(metric, Math.max(260, 22 * tokens.length + 110)), margin: { l: 8, r: 8, t: narrow() ? 56 : 40, b: 48 }, plot_bgcolor: "#e8e8e8",
+    title: { text: escaped(data.metrics[metric]) + (narrow() ? "<br>" : ": ") + escaped(`token → ${grid.target}, ${grid.features} features, path ${grid.path}`), font: { size: 13 }, x: 0, xanchor: "left", y: 0.99, yanchor: "top", pad: { l: 8, t: 8 } },
     xaxis: { title: { text: `First layer of the window (${grid.window_size} layers)` }, tickmode: "array", tickvals: ticks(grid.starts), zeroline: false, showgrid: false },
     yaxis: {
       autorange: "reversed", tickmode: "array", tickvals: tokens.map((_, i) => i), zeroline: false, showgrid: false, automargin: true,

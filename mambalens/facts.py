@@ -62,6 +62,8 @@ class Answered(NamedTuple):
     model: str
     asked: int
     right: int
+    unusable: tuple[tuple[str, str], ...] = ()
+    """Facts that the model could not be asked, and why."""
 
 
 class Facts(Sequence[Fact]):
@@ -116,10 +118,10 @@ class Facts(Sequence[Fact]):
         picked.answered = self.answered
         return picked
 
-    def answered_by(self, model: str, asked: int, right: int) -> Facts:
+    def answered_by(self, answered: Answered) -> Facts:
         """The same facts, with a note that a model was asked and these were chosen by its answers."""
         noted = self.pick(range(len(self)))
-        noted.answered = (*self.answered, Answered(model, asked, right))
+        noted.answered = (*self.answered, answered)
         return noted
 
     @property

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mambalens.facts import Fact, Facts, as_facts
+from mambalens.facts import Answered, Fact, Facts, as_facts
 from mambalens.hooks import HookManager, Knockout
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
@@ -286,18 +286,21 @@ class Lens:
             limit: stop when so many are found, looking at the facts in a random order given by `seed`.
         """
         facts = as_facts(facts)
-        if limit is None:
-            correct = self.evaluate(facts, batch_size, progress).correct
-            found = [i for i, right in enumerate(correct) if right]
-            return facts.pick(found).answered_by(self.name, len(facts), len(found))
-        order = random.Random(seed).sample(range(len(facts)), len(facts))
-        found, asked = [], 0
-        while order and len(found) < limit:
-            tried, order = order[: 2 * limit], order[2 * limit :]
-            correct = self.evaluate(facts.pick(tried), batch_size, progress).correct
-            found += [i for i, right in zip(tried, correct, strict=True) if right]
+        order = list(range(len(facts)))
+        if limit is not None:
+            order = random.Random(seed).sample(order, len(order))
+        found: list[int] = []
+        unusable: list[tuple[str, str]] = []
+        asked = 0
+        while asked < len(order) and (limit is None or len(found) < limit):
+            tried = order[asked:] if limit is None else order[asked : asked + 2 * limit]
+            table = self.evaluate(facts.pick(tried), batch_size, progress)
+            found += [i for i, right in zip(tried, table.correct, strict=True) if right]
+            left_out = table[table.skipped != ""]
+            unusable += zip(left_out.fact_id.astype(str), left_out.skipped, strict=True)
             asked += len(tried)
-        return facts.pick(sorted(found[:limit])).answered_by(self.name, asked, len(found))
+        answered = Answered(self.name, asked - len(unusable), len(found), tuple(unusable))
+        return facts.pick(sorted(found[:limit])).answered_by(answered)
 
     @contextmanager
     def knockout(

@@ -67,7 +67,7 @@ def load_model(name: str, **options: Any) -> tuple[str, Any, Any]:
     device = options.pop("device", None)
     if isinstance(place, Path) and place.suffix == ".gguf":
         model, tokenizer = load_gguf(place, **options)
-    elif name in checkpoints():
+    elif name in checkpoints() or name == SMOLLM2:
         with _quiet():  # they load in a moment
             model, tokenizer = _load(name, place, options)
     else:

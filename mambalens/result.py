@@ -18,6 +18,7 @@ from mambalens.folder import (
     PARTS,
     PROMPT,
     SAVED,
+    SKIPPED,
     atomically,
     digest_of,
     is_run,
@@ -76,7 +77,7 @@ class SweepResult:
 
     def __repr__(self) -> str:
         facts = self.table.fact_id.nunique()
-        left = f"; {self.unfinished} blocks of facts to come" if self.unfinished else ""
+        left = f"; {self.unfinished} block{'s' * (self.unfinished > 1)} of facts to come" if self.unfinished else ""
         return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows{left}>"
 
     def _repr_html_(self) -> str:
@@ -113,7 +114,7 @@ class SweepResult:
         unfinished = sum(result.unfinished for result in results)
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
         prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
-        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True)
+        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True).drop_duplicates()
         return cls(table, missing, facts, configs, unfinished, prompts)
 
     def where(self, **values: Any) -> SweepResult:
@@ -304,7 +305,19 @@ class SweepResult:
             raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
         table = pd.concat([table for table, _ in parts], ignore_index=True)
         skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
+        skipped = with_unusable(skipped, about["configs"])
         return cls(table, skipped, facts, about["configs"], missing, read_prompts(folder))
+
+
+def with_unusable(skipped: pd.DataFrame, configs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What was left out, and the facts that could not be asked when known ones were chosen."""
+    rows = [
+        (fact_id, "", reason)
+        for config in configs
+        for answered in config.get("answered", [])
+        for fact_id, reason in answered.get("unusable", [])
+    ]
+    return pd.concat([pd.DataFrame(rows, columns=list(SKIPPED)), skipped], ignore_index=True).drop_duplicates()
 
 
 def writable_folder(folder: str | Path) -> Path:

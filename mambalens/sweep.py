@@ -160,7 +160,7 @@ def run(
     import pandas as pd
     from tqdm.auto import tqdm
 
-    from mambalens.result import SweepResult
+    from mambalens.result import SweepResult, with_unusable
 
     if block_size < 1:
         raise MambalensError(f"block_size={block_size}: give 1 or more facts.")
@@ -171,8 +171,9 @@ def run(
         if out is None:
             found = [work.block(block) for block in blocks]
             tables, skipped = [table for table, _ in found], [skip for _, skip in found]
-            return SweepResult(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True),
-                               facts.table, [work.config], prompts=work.tokens)  # fmt: skip
+            missing = with_unusable(pd.concat(skipped, ignore_index=True), [work.config])
+            table = pd.concat(tables, ignore_index=True)
+            return SweepResult(table, missing, facts.table, [work.config], prompts=work.tokens)
         _fill(out, work, blocks, block_size)
     return SweepResult.load(out)
 

@@ -409,5 +409,21 @@ def test_a_sweep_of_roles_and_single_tokens_draws_both(lens: Lens, tmp_path: Pat
 
 def test_known_facts_say_what_they_were_chosen_from(lens: Lens) -> None:
     known = lens.known(FACTS, progress=False)
-    assert known.answered == ((lens.name, len(as_facts(FACTS)), len(known)),)
+    assert known.answered == ((lens.name, len(as_facts(FACTS)), len(known), ()),)
     assert known[:0].answered == known.answered
+
+
+def test_facts_that_cannot_be_asked_stay_listed_when_known_ones_are_chosen(tmp_path: Path) -> None:
+    lens = Lens.load("atlas-mamba2")
+    misspelled = Fact("The capital of Egypt is", "Egipt", "Cairo", id="odd")
+    right = lens.known(load_facts("atlas").where(relation="capital", wording="near")[:20], progress=False)[0]
+    for limit in (None, 5):
+        known = lens.known([right, misspelled], progress=False, limit=limit)
+        assert [fact.id for fact in known] == [right.id]
+        assert known.answered[0][:3] == ("atlas-mamba2", 1, 1)
+        in_memory = lens.sweep(known, "subject", window=2, progress=False)
+        kept = lens.sweep(known, "subject", window=2, progress=False, out=tmp_path / str(limit))
+        in_memory.save(tmp_path / f"saved-{limit}")
+        for result in (in_memory, kept, SweepResult.load(tmp_path / f"saved-{limit}")):
+            (row,) = result.skipped.to_dict("records")
+            assert row["fact_id"] == "odd" and "'Egipt' is not in the prompt" in row["reason"]

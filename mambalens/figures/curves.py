@@ -83,7 +83,9 @@ def flow(
     figure.supxlabel(_AXES[x], fontsize=10)
     figure.supylabel(METRICS[metric], fontsize=10)
     sizes = sorted(summary.window_size.unique())
-    window = f"window of {sizes[0]} layers" if len(sizes) == 1 else f"windows of {sizes[0]} to {sizes[-1]} layers"
+    window = (
+        _label("window_size", sizes[0], result) if len(sizes) == 1 else f"windows of {sizes[0]} to {sizes[-1]} layers"
+    )
     target = ", ".join(summary.target.unique())
     heading = title or f"{', '.join(result.models)}: knocking out {_what(summary, hue)} → {target}, {window}"
     figure.suptitle("\n".join(textwrap.wrap(heading, int(11 * figure.get_figwidth()))), fontsize=11)

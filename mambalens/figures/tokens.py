@@ -41,7 +41,7 @@ def heatmap(
     low = -100.0 if metric == "change_pct" else -reach
     norm = TwoSlopeNorm(0.0, low, max(reach, 1e-9))
     figure, axis = plt.subplots(
-        figsize=(0.42 * values.shape[1] + 4.2, max(0.3 * values.shape[0] + 1.6, 2.8)), layout="constrained"
+        figsize=(0.3 * values.shape[1] + 4.6, max(0.3 * values.shape[0] + 1.6, 3.6)), layout="constrained"
     )
     image = axis.imshow(values, aspect="auto", cmap="RdBu", norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(tokens)), [visible(token) for token in tokens], fontsize=9)
@@ -57,7 +57,8 @@ def heatmap(
         f"P({str(fact.target).strip()!r}) = {first.base_prob:.3g} without a knockout",
         fontsize=10,
     )
-    bar = figure.colorbar(image, ax=axis, label=METRICS[metric])
+    bar = figure.colorbar(image, ax=axis)
+    bar.set_label(METRICS[metric], fontsize=9)
     if metric == "change_pct":
         bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0")
@@ -83,7 +84,7 @@ def attention_map(alpha: np.ndarray, tokens: Sequence[str], title: str, subject:
         image = axis.imshow(allowed, cmap="RdBu_r", vmin=-reach, vmax=reach, interpolation="nearest")
     else:
         image = axis.imshow(allowed, cmap="Blues", vmin=0, vmax=reach, interpolation="nearest")
-    axis.set_facecolor("#F2F2F2")
+    axis.set_facecolor("#D0D0D0")
     names = [visible(token) for token in tokens]
     axis.set_xticks(range(time), names, fontsize=8, rotation=90)
     axis.set_yticks(range(time), names, fontsize=8)

@@ -5,6 +5,7 @@ What the paper reports is put into words here; beside it goes what was measured.
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,8 +162,10 @@ def _draw(name: str, result: SweepResult, folder: Path) -> Iterator[Path]:
 def _figures(name: str, result: SweepResult) -> Iterator[tuple[str, Figure]]:
     """The experiment's figures by name."""
     if name == "heatmaps":
-        for (model, fact_id, size), _ in result.table.groupby(["model", "fact_id", "window_size"], sort=False):
-            yield f"{model}-{fact_id}-window-{size}", result.heatmap(fact_id, model=model, window_size=size)
+        drawn = result.table[["model", "fact_id", "window_size"]].drop_duplicates()
+        for model, fact_id, size in drawn.itertuples(index=False, name=None):
+            figure = result.heatmap(fact_id, model=model, window_size=size)
+            yield re.sub(r"[^\w.-]+", "-", f"{model}-{fact_id}-window-{size}"), figure
         return
     for model in result.models if result.table.window_size.nunique() > 1 else [""]:
         part = result.where(model=model) if model else result
@@ -173,78 +176,97 @@ def _figures(name: str, result: SweepResult) -> Iterator[tuple[str, Figure]]:
 # What was measured beside each finding.
 
 
+class _Point(NamedTuple):
+    """A row of `SweepResult.summary`."""
+
+    model: str
+    source: str
+    features: str
+    window_start: int
+    window_size: int
+    n: int
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def change(self) -> str:
+        """Its mean with the interval."""
+        return f"{self.mean:+z.1f} % [{self.low:+z.1f}, {self.high:+z.1f}]"
+
+    @property
+    def layers(self) -> str:
+        """The window's first and last layer."""
+        return f"{self.window_start}–{self.window_start + self.window_size - 1}"
+
+
+def _points(summary: pd.DataFrame) -> dict[str, list[_Point]]:
+    """The rows of a summary, model by model."""
+    found: dict[str, list[_Point]] = {}
+    for values in summary[list(_Point._fields)].itertuples(index=False, name=None):
+        point = _Point(*values)
+        found.setdefault(point.model, []).append(point)
+    return found
+
+
 def _subject(result: SweepResult) -> Iterator[str]:
     """Of every model: the window without which the subject costs most."""
-    for row in result.where(source="subject", features="all").dearest().itertuples():
-        layers = result.n_layers[str(row.model)]
-        begin, end = 100 * row.window_start / layers, 100 * (row.window_start + row.window_size) / layers
-        yield f"{row.model}: {_change(row)} in layers {_layers(row)}, depth {begin:.0f} to {end:.0f} % ({row.n} facts)"
+    for model, points in _points(result.where(source="subject", features="all").dearest()).items():
+        for point in points:
+            begin, end = (
+                100 * layer / result.n_layers[model]
+                for layer in (point.window_start, point.window_start + point.window_size)
+            )
+            where = f"layers {point.layers}, depth {begin:.0f} to {end:.0f} %"
+            yield f"{model}: {point.change} in {where} ({point.n} facts)"
 
 
 def _others(result: SweepResult) -> Iterator[str]:
-    rows = result.dearest()
-    for model, of_model in rows[rows.source != "subject"].groupby("model", sort=False):
-        shown = [f"{row.source} {_change(row)} in {_layers(row)}" for row in of_model.itertuples()]
+    for model, points in _points(result.dearest()).items():
+        shown = [f"{p.source} {p.change} in {p.layers}" for p in points if p.source != "subject"]
         yield f"{model}: {'; '.join(shown)}"
 
 
 def _final(result: SweepResult) -> Iterator[str]:
     """Of relation and last: the lowest mean, and what the last window makes of it."""
-    summary = result.where(features="all").summary()
-    for model, of_model in summary.groupby("model", sort=False):
-        kinds = next(config["kinds"] for config in result.configs if config["model"] == model)
+    kinds = {config["model"]: ", ".join(config["kinds"]) for config in result.configs}
+    for model, points in _points(result.where(features="all").summary()).items():
         shown = []
         for source in ("relation", "last"):
-            curve = of_model[of_model.source == source].sort_values("window_start")
-            lowest = curve.loc[curve["mean"].idxmin()]
-            shown.append(f"{source} {_change(lowest)} in {_layers(lowest)}, {_change(curve.iloc[-1])} in the final "
-                         f"{_layers(curve.iloc[-1])}")  # fmt: skip
-        yield f"{model} ({', '.join(kinds)}): {'; '.join(shown)}"
+            curve = [point for point in points if point.source == source]
+            lowest, final = min(curve, key=lambda p: p.mean), max(curve, key=lambda p: p.window_start)
+            shown.append(f"{source} {lowest.change} in {lowest.layers}, {final.change} in the final {final.layers}")
+        yield f"{model} ({kinds[model]}): {'; '.join(shown)}"
 
 
 def _groups(result: SweepResult) -> Iterator[str]:
     """Of every model: each group's change in the window that costs most when all features are knocked out."""
-    summary = result.where(source="subject").summary().set_index(["model", "features", "window_start"])
-    for row in result.where(source="subject", features="all").dearest().itertuples():
-        shown = [f"all {_change(row)}"]
-        for group in ("context-dependent", "context-independent"):
-            of_group = summary.loc[(row.model, group, row.window_start)]
-            shown.append(f"{group} {_change(of_group)}")
-        yield f"{row.model}, layers {_layers(row)}: {'; '.join(shown)}"
+    dearest = _points(result.where(features="all").dearest())
+    for model, points in _points(result.summary()).items():
+        (worst,) = dearest[model]
+        shown = [f"{p.features} {p.change}" for p in points if p.window_start == worst.window_start]
+        yield f"{model}, layers {worst.layers}: {'; '.join(shown)}"
 
 
 def _sizes(result: SweepResult) -> Iterator[str]:
-    rows = result.where(source="subject").dearest()
-    for model, of_model in rows.groupby("model", sort=False):
-        shown = [f"{row.window_size} layers {_change(row)}" for row in of_model.itertuples()]
+    for model, points in _points(result.where(source="subject").dearest()).items():
+        shown = [f"{p.window_size} layer{'s' * (p.window_size > 1)} {p.change}" for p in points]
         yield f"{model}: {'; '.join(shown)}"
 
 
 def _tokens(result: SweepResult) -> Iterator[str]:
     """Of every fact and window size: the token that costs most."""
     lowest = result.table.loc[result.table.groupby(["model", "fact_id", "window_size"], sort=False).change_pct.idxmin()]
-    prompts = result.prompts.set_index(["model", "fact_id"])
-    for (model, fact_id), rows in lowest.groupby(["model", "fact_id"], sort=False):
-        prompt = prompts.loc[(model, fact_id)]
-        shown = []
-        for row in rows.itertuples():
-            position = int(str(row.source).removeprefix("each:"))
-            role = "subject" if position in set(prompt.subject) else "not subject"
-            shown.append(
-                f"window {row.window_size}: {str(prompt.tokens[position]).strip()!r} ({role}) {row.change_pct:+.0f} %"
-            )
+    prompts = {(row["model"], row["fact_id"]): row for row in result.prompts.to_dict("records")}
+    lines: dict[tuple[str, str], list[str]] = {}
+    for row in lowest.to_dict("records"):
+        key = (row["model"], row["fact_id"])
+        position = int(row["source"].removeprefix("each:"))
+        role = "subject" if position in set(prompts[key]["subject"]) else "not subject"
+        token = str(prompts[key]["tokens"][position]).strip()
+        lines.setdefault(key, []).append(f"window {row['window_size']}: {token!r} ({role}) {row['change_pct']:+z.0f} %")
+    for (model, fact_id), shown in lines.items():
         yield f"{model}, {fact_id}: {'; '.join(shown)}"
-
-
-def _change(row: object) -> str:
-    mean, low, high = (getattr(row, name) for name in ("mean", "low", "high")) if isinstance(row, tuple) else (
-        row[name] for name in ("mean", "low", "high"))  # type: ignore[index]  # fmt: skip
-    return f"{mean:+z.1f} % [{low:+z.1f}, {high:+z.1f}]"
-
-
-def _layers(row: object) -> str:
-    start, size = int(row.window_start), int(row.window_size)  # type: ignore[attr-defined]
-    return f"{start}–{start + size - 1}"
 
 
 _SUBJECT = Finding(

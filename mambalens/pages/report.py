@@ -46,14 +46,15 @@ def write_report(result: SweepResult, path: str | Path, title: str | None = None
 
 def _page(result: SweepResult, title: str, details: int) -> str:
     roles = result.roles()
+    series = list(_series(roles))
     data = {
         "metrics": METRICS,
         "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
-        "series": list(_series(roles)),
+        "series": series,
         "details": {model: _details(result, model, details) for model in result.models},
         "styles": _styles(roles),
     }
-    subsets = list(dict.fromkeys(name for series in data["series"] for name in series["curves"]))
+    subsets = list(dict.fromkeys(name for one in series for name in one["curves"]))
     choices = {name: [str(value) for value in roles.table[name].unique()] for name in DIMENSIONS}
     path = main_path(result)
     words = {"main": path, **PATHS}
@@ -97,7 +98,8 @@ def _series(roles: SweepResult) -> Iterator[dict[str, Any]]:
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for metric in METRICS:
         for by in subsets:
-            for key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
+            for found_key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
+                key: tuple[Any, ...] = found_key  # type: ignore[assignment]
                 curve = curve.sort_values("window_start")
                 subset = f"{by[0]}: {key[0]}" if by else "all facts"
                 about = dict(zip(_SERIES, key[len(by) :], strict=True))
@@ -166,7 +168,7 @@ def _grids(
         for metric in METRICS:
             grids[metric] = np.full((len(row), len(starts)), np.nan, "<f4")
             grids[metric][at] = group[metric].to_numpy(float)
-        about = dict(zip(_SERIES, key, strict=True))
+        about: dict[str, Any] = dict(zip(_SERIES, key, strict=True))
         yield about | {"window_size": int(about["window_size"])}, group, starts, grids
 
 
@@ -193,7 +195,7 @@ def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame
             grid = np.full((offset[-1], len(starts)), np.nan, "<f4")
             grid[at] = group[metric].to_numpy(float)
             packed[metric] = _packed(grid)
-        about = dict(zip(("features", "path", "target", "window_size"), key, strict=True))
+        about: dict[str, Any] = dict(zip(("features", "path", "target", "window_size"), key, strict=True))
         yield about | {"window_size": int(about["window_size"]), "starts": starts, "offsets": offset.tolist(),
                        "values": packed}  # fmt: skip
 

@@ -202,6 +202,12 @@ def _fact(record: Any, place: str) -> tuple[Fact, dict[str, Any]]:
     """A record of a file as a fact and its further columns."""
     if not isinstance(record, dict):
         raise MambalensError(f"{place}: expected an object with prompt, subject and target, found {record!r:.80}.")
+    try:
+        json.dumps(record, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which is no character
+        raise MambalensError(f"{place}: {error.object[error.start]!r} in a text is no character.") from None
+    except RecursionError:
+        raise MambalensError(f"{place}: nested too deeply.") from None
     record = _in_our_words(dict(record), place)
     has = ", ".join(map(str, record)) or "none"
     core: dict[str, str] = {}

@@ -68,6 +68,7 @@ def test_the_known_1000_format_is_read(tmp_path: Path) -> None:
         ("a.json", "{}", "expected a list of objects, found dict"),
         ("a.csv", "prompt,subject,target\np,p\n", r"a\.csv, line 2: fewer fields than the 3 columns"),
         ("a.csv", "prompt,subject,target\np,p,t\np,p,t,u\n", r"a\.csv, line 3: more fields"),
+        ("a.jsonl", '{"prompt": "p \\udc00", "subject": "p", "target": "t"}\n', r"line 1: .*udc00' in a text is no character"),
         ("a.csv", "prompt,subject\np,p\n", r"line 2: the field 'target' is missing"),
         ("a.csv", "prompt,subject,target\n", "has no facts in it"),
         ("a.parquet", "nonsense", "not a parquet file"),

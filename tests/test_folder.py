@@ -76,7 +76,7 @@ def test_finished_blocks_are_not_computed_again(lens: Lens, expected: SweepResul
     assert len(parts) == 3
     (tmp_path / PARTS / "00001.parquet").unlink()
     half = SweepResult.load(tmp_path)
-    assert half.unfinished == 1 and "1 blocks of facts to come" in repr(half)
+    assert half.unfinished == 1 and "1 block of facts to come" in repr(half)
     assert half.table.fact_id.nunique() == 6
     again = swept(lens, tmp_path)
     pd.testing.assert_frame_equal(again.table, expected.table, check_exact=True)

@@ -146,6 +146,29 @@ def test_sweeps_that_contradict_each_other_are_refused(runs: Path) -> None:
         SweepResult.concat([result, SweepResult(result.table, result.skipped, mine, result.configs)])
 
 
+def curves_of(path: Path) -> dict[str, Any]:
+    return json.loads(re.findall(r'id="data">(.*?)</script>', path.read_text(), re.DOTALL)[0])
+
+
+def test_parts_of_the_facts_that_were_swept_in_fewer_windows_stay_in_their_place(tmp_path: Path) -> None:
+    lens = Lens.load(MODELS[0])
+    known = lens.known(load_facts("atlas").where(wording="near"), limit=12, progress=False)
+    marked = [
+        Facts(known[begin::2], [{"source": "mine", "half": half} for _ in known[begin::2]])
+        for begin, half in ((0, "a"), (1, "b"))
+    ]
+    every = lens.sweep(marked[0], "subject", window=6, progress=False)
+    late = lens.sweep(marked[1], "subject", window=[list(range(4, 10))], progress=False)
+    data = curves_of(SweepResult.concat([every, late]).report(tmp_path / "x.html"))
+    (series,) = data["series"]
+    assert series["starts"] == list(range(7))
+    assert series["curves"]["all facts"]["n"] == [6, 6, 6, 6, 12, 6, 6]
+    of_half = series["curves"]["half: b"]
+    assert of_half["n"] == [0, 0, 0, 0, 6, 0, 0] and "source: mine" not in series["curves"]
+    expected = late.summary()["mean"][0]
+    assert of_half["change_pct"][0] == [None] * 4 + [pytest.approx(expected, rel=1e-4)] + [None] * 2
+
+
 # --- in a browser
 
 
@@ -309,4 +332,16 @@ def test_it_opens_quickly(browser: Any, page: Path) -> None:
     tab.goto(page.as_uri())
     tab.wait_for_selector("html[data-ready]")
     assert time.perf_counter() - started < 20  # a page that hangs; usually it takes a second or two
+    tab.close()
+
+
+def test_a_sweep_of_single_tokens_alone_has_its_facts_and_heatmaps(browser: Any, runs: Path) -> None:
+    page = SweepResult.load(runs / "tokens").where(model=MODELS[0]).report(runs / "tokens.html")
+    tab, complaints = browser.new_page(), []
+    tab.on("pageerror", lambda error: complaints.append(str(error)))
+    tab.goto(page.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    assert "choose a fact below" in tab.inner_text("#curves-note")
+    tab.click("#facts-table button[data-row='0']")
+    assert len(drawn(tab, "heatmap-plot")) == 1 and tab.is_hidden("#fact-plot") and complaints == []
     tab.close()

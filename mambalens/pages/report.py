@@ -100,14 +100,15 @@ def _series(roles: SweepResult) -> Iterator[dict[str, Any]]:
         for by in subsets:
             for found_key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
                 key: tuple[Any, ...] = found_key  # type: ignore[assignment]
-                curve = curve.sort_values("window_start")
+                curve = curve.set_index("window_start").sort_index()
                 subset = f"{by[0]}: {key[0]}" if by else "all facts"
                 about = dict(zip(_SERIES, key[len(by) :], strict=True))
                 series = found.setdefault(
                     key[len(by) :], about | {"window_size": int(about["window_size"]), "curves": {},
-                                             "starts": curve.window_start.tolist()}
+                                             "starts": curve.index.tolist()}
                 )  # fmt: skip
-                of_subset = series["curves"].setdefault(subset, {"n": curve.n.tolist()})
+                curve = curve.reindex(series["starts"])  # a part of the facts may have been swept in fewer windows
+                of_subset = series["curves"].setdefault(subset, {"n": curve.n.fillna(0).astype(int).tolist()})
                 of_subset[metric] = [_rounded(curve[name]) for name in ("mean", "low", "high")]
     yield from found.values()
 
@@ -115,7 +116,7 @@ def _series(roles: SweepResult) -> Iterator[dict[str, Any]]:
 def _columns(result: SweepResult) -> list[str]:
     """Columns of the facts that have several values, and few."""
     facts = result.facts[result.facts.fact_id.isin(result.table.fact_id)]
-    others = [name for name in facts.columns if name not in ("fact_id", "prompt", "subject", "target")]
+    others = [name for name in facts.columns if name not in ("prompt", "subject", *result.table.columns)]
     return [name for name in others if 1 < facts[name].nunique() <= SUBSET_VALUES and facts[name].notna().all()]
 
 
@@ -141,7 +142,7 @@ def _details(result: SweepResult, model: str, most: int) -> dict[str, Any]:
                 "id": fact_id,
                 "pieces": pieces(fact["prompt"], fact["subject"]),
                 "target": fact["target"],
-                "columns": [str(fact[name]) for name in columns],
+                "columns": ["" if pd.isna(fact[name]) else str(fact[name]) for name in columns],
                 "base_prob": _rounded([base.base_prob[fact_id]])[0],
                 "tokens": list(prompts.tokens[fact_id]) if fact_id in prompts.index else None,
                 "subject": [int(i) for i in prompts.subject[fact_id]] if fact_id in prompts.index else [],
@@ -267,7 +268,7 @@ def _packed(values: np.ndarray) -> str:
 
 def _rounded(values: Sequence[float] | pd.Series) -> list[float | None]:
     """Numbers with the digits that a picture can show."""
-    return [None if np.isnan(value) else float(f"{value:.5g}") for value in np.asarray(values, float)]
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, float)]
 
 
 def _plain(value: Any) -> Any:

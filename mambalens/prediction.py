@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -29,7 +30,9 @@ class Prediction(NamedTuple):
         """
         log_probs = logits.log_softmax(-1)
         target = log_probs.gather(1, targets.to(logits.device)[:, None])
-        return cls(log_probs, target[:, 0].double().exp(), (log_probs > target).sum(1) + 1, log_probs.argmax(-1))
+        # Counted in the logits' own kind of number, which is exact below 2**24 and several times as fast as in bools.
+        above = torch.gt(log_probs, target, out=torch.empty_like(log_probs)).sum(1).long()
+        return cls(log_probs, target[:, 0].double().exp(), above + 1, log_probs.argmax(-1))
 
 
 def target_probability(logits: Tensor, targets: Tensor) -> Tensor:
@@ -38,6 +41,11 @@ def target_probability(logits: Tensor, targets: Tensor) -> Tensor:
     return (target.double() - logits.logsumexp(-1)).exp()
 
 
-def kl_divergence(base: Tensor, knocked_out: Tensor) -> Tensor:
-    """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative."""
-    return (base.exp() * (base - knocked_out)).sum(-1).clamp_min(0.0)
+def kl_divergence(base: Tensor, knocked_out: Tensor, probs: Tensor | None = None) -> Tensor:
+    """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative.
+
+    Args:
+        base, knocked_out: log-probabilities.
+        probs: `base.exp()`, where many are compared with one base.
+    """
+    return torch.linalg.vecdot(base.exp() if probs is None else probs, base - knocked_out).clamp_min(0.0)

@@ -316,13 +316,15 @@ class _Work:
         ]
         answers = self.engine.answers(batch, knockouts, targets)
         base = Prediction.of(next(answers)[1], batch.targets)
+        probs = base.log_probs.exp()
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for number, logits in answers:
             now = Prediction.of(logits, batch.targets)
             asked = knockouts[number]
             window = (min(asked.layers), len(asked.layers))
             labels = (lens.name, asked.source, plan.target, asked.name, asked.path, *window)
-            rows[number] = list(_rows(batch, asked.positions, labels, base, now, lens.tokenizer))
+            kl = kl_divergence(base.log_probs, now.log_probs, probs)
+            rows[number] = list(_rows(batch, asked.positions, labels, base, now, kl, lens.tokenizer))
             self.bar.update(len(batch.prompts))
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped
@@ -408,11 +410,11 @@ def _rows(
     labels: tuple[Any, ...],
     base: Prediction,
     now: Prediction,
+    kl: Tensor,
     tokenizer: Any,
 ) -> Iterator[tuple[Any, ...]]:
     """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""
     change = 100 * (now.prob - base.prob) / base.prob
-    kl = kl_divergence(base.log_probs, now.log_probs)
     broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
     for i, prompt in enumerate(batch.prompts):
         if positions[i]:

@@ -16,7 +16,7 @@ from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
 from mambalens.data import checkpoints
 from mambalens.facts import as_facts
 from mambalens.figures import flow, heatmap
-from mambalens.prediction import kl_divergence
+from mambalens.prediction import Prediction, kl_divergence
 from mambalens.result import mean_intervals
 from mambalens.sweep import COLUMNS, Plan, run
 
@@ -292,6 +292,25 @@ def test_the_bootstrap_is_scipys_group_by_group() -> None:
         ).confidence_interval
         expected = (1.0, 1.0) if np.ptp(group) == 0 else (theirs.low, theirs.high)
         assert (low, high) == pytest.approx(expected, abs=1e-12) and mean == pytest.approx(group.mean())
+
+
+def test_predictions_are_those_of_plain_sorting_and_sums() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 70_000, generator=generator) * 3
+    logits[0, 7] = logits[0].max()  # a tie at the top
+    targets = torch.tensor([7, 5, int(logits[2].argmax()), int(logits[3].argmin()), 1, 69_999])
+    found = Prediction.of(logits, targets)
+    for row, target in enumerate(targets.tolist()):
+        values = logits[row].double()
+        assert int(found.rank[row]) == 1 + int((found.log_probs[row] > found.log_probs[row, target]).sum())
+        assert float(found.prob[row]) == pytest.approx(float(values.softmax(-1)[target]), rel=1e-4)
+        assert logits[row, found.top[row]] == logits[row].max()
+    assert found.rank[[0, 2, 3]].tolist() == [1, 1, 70_000]
+    other = (logits + 0.1 * torch.randn(6, 70_000, generator=generator)).double().log_softmax(-1)
+    base = logits.double().log_softmax(-1)
+    expected = torch.nn.functional.kl_div(other, base, log_target=True, reduction="none").sum(-1)
+    for probs in (None, base.exp()):
+        torch.testing.assert_close(kl_divergence(base, other, probs), expected, rtol=1e-9, atol=0)
 
 
 def test_kl_of_known_distributions() -> None:

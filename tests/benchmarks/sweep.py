@@ -143,8 +143,9 @@ class Sweep:
         self.model(self.ids[shortest : shortest + 1, : self.last[shortest] + 1], use_cache=False)
         answers = Replay(self.hooks, self.ids, self.last, self.sources).logits([UNCUT, *self.cuts])
         base = Prediction.of(next(answers)[1], scored)
+        probs = base.log_probs.exp()
         for _, logits in answers:
-            kl_divergence(base.log_probs, Prediction.of(logits, scored).log_probs)
+            kl_divergence(base.log_probs, Prediction.of(logits, scored).log_probs, probs)
 
     def eager(self) -> None:
         """Two of the knockouts: the first and the last window."""

@@ -29,6 +29,14 @@ DIVERGING = LinearSegmentedColormap.from_list("blue-white-vermillion", [BLUE, "#
 OUT = Path(__file__).parent / "pages" / "pictures"
 
 
+def cut_line() -> Line2D:
+    """What a cut edge looks like, for legends."""
+    return Line2D(
+        [], [], color=VERMILLION, linewidth=1.6, linestyle=(0, (4, 3)), marker="x", markeredgewidth=2.2, markersize=9,
+        label="knocked out",
+    )  # fmt: skip
+
+
 def near() -> Fact:
     """A short prompt whose subject, of three tokens, stands right before the last token."""
     return next(fact for fact in load_facts("atlas") if fact.prompt == "The capital of New Zealand is")
@@ -335,17 +343,7 @@ def paths() -> Figure:
         bare(axis)
     handles = [
         Line2D([], [], color=BLUE, linewidth=1.6, label="hands information to the last token"),
-        Line2D(
-            [],
-            [],
-            color=VERMILLION,
-            linewidth=1.6,
-            linestyle=(0, (4, 3)),
-            marker="x",
-            markeredgewidth=2.2,
-            markersize=9,
-            label="knocked out",
-        ),
+        cut_line(),
         Line2D(
             [],
             [],
@@ -430,17 +428,7 @@ def relayed() -> Figure:
     axes[0].set_ylabel("Layer", fontsize=9)
     handles = [
         Line2D([], [], color=BLUE, linewidth=1.6, label="the fact's way"),
-        Line2D(
-            [],
-            [],
-            color=VERMILLION,
-            linewidth=1.6,
-            linestyle=(0, (4, 3)),
-            marker="x",
-            markeredgewidth=2.2,
-            markersize=9,
-            label="knocked out",
-        ),
+        cut_line(),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=3.4)
     return figure

@@ -15,7 +15,7 @@ import typer
 
 from mambalens import processes
 from mambalens.events import print_json, tell
-from mambalens.settings import SweepSettings
+from mambalens.settings import DETAILS, SweepSettings
 
 if TYPE_CHECKING:
     from mambalens.facts import Facts
@@ -401,7 +401,7 @@ def report(
     title: Annotated[str | None, typer.Option("--title", help="Heading; by default the models.")] = None,
     details: Annotated[
         int, typer.Option("--details", help="Facts a model whose own numbers are in the page.", min=0)
-    ] = 1000,
+    ] = DETAILS,
     where: Where = [],  # noqa: B006
 ) -> None:
     """Write a page to look at sweeps with, one file that needs no network.

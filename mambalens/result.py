@@ -31,6 +31,7 @@ from mambalens.folder import (
     writing,
 )  # fmt: skip
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.settings import DETAILS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -114,7 +115,7 @@ class SweepResult:
         unfinished = sum(result.unfinished for result in results)
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
         prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
-        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True).drop_duplicates()
+        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped).drop_duplicates(ignore_index=True)
         return cls(table, missing, facts, configs, unfinished, prompts)
 
     def where(self, **values: Any) -> SweepResult:
@@ -237,7 +238,7 @@ class SweepResult:
         part = SweepResult(part.table, part.skipped, facts, part.configs)
         return heatmap(part, list(found.tokens.iloc[0]), list(found.subject.iloc[0]), metric)
 
-    def report(self, path: str | Path, title: str | None = None, details: int | None = None) -> Path:
+    def report(self, path: str | Path, title: str | None = None, details: int = DETAILS) -> Path:
         """Write one HTML page to look at the sweep with: curves, switches, facts and their heatmaps.
 
         The page needs no network. Heatmaps of single prompts are there where the sweep has `each` among its sources.
@@ -245,7 +246,7 @@ class SweepResult:
         Args:
             path: the .html file.
             title: a heading; by default the models.
-            details: facts of each model whose own numbers go into the page (1,000); curves are means over all.
+            details: facts of each model whose own numbers go into the page; curves are means over all.
 
         Returns:
             The file.
@@ -253,9 +254,9 @@ class SweepResult:
         Raises:
             MambalensError: if it cannot be written, or sweeps that were put together contradict each other.
         """
-        from mambalens.pages.report import DETAILS, write_report
+        from mambalens.pages.report import write_report
 
-        return write_report(self, path, title, DETAILS if details is None else details)
+        return write_report(self, path, title, details)
 
     def save(self, folder: str | Path) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.folder`).
@@ -317,7 +318,7 @@ def with_unusable(skipped: pd.DataFrame, configs: Sequence[dict[str, Any]]) -> p
         for answered in config.get("answered", [])
         for fact_id, reason in answered.get("unusable", [])
     ]
-    return pd.concat([pd.DataFrame(rows, columns=list(SKIPPED)), skipped], ignore_index=True).drop_duplicates()
+    return pd.concat([pd.DataFrame(rows, columns=list(SKIPPED)), skipped]).drop_duplicates(ignore_index=True)
 
 
 def writable_folder(folder: str | Path) -> Path:

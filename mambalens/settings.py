@@ -13,6 +13,9 @@ from mambalens.hooks.errors import MambalensError, choose
 BLOCK = 256
 """Facts of a block: what a run that is killed has to compute again at most."""
 
+DETAILS = 1000
+"""Facts of a model whose own numbers go into a report; its curves are means over all."""
+
 
 def _option(text: str, default: Any = MISSING, kind: type = str, many: bool = False, least: int | None = None) -> Any:
     """A setting: its help, default and kind; `many` takes a list."""

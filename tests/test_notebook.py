@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -74,7 +73,7 @@ def test_predictions_are_a_table_that_marks_the_scored_token_alone(lens: Lens) -
     assert "✓" not in text and "A price of $5 or $6" in text
 
 
-def test_a_result_shows_the_dearest_window_of_every_source(lens: Lens, tmp_path: Path) -> None:
+def test_a_result_shows_the_dearest_window_of_every_source(lens: Lens) -> None:
     result = lens.sweep(FACTS[:1], ("subject", "each"), window=1, features=("all", "slow"), progress=False)
     html = result._repr_html_()
     best = result.roles().summary().sort_values("mean").groupby("features").head(1).set_index("features")

@@ -18,8 +18,6 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.pages.render import pieces, render
 from mambalens.result import GROUP, METRICS, SweepResult
 
-DETAILS = 1000
-"""Facts of a model whose own numbers are kept in the page; curves are always means over all."""
 SKIPS = 200
 """Skipped facts that are listed one by one."""
 SUBSET_VALUES = 12
@@ -34,7 +32,7 @@ _SYMBOLS = {
 }  # fmt: skip
 
 
-def write_report(result: SweepResult, path: str | Path, title: str | None = None, details: int = DETAILS) -> Path:
+def write_report(result: SweepResult, path: str | Path, title: str | None, details: int) -> Path:
     """Write the page; see `SweepResult.report`."""
     path = Path(path)
     page = _page(_whole(result), title or f"Where answers come from: {', '.join(result.models)}", details)

@@ -21,8 +21,8 @@ function on(series, by, shown, allModels = false) {
   return DIMENSIONS.every((name) => {
     const value = String(series[name]);
     if (name === by) return shown === null || shown.includes(value);
-    if (name === "model") return allModels || !hasBoxes("model") || series.model === undefined || checked("model").includes(value);
-    return switched(name) === undefined || series[name] === undefined || switched(name) === value;
+    if (name === "model") return allModels || !hasBoxes("model") || checked("model").includes(value);
+    return switched(name) === undefined || switched(name) === value;
   });
 }
 

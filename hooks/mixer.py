@@ -112,7 +112,8 @@ class Mixer(ABC):
     def remembering(self, base: Base) -> AbstractContextManager[list[Any]]:
         """Around the base pass; after the module's call the list has, at its end, what rows have to know of it.
 
-        The module may run other code than its own meanwhile, as long as it gives the same.
+        The module may run other code than its own meanwhile, as long as it gives the same left of what is replayed;
+        nobody reads what it gives from there on.
 
         Args:
             base: which positions are replayed, and the source sets. Prompts have no padding on the left.

@@ -43,6 +43,17 @@ class Base:
         return torch.arange(self.sources.shape[2], device=self.first.device) < self.first[:, None]
 
     @cached_property
+    def reach(self) -> int:
+        """Columns that hold every position left of the first that is replayed; at least one."""
+        return max(1, int(self.first.max()))
+
+    @cached_property
+    def tokens(self) -> tuple[Tensor, Tensor]:
+        """Prompt and column of every position left of the first that is replayed, [tokens] each."""
+        prompts, columns = self.before.nonzero(as_tuple=True)
+        return prompts, columns
+
+    @cached_property
     def own_sources(self) -> Tensor:
         """Which of the replayed positions are sources [sets, batch, length]."""
         return self.sources.gather(2, self.columns.expand(len(self.sources), -1, -1))

@@ -128,13 +128,15 @@ def selective_step(
     for index in number.unique().tolist():
         rows = (number == index).nonzero().flatten()
         start = states[index]
-        done = fused.step(dt[:, rows], rate, C[:, rows], start) if fused.compiled() else None
-        if done is not None:
-            y[:, rows] += done
-            continue
+        if fused.compiled():
+            some = _as_slice(rows)
+            done = fused.step(dt[:, some], rate, C[:, some], start)
+            if done is not None:
+                y[:, some] += done
+                continue
         width, chunk = _tiles(rate, batch, len(rows))
         for at in _slices(batch, width):
-            for some in rows.split(_even(len(rows), chunk)):
+            for some in map(_as_slice, rows.split(_even(len(rows), chunk))):
                 part = dt[at, some]
                 room = scratch.of(*part.shape[:2], *rate.shape)
                 y[at, some] += fused.step_in_torch(part, rate, C[at, some], start[at], room)
@@ -340,6 +342,14 @@ def _even(length: int, size: int) -> int:
 def _slices(length: int, size: int) -> list[slice]:
     size = _even(length, size)
     return [slice(begin, begin + size) for begin in range(0, length, size)]
+
+
+def _as_slice(numbers: Tensor) -> slice | Tensor:
+    """Ascending numbers as a slice where they are evenly spaced, which copies nothing; else as they are."""
+    first, last, count = int(numbers[0]), int(numbers[-1]), len(numbers)
+    step = (last - first) // (count - 1) if count > 1 else 1
+    even = torch.arange(first, last + 1, step, device=numbers.device)
+    return slice(first, last + 1, step) if torch.equal(even, numbers) else numbers
 
 
 _kept = threading.local()

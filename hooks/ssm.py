@@ -276,17 +276,25 @@ class SSMMixer(Mixer):
 
         def remember(hidden_states: Tensor) -> Tensor:
             here = base.to(hidden_states.device)
-            inputs, projected = self.inputs(hidden_states, None, ())
+            # Positions from the first replayed one on, and padding, are left out wherever tokens stand alone.
+            batch, time = len(here.first), here.reach
+            gate, inner, dt = self.project(hidden_states[here.tokens][None])
+            inner = _spread(inner, here.tokens, batch, time)
+            dt = None if dt is None else _spread(dt, here.tokens, batch, time)
+            projected = Projected(gate, inner, dt)
+            inputs = self.scan_inputs(self.module.act(self.convolve(inner, None)), projected)
             y, _ = self.scan(inputs, inputs.x)
             # A step size of zero neither decays nor writes: the state stays what it was before the first replayed one.
-            states = self.states(inputs._replace(dt=inputs.dt * here.before[..., None]), ~here.sources)
-            reach = int(self.module.conv_kernel_size) - 1
-            at = here.first[:, None] + torch.arange(reach, device=here.first.device)  # columns of the padded input
-            window = F.pad(projected.inner, (0, 0, reach, 0))
+            before = here.before[:, :time, None]
+            states = self.states(inputs._replace(dt=inputs.dt * before), ~here.sources[..., :time])
+            past = int(self.module.conv_kernel_size) - 1
+            at = here.first[:, None] + torch.arange(past, device=here.first.device)  # columns of the padded input
+            window = F.pad(inner, (0, 0, past, 0))
             window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
             kept.append(Memory(states, window, sys.maxsize))
-            y = torch.addcmul(y, self.skip(inputs), inputs.x)
-            return self.finish(y, projected.gate, hidden_states.dtype)
+            y = torch.addcmul(y, self.skip(inputs), inputs.x)[here.tokens][None]
+            out = self.finish(y, gate, hidden_states.dtype)
+            return _spread(out, here.tokens, *hidden_states.shape[:2])
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
@@ -423,6 +431,13 @@ def changed_positions(cuts: Sequence[Cut], kernel: int) -> Tensor:
 def _by_feature(mask: Tensor, features: Tensor | None) -> Tensor:
     """A mask [batch, T] for the given features [batch, T, features], or for all of them [batch, T, 1]."""
     return mask[..., None] if features is None else mask[..., None] & features
+
+
+def _spread(packed: Tensor, tokens: tuple[Tensor, Tensor], batch: int, time: int) -> Tensor:
+    """Values of tokens [1, tokens, ...] at their places in [batch, T, ...], zero elsewhere."""
+    spread = packed.new_zeros(batch, time, *packed.shape[2:])
+    spread[tokens] = packed[0]
+    return spread
 
 
 def _continued(history: History, hidden: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:

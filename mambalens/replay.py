@@ -1,10 +1,10 @@
 """The replay engine: a whole sweep from one base pass.
 
 A knockout whose first target is at position t, in a window that starts at layer a, changes nothing below a and nothing
-left of t. So the base runs once, layer by layer. Before layer l, a copy of the base's hidden states from t on joins for
-every knockout whose window starts there; then all joined rows go through the layer in one call and resume from what the
-base has just left there. The layers' norms, MLPs and residuals stay the model's own code; what mixers keep and how rows
-resume is the adapters' part (`Mixer.remembering`, `Mixer.resuming`).
+left of t. So the base runs once, layer by layer, and beside it a row that nothing is cut from goes on from t. Before
+layer l, a copy of that row joins for every knockout whose window starts there; then all joined rows go through the
+layer in one call and resume from what the base has just left there. The layers' norms, MLPs and residuals stay the
+model's own code; what mixers keep and how rows resume is the adapters' part (`Mixer.remembering`, `Mixer.resuming`).
 
 Memory is bounded: of the base only the running layer is kept, rows go through a layer and through the head in tiles,
 and where even their hidden states are too many, a few knockouts at a time get a base pass of their own.
@@ -123,9 +123,12 @@ class _Walk:
         number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
         sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
         self.base = Base(replay.first, replay.targets, sources)
-        # In the order in which they join, so that joined rows stand in front.
-        self.order = sorted(range(len(cuts)), key=lambda i: min(cuts[i].layers))
-        self.cuts = [cuts[i]._replace(source=number[cuts[i].source]) for i in self.order]
+        # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
+        order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: min(cuts[i].layers))
+        self.cuts = [UNCUT, *(cuts[i]._replace(source=number[cuts[i].source]) for i in order)]
+        row = {i: row for row, i in enumerate(order, 1)}
+        self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
+        """Row of each cut, in the order in which they were given."""
         self.hidden: Tensor | None = None
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
         self.memories: dict[Mixer, list[Any]] = {}
@@ -147,9 +150,7 @@ class _Walk:
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
         at = (self.replay.last - self.replay.first).to(hidden.device)
         hidden = hidden[torch.arange(len(at), device=hidden.device), :, at]
-        back = torch.empty(len(self.order), dtype=torch.long)
-        back[torch.tensor(self.order)] = torch.arange(len(self.order))
-        return hidden[:, back.to(hidden.device)]
+        return hidden[:, self.rows.to(hidden.device)]
 
     def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
         """A hook behind a layer of the base pass: the rows go through it too."""
@@ -175,14 +176,14 @@ class _Walk:
         """Rows join before a layer, and go through it."""
         joined = [cut for cut in self.cuts if min(cut.layers) <= number]
         new = sum(min(cut.layers) == number for cut in joined)
-        if new:
-            fresh = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
-            self.hidden = fresh if self.hidden is None else torch.cat([self.hidden.to(base.device), fresh], 1)
+        length = self.base.length
+        if self.hidden is None:
+            hidden = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
+        else:
+            hidden = self.hidden.to(base.device)
+            hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         memories = [self.memories[mixer].pop() for mixer in here]
-        if self.hidden is None:
-            return
-        hidden, length = self.hidden.to(base.device), self.base.length
         widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
         per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)

@@ -33,6 +33,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaCo
 from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
+from mambalens.memory import budget
 from mambalens.prediction import Prediction, kl_divergence
 from mambalens.replay import UNCUT, Cutting, Replay
 
@@ -141,7 +142,8 @@ class Sweep:
         """The whole sweep."""
         scored, shortest = torch.zeros(len(self.ids), dtype=torch.long), int(self.last.argmin())
         self.model(self.ids[shortest : shortest + 1, : self.last[shortest] + 1], use_cache=False)
-        answers = Replay(self.hooks, self.ids, self.last, self.sources).logits([UNCUT, *self.cuts])
+        memory = budget(None, self.ids.device)
+        answers = Replay(self.hooks, self.ids, self.last, self.sources, memory=memory).logits([UNCUT, *self.cuts])
         base = Prediction.of(next(answers)[1], scored)
         probs = base.log_probs.exp()
         for _, logits in answers:

@@ -367,7 +367,8 @@ class Lens:
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
         """
-        from mambalens.sweep import Plan, run
+        from mambalens.plan import Plan
+        from mambalens.sweep import run
 
         plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
         return run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)

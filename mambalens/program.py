@@ -16,9 +16,10 @@ from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
 from mambalens.lens import Lens
+from mambalens.plan import Plan
 from mambalens.result import SweepResult
 from mambalens.settings import SweepSettings
-from mambalens.sweep import Plan, run
+from mambalens.sweep import run
 
 MEASURED = 32
 """Facts of the block that a dry run measures."""

@@ -55,7 +55,7 @@ class SweepResult:
     """A finished sweep, or several put together.
 
     Attributes:
-        table: one row per fact, source, features, path and window; columns in `sweep.COLUMNS`.
+        table: one row per fact, source, features, path and window; columns in `work.COLUMNS`.
         skipped: fact_id, source ('' where the whole fact was left out) and reason.
         facts: the facts that were asked for, with all their columns.
         configs: what was run, one dict a model.

@@ -1,134 +1,26 @@
-"""The sweep: one knockout for every source, window, group of features and path, over many facts."""
+"""The sweep: one knockout for every source, window, group of features and path, over many facts, block by block."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import product
-from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any
-
-import torch
-from torch import Tensor
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mambalens import processes
-from mambalens.engine import Asked, Engine
 from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Knockout, Path
-from mambalens.memory import budget, exhausted
-from mambalens.prediction import Prediction, kl_divergence
-from mambalens.prompts import Batch, Prompt, Skip, none_usable, read_facts
-from mambalens.roles import check_role
+from mambalens.plan import Plan
 from mambalens.settings import BLOCK
+from mambalens.work import Work
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from mambalens.folder import RunFolder
-    from mambalens.hooks import HookManager
     from mambalens.lens import Lens
     from mambalens.result import SweepResult
 
-COLUMNS = (
-    "fact_id", "model", "source", "target", "features", "path", "window_start", "window_size",
-    "base_prob", "prob", "change_pct", "base_rank", "rank", "hit", "top_token", "kl",
-)  # fmt: skip
-"""Columns of a sweep's table. Probabilities and ranks (1 is the top) are those of the target's first token,
-`change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
-on top, `kl` KL(base || knocked out) in nats. Where the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
-
-
 POLL = 0.5
 """Seconds between looks at blocks that another process is at."""
-DEFINING = (
-    "model",
-    "n_layers",
-    "facts",
-    "n_facts",
-    "sources",
-    "target",
-    "window",
-    "features",
-    "paths",
-    "mixers",
-    "dtype",
-)
-"""Keys of a run's configuration that define it."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a sweep computes."""
-
-    sources: tuple[str, ...] = ("subject", "relation", "last", "first")
-    target: str = "last"
-    window: int | Sequence[Sequence[int]] = 9
-    features: tuple[Features, ...] = ("all",)
-    paths: tuple[Path, ...] = ("main",)
-    mixers: str | None = None
-    """Only mixers of this kind; windows count the model's layers all the same."""
-    names: tuple[str, ...] = field(init=False)
-    """What the table calls the groups of features."""
-
-    def __post_init__(self) -> None:
-        for role in (*self.sources, self.target):
-            check_role(role)
-        if self.target == "each":
-            raise MambalensError("target='each': 'each' is for sources; give a role such as 'last'.")
-        for what, values in (("sources", self.sources), ("features", self.features), ("paths", self.paths)):
-            if not values:
-                raise MambalensError(f"{what} is empty: name at least one.")
-        names = [_name(features, i) for i, features in enumerate(self.features)]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise MambalensError(f"features has {twice!r} twice; the table could not tell them apart.")
-        object.__setattr__(self, "names", tuple(names))
-
-    def windows(self, n_layers: int) -> list[list[int]]:
-        """The layers of every window."""
-        if isinstance(self.window, int):
-            if not 1 <= self.window <= n_layers:
-                raise MambalensError(
-                    f"window={self.window}, but the model has {n_layers} layers: give 1 to {n_layers}."
-                )
-            return [list(range(start, start + self.window)) for start in range(n_layers - self.window + 1)]
-        windows = [[int(layer) for layer in layers] for layers in self.window]
-        keys = [(min(layers, default=-1), len(layers)) for layers in windows]
-        if not windows or not all(windows):
-            raise MambalensError("window is a list with an empty window in it, or none at all.")
-        if len(set(keys)) < len(keys):
-            raise MambalensError(
-                "Two windows have the same first layer and the same size; the table could not tell them apart."
-            )
-        return windows
-
-    def check(self, hooks: HookManager) -> list[list[int]]:
-        """The windows, after everything that a model can refuse has been tried on it, before any long work.
-
-        Raises:
-            MambalensError: for a window, group of features or path that the model does not have.
-        """
-        windows = self.windows(hooks.n_layers)
-        for features in self.features:
-            for path in self.paths:
-                for layers in windows:
-                    with hooks.apply(Knockout([0], [0], layers, features, path, self.mixers)):
-                        pass
-        return windows
-
-
-def _name(features: Features, number: int) -> str:
-    """What the table calls a group of features."""
-    if isinstance(features, str | int):
-        return features if isinstance(features, str) else f"feature {features}"
-    return str(getattr(features, "name", f"selection {number}"))
 
 
 def run(
@@ -139,7 +31,7 @@ def run(
     progress: bool = True,
     memory: int | str | None = None,
     replay: bool = True,
-    out: str | FilePath | None = None,
+    out: str | Path | None = None,
     block_size: int = BLOCK,
 ) -> SweepResult:
     """Run a plan, block of facts by block of facts.
@@ -167,7 +59,7 @@ def run(
     blocks = [facts[begin : begin + block_size] for begin in range(0, len(facts), block_size)]
     bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
-        work = _Work(lens, facts, plan, batch_size, memory, replay, bar)
+        work = Work(lens, facts, plan, batch_size, memory, replay, bar)
         if out is None:
             found = [work.block(block) for block in blocks]
             tables, skipped = [table for table, _ in found], [skip for _, skip in found]
@@ -178,7 +70,7 @@ def run(
     return SweepResult.load(out)
 
 
-def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int) -> None:
+def _fill(out: str | Path, work: Work, blocks: list[Facts], block_size: int) -> None:
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
     from mambalens.folder import Interrupts, RunFolder
 
@@ -209,7 +101,7 @@ def _fill(out: str | FilePath, work: _Work, blocks: list[Facts], block_size: int
             left = waiting
 
 
-def _compute(folder: RunFolder, work: _Work, number: int, blocks: list[Facts]) -> None:
+def _compute(folder: RunFolder, work: Work, number: int, blocks: list[Facts]) -> None:
     """Compute a block and keep it."""
     started = time.perf_counter()
     table, skipped = work.block(blocks[number])
@@ -218,227 +110,7 @@ def _compute(folder: RunFolder, work: _Work, number: int, blocks: list[Facts]) -
     tell("block", **about, rows=len(table), seconds=round(time.perf_counter() - started, 3))
 
 
-class _Work:
-    """Everything a sweep needs to compute a block, looked up and checked once."""
-
-    def __init__(
-        self,
-        lens: Lens,
-        facts: Facts,
-        plan: Plan,
-        batch_size: int | None,
-        memory: int | str | None,
-        replay: bool,
-        bar: Any,
-    ) -> None:
-        self.lens, self.facts, self.plan, self.batch_size, self.bar = lens, facts, plan, batch_size, bar
-        self.halved = False
-        self.windows = plan.check(lens.hooks)
-        self.engine = Engine(lens, budget(memory, lens.device), replay)
-        prompts, self.unusable = read_facts(facts, lens.tokenizer)
-        prompts, empty_target = _split(prompts, plan.target)
-        self.unusable += empty_target
-        if not prompts:
-            raise none_usable(facts, self.unusable)
-        self.prompts = {prompt.fact.id: prompt for prompt in prompts}
-        groups = list(zip(plan.features, plan.names, strict=True))
-        self.combinations = list(product(self.windows, groups, plan.paths))
-        roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
-        self.per_prompt = roles * len(self.combinations)
-        bar.reset(total=len(prompts) * self.per_prompt)
-
-    def pass_over(self, facts: Facts) -> None:
-        """A block is finished without this process's doing."""
-        self.bar.update(sum(fact.id in self.prompts for fact in facts) * self.per_prompt)
-
-    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The table's rows for some facts, and what is left out of them."""
-        import pandas as pd
-
-        order = {fact.id: i for i, fact in enumerate(facts)}
-        prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
-        skipped = [skip for skip in self.unusable if skip.fact_id in order]
-        rows: list[tuple[Any, ...]] = []
-        most = functools.partial(self.engine.prompts_at_once, self.plan.sources)
-        for batch in self.lens.batches(prompts, self.batch_size, most):
-            found, empty = self._halving(batch)
-            rows += found
-            skipped += empty
-        table = pd.DataFrame(rows, columns=list(COLUMNS))
-        missing = pd.DataFrame(skipped, columns=list(Skip._fields))
-
-        def sort(frame: pd.DataFrame) -> pd.DataFrame:
-            """Batches are made by length; tables are in the order of the facts."""
-            by_order = frame.fact_id.map(order)
-            return frame.iloc[by_order.argsort(kind="stable")].reset_index(drop=True)
-
-        return sort(table), sort(missing)
-
-    def _halving(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
-        """A batch; where it does not fit the memory after all, its halves."""
-        before = self.bar.n
-        try:
-            return self._batch(batch)
-        except (MemoryError, RuntimeError) as error:
-            if not exhausted(error) or len(batch.prompts) == 1:
-                raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not self.halved:
-            size = len(batch.prompts)
-            warnings.warn(
-                f"A batch of {size} prompts does not fit the memory: going on with smaller ones.", stacklevel=2
-            )
-        self.halved = True
-        tell("memory full", model=self.lens.name, prompts=len(batch.prompts))
-        self.bar.update(before - self.bar.n)
-        half = (len(batch.prompts) + 1) // 2
-        self.batch_size = half
-        parts = [batch.part(range(half)), batch.part(range(half, len(batch.prompts)))]
-        found = [self._halving(part.trimmed()) for part in parts]
-        return [row for rows, _ in found for row in rows], [skip for _, skips in found for skip in skips]
-
-    def _batch(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
-        plan, lens = self.plan, self.lens
-        targets = [prompt.positions(plan.target) for prompt in batch.prompts]
-        sources = list(_sources(plan, batch, targets))
-        skipped = [
-            Skip(str(prompt.fact.id), role, f"the role {role!r} is empty")
-            for role, positions in sources
-            for prompt, found in zip(batch.prompts, positions, strict=True)
-            if not found and not role.startswith("each:")
-        ]
-        knockouts = [
-            Asked(layers, features, name, path, source, positions, plan.mixers)
-            for layers, (features, name), path in self.combinations
-            for source, positions in sources
-            if any(positions)
-        ]
-        answers = self.engine.answers(batch, knockouts, targets)
-        base = Prediction.of(next(answers)[1], batch.targets)
-        probs = base.log_probs.exp()
-        rows: dict[int, list[tuple[Any, ...]]] = {}
-        for number, logits in answers:
-            now = Prediction.of(logits, batch.targets)
-            asked = knockouts[number]
-            window = (min(asked.layers), len(asked.layers))
-            labels = (lens.name, asked.source, plan.target, asked.name, asked.path, *window)
-            kl = kl_divergence(base.log_probs, now.log_probs, probs)
-            rows[number] = list(_rows(batch, asked.positions, labels, base, now, kl, lens.tokenizer))
-            self.bar.update(len(batch.prompts))
-        self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
-        return [row for number in sorted(rows) for row in rows[number]], skipped
-
-    @property
-    def tokens(self) -> pd.DataFrame:
-        """The prompts as the model reads them, with the columns of `folder.PROMPT`."""
-        import pandas as pd
-
-        from mambalens.folder import PROMPT
-
-        rows = [
-            (self.lens.name, fact_id, prompt.tokens, prompt.positions("subject"))
-            for fact_id, prompt in self.prompts.items()
-        ]
-        return pd.DataFrame(rows, columns=list(PROMPT))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What was run, to label tables and figures with."""
-        plan = self.plan
-        return {
-            "model": self.lens.name,
-            "n_layers": self.lens.n_layers,
-            "kinds": self.lens.hooks.kinds,
-            "facts": self.facts.name,
-            "n_facts": len(self.facts),
-            "answered": [answered._asdict() for answered in self.facts.answered],
-            "sources": list(plan.sources),
-            "target": plan.target,
-            "window": plan.window if isinstance(plan.window, int) else self.windows,
-            "features": list(plan.names),
-            "paths": list(plan.paths),
-            "mixers": plan.mixers,
-            "dtype": str(self.lens.model.dtype).removeprefix("torch."),
-        }
-
-    @property
-    def definition(self) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
-        config, model = self.config, self.lens.model
-        masks = [
-            None if isinstance(features, str) else [
-                [mixer.layer, mixer.kind, None if mask is None else mask.nonzero().flatten().tolist()]
-                for layers in self.windows
-                for mixer, mask in self.lens.hooks.feature_masks(features, layers, self.plan.mixers).items()
-            ]
-            for features in self.plan.features
-        ]  # fmt: skip
-        weights = [
-            (name, list(value.shape), str(value.dtype), _first_numbers(value))
-            for name, value in model.state_dict().items()
-        ]
-        asked = [(f.id, f.prompt, f.subject, f.target) for f in self.facts]
-        return {key: config[key] for key in DEFINING} | {
-            "windows": _digest(self.windows),
-            "feature masks": _digest(masks),
-            "model config": _digest(model.config.to_json_string()),
-            "weights": _digest(sorted(weights)),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "facts digest": _digest(asked),
-        }
-
-
-def _first_numbers(value: Tensor) -> list[float]:
-    """A few of a weight's numbers: another checkpoint of the same shape has others. None where they lie on disk."""
-    return [] if value.device.type == "meta" else value.flatten()[:8].double().tolist()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return {name: version(name) for name in ("mambalens", "torch", "transformers")}
-
-
-def _rows(
-    batch: Batch,
-    positions: list[list[int]],
-    labels: tuple[Any, ...],
-    base: Prediction,
-    now: Prediction,
-    kl: Tensor,
-    tokenizer: Any,
-) -> Iterator[tuple[Any, ...]]:
-    """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""
-    change = 100 * (now.prob - base.prob) / base.prob
-    broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
-    for i, prompt in enumerate(batch.prompts):
-        if positions[i]:
-            top, bad = int(now.top[i]), bool(broken[i])
-            base_rank = 0 if bool(base.prob[i].isnan()) else int(base.rank[i])
-            yield (
-                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(change[i]), base_rank,
-                0 if bad else int(now.rank[i]), not bad and top == prompt.target_id,
-                "" if bad else tokenizer.decode([top]), float(kl[i]),
-            )  # fmt: skip
-
-
-def _split(prompts: list[Prompt], target: str) -> tuple[list[Prompt], list[Skip]]:
-    """Prompts that have the target role, and those that do not."""
-    usable = [prompt for prompt in prompts if prompt.positions(target)]
-    empty = [prompt for prompt in prompts if not prompt.positions(target)]
-    return usable, [Skip(str(prompt.fact.id), "", f"the target role {target!r} is empty") for prompt in empty]
-
-
-def _sources(plan: Plan, batch: Batch, targets: list[list[int]]) -> Iterator[tuple[str, list[list[int]]]]:
-    """Name and positions for every row, of every source; 'each' becomes one source for every position."""
-    for role in plan.sources:
-        if role != "each":
-            yield role, [p.positions(role, t) for p, t in zip(batch.prompts, targets, strict=True)]
-            continue
-        for position in range(batch.ids.shape[1]):
-            yield f"each:{position}", [[position] if position < len(p.ids) else [] for p in batch.prompts]

@@ -236,17 +236,17 @@ def test_accelerate_starts_processes_that_share_the_work(lens: Lens, tmp_path: P
 def test_a_batch_that_does_not_fit_is_halved_and_said(
     lens: Lens, expected: SweepResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mambalens.sweep import _Work
+    from mambalens.work import Work
 
-    whole, sizes = _Work._batch, []
+    whole, sizes = Work._batch, []
 
-    def tight(self: _Work, batch: Any) -> Any:
+    def tight(self: Work, batch: Any) -> Any:
         sizes.append(len(batch.prompts))
         if len(batch.prompts) > 1:
             raise torch.OutOfMemoryError("too much")
         return whole(self, batch)
 
-    monkeypatch.setattr(_Work, "_batch", tight)
+    monkeypatch.setattr(Work, "_batch", tight)
     with pytest.warns(UserWarning, match="A batch of 3 prompts does not fit the memory") as seen:
         table = swept(lens, None).table
     assert max(sizes[4:]) <= 2 and len(seen) == 1
@@ -263,7 +263,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
 
     from mambalens.replay import Replay
 
-    monkeypatch.setattr(_Work, "_batch", whole)
+    monkeypatch.setattr(Work, "_batch", whole)
     logits = Replay.logits
     monkeypatch.setattr(Replay, "logits", first_full)
     with pytest.warns(UserWarning, match="going on with smaller ones") as seen:  # and replay is not given up
@@ -271,10 +271,10 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
     assert len(seen) == 1 and (table.prob - expected.table.prob).abs().max() < 1e-5
     monkeypatch.undo()
 
-    def hopeless(self: _Work, batch: Any) -> Any:
+    def hopeless(self: Work, batch: Any) -> Any:
         raise torch.OutOfMemoryError("far too much")
 
-    monkeypatch.setattr(_Work, "_batch", hopeless)
+    monkeypatch.setattr(Work, "_batch", hopeless)
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
         swept(lens, None)
 
@@ -282,16 +282,16 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
 def test_ctrl_c_waits_for_the_block_and_twice_it_does_not(
     lens: Lens, expected: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from mambalens.sweep import _Work
+    from mambalens.work import Work
 
-    whole, presses, before = _Work.block, [0, 1], signal.getsignal(signal.SIGINT)
+    whole, presses, before = Work.block, [0, 1], signal.getsignal(signal.SIGINT)
 
-    def pressed(self: _Work, facts: Any) -> Any:
+    def pressed(self: Work, facts: Any) -> Any:
         for _ in range(presses.pop(0) if presses else 0):
             signal.raise_signal(signal.SIGINT)
         return whole(self, facts)
 
-    monkeypatch.setattr(_Work, "block", pressed)
+    monkeypatch.setattr(Work, "block", pressed)
     with pytest.raises(KeyboardInterrupt):
         swept(lens, tmp_path)
     assert "Finishing the current block" in capsys.readouterr().err

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from mambalens import Fact, Lens, MambalensError, Selection
 from mambalens.data import checkpoints
 from mambalens.facts import as_facts
-from mambalens.sweep import Plan, run
+from mambalens.plan import Plan
+from mambalens.sweep import run
 
 TOKENIZER = AutoTokenizer.from_pretrained(next(iter(checkpoints().values())))
 FACTS = [

@@ -16,9 +16,11 @@ from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
 from mambalens.data import checkpoints
 from mambalens.facts import as_facts
 from mambalens.figures import flow, heatmap
+from mambalens.plan import Plan
 from mambalens.prediction import Prediction, kl_divergence
 from mambalens.result import mean_intervals
-from mambalens.sweep import COLUMNS, Plan, run
+from mambalens.sweep import run
+from mambalens.work import COLUMNS
 
 FOLDER = next(iter(checkpoints().values()))
 FACTS = [

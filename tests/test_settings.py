@@ -155,11 +155,11 @@ def test_common_facts_have_subjects_that_are_short_for_every_model_and_a_limit_c
 
 
 def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mambalens.sweep import _Work
+    from mambalens.work import Work
 
-    whole, done = _Work.block, []
+    whole, done = Work.block, []
 
-    def interrupted(self: _Work, facts: object) -> object:
+    def interrupted(self: Work, facts: object) -> object:
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(1)
@@ -167,7 +167,7 @@ def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypat
 
     options = ["sweep", "atlas-gpt-neox", "--where", "wording=near", "--limit", "6", "--window", "6", "--block-size", "2",
                "--out", str(tmp_path)]  # fmt: skip
-    monkeypatch.setattr(_Work, "block", interrupted)
+    monkeypatch.setattr(Work, "block", interrupted)
     result = CliRunner().invoke(app, options)
     assert "the same command goes on from there" in result.output
     assert SweepResult.load(tmp_path).unfinished == 1

@@ -16,6 +16,7 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Knockout, Path
 from mambalens.memory import budget
 from mambalens.prediction import target_probability
+from mambalens.progress import tqdm
 from mambalens.prompts import Skip, none_usable, read_facts
 from mambalens.result import LEVEL, RESAMPLES
 from mambalens.roles import check_role
@@ -121,7 +122,6 @@ def causal_features(
 ) -> CausalFeatures:
     """See `Lens.causal_features`."""
     import pandas as pd
-    from tqdm.auto import tqdm
 
     check_role(source), check_role(target)
     if source == "each" or target == "each":

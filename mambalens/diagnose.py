@@ -13,6 +13,7 @@ from mambalens import operators
 from mambalens.facts import Facts
 from mambalens.features import thirds
 from mambalens.hooks import Mixer, TokenMixing
+from mambalens.progress import tqdm
 from mambalens.prompts import Prompt, none_usable, read_facts
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ _OF_PROMPTS: dict[str, Callable[[Tensor], Tensor]] = {
 def diagnose(lens: Lens, facts: Facts, batch_size: int | None, progress: bool, seed: int) -> pd.DataFrame:
     """See `Lens.diagnose`."""
     import pandas as pd
-    from tqdm.auto import tqdm
 
     prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
     if not prompts:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mambalens.facts import Facts
 from mambalens.hooks import HookManager, Mixer, TokenMixing, group_mask
+from mambalens.progress import tqdm
 from mambalens.prompts import Batch, none_usable, read_facts
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ def feature_table(
 ) -> pd.DataFrame:
     """See `Lens.features`."""
     import pandas as pd
-    from tqdm.auto import tqdm
 
     measures = [_Measure(mixer) for mixer in lens.hooks.mixers]
     if facts is not None:

@@ -18,6 +18,7 @@ from mambalens.hooks.knockout import Features
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.loading import load_model
 from mambalens.prediction import Prediction
+from mambalens.progress import tqdm
 from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts, whole_target
 from mambalens.roles import check_role
 from mambalens.settings import BLOCK
@@ -198,7 +199,6 @@ class Lens:
             `whole_target` also target_tokens and target_log_prob, the sum of their log-probabilities in nats.
         """
         import pandas as pd
-        from tqdm.auto import tqdm
 
         facts = as_facts(facts)
         prompts, skipped = read_facts(facts, self.tokenizer)

@@ -11,6 +11,7 @@ from mambalens.events import tell
 from mambalens.facts import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.plan import Plan
+from mambalens.progress import tqdm
 from mambalens.settings import BLOCK
 from mambalens.work import Work
 
@@ -50,7 +51,6 @@ def run(
         block_size: facts a block.
     """
     import pandas as pd
-    from tqdm.auto import tqdm
 
     from mambalens.result import SweepResult, with_unusable
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import textwrap
@@ -23,6 +24,7 @@ BLOCK = re.compile(r"^ *```python\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 README = (ROOT / "README.md").read_text()
 BLOCKS = BLOCK.findall(README)
 PAGES = sorted(path for path in (ROOT / "docs" / "pages").rglob("*.md") if BLOCK.search(path.read_text()))
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SHOWN = r"facts\[0\]\s+# (.*?) \.\.\."
 MODULES = [
     name
@@ -52,6 +54,14 @@ def test_the_python_blocks_of_a_page_run_one_after_the_other(
 
 def test_there_are_pages_with_code() -> None:
     assert len(PAGES) > 5
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.name)
+def test_a_notebook_is_kept_with_its_outputs_and_without_warnings(notebook: Path) -> None:
+    code = [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert outputs and not [output for output in outputs if output.get("name") == "stderr"]
 
 
 def test_the_readme_shows_a_fact() -> None:

@@ -16,6 +16,7 @@ from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
 from mambalens.data import checkpoints
 from mambalens.facts import as_facts
 from mambalens.figures import flow, heatmap
+from mambalens.figures.curves import APART
 from mambalens.plan import Plan
 from mambalens.prediction import Prediction, kl_divergence
 from mambalens.result import mean_intervals
@@ -329,9 +330,12 @@ def test_figures_say_what_they_show(lens: Lens) -> None:
     assert "capital" in figure.axes[0].get_title()
     assert "2 facts" in figure.axes[0].get_title()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["subject", "last"]
-    line = figure.axes[0].get_lines()[1]
+    line, other = figure.axes[0].get_lines()[1:]
     shown = result.summary(by=("relation",)).query("relation == 'capital' and source == 'subject'")
     assert line.get_ydata() == pytest.approx(shown["mean"].to_numpy())
+    depths = 100 * shown.window_start.to_numpy() / lens.n_layers
+    assert (line.get_xdata() + other.get_xdata()) / 2 == pytest.approx(depths)  # set apart, so that none hides another
+    assert other.get_xdata() - line.get_xdata() == pytest.approx(APART * 100 / lens.n_layers)
     drawn = lens.heatmap(FACTS[0], window=3)
     tokens = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
     assert "".join(tokens).replace("·", " ") == FACTS[0].prompt

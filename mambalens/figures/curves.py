@@ -20,6 +20,8 @@ _AXES = {
     "layer": "First layer of the window",
     "depth": "Depth of the window's first layer (%)",
 }
+APART = 0.05
+"""How far lines are set apart, of the distance between windows: those with the same numbers would hide each other."""
 
 
 def flow(
@@ -32,6 +34,8 @@ def flow(
     title: str | None = None,
 ) -> Figure:
     """Information-flow curves: one line per source, or per group of features where panels have one source each.
+
+    Lines of a panel are set apart a little to the sides (`APART`), so that one with the same numbers hides no other.
 
     Args:
         result: a sweep; single tokens as sources (each) are left to `heatmap`.
@@ -80,7 +84,8 @@ def flow(
             words = [_label(name, value, result) for name, value, every in values if len(every) > 1]
             title_words = ", ".join(dict.fromkeys(words)) or _label("path", summary.path[0], result)
             axis.set_title(title_words + counted, fontsize=9)
-    figure.supxlabel(_AXES[x], fontsize=10)
+    apart = " (lines set slightly apart)" if len(order) > 1 else ""
+    figure.supxlabel(_AXES[x] + apart, fontsize=10)
     figure.supylabel(METRICS[metric], fontsize=10)
     sizes = sorted(summary.window_size.unique())
     window = (
@@ -128,14 +133,17 @@ def _what(summary: pd.DataFrame, hue: str) -> str:
 def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: dict[str, Any], baseline: bool) -> None:
     if baseline:
         axis.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+    windows = panel.x.drop_duplicates().sort_values()
+    apart = (windows.diff().min() if len(windows) > 1 else 1.0) * min(APART, 0.8 / len(order))
     for name, line in panel.groupby(hue, sort=False):
         line, index = line.sort_values("x"), order.index(str(name))
         colour, marker = style(str(name), index)
+        at = line.x + apart * (index - (len(order) - 1) / 2)
         drawn = axis.plot(
-            line.x, line["mean"], color=colour, marker=marker, markersize=4.5, linewidth=1.6, markeredgecolor="white",
+            at, line["mean"], color=colour, marker=marker, markersize=4.5, linewidth=1.6, markeredgecolor="white",
             markeredgewidth=0.5, zorder=20 - index,  # the first source named lies on top where lines meet
         )  # fmt: skip
-        axis.fill_between(line.x, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
+        axis.fill_between(at, line.low, line.high, color=colour, alpha=0.18, linewidth=0)
         handles.setdefault(str(name), drawn[0])
     axis.grid(axis="y", color="#E5E5E5", linewidth=0.6)
     axis.spines[["top", "right"]].set_visible(False)

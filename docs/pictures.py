@@ -66,6 +66,19 @@ def open_frame(axis: Any) -> None:
     axis.tick_params(labelsize=8)
 
 
+def cell(
+    axis: Any, column: int, row: int, size: tuple[float, float], colour: str = "", hatch: str | None = None
+) -> None:
+    """A field of a grid: outlined in grey where it has a colour, pale where not."""
+    width, height = size
+    axis.add_patch(
+        Rectangle(
+            (column - width / 2, row - height / 2), width, height, facecolor=colour or "white",
+            edgecolor=GREY if colour else PALE, hatch=hatch, linewidth=0.8,
+        )
+    )  # fmt: skip
+
+
 def roles() -> Figure:
     """Which positions each role names, in two prompts."""
     lens = Lens.load("atlas-mamba1")
@@ -90,16 +103,7 @@ def roles() -> Figure:
             found = prompt.positions(name, target)
             for column in range(len(prompt.ids)):
                 inside = column in found
-                axis.add_patch(
-                    Rectangle(
-                        (column - 0.46, row - 0.42),
-                        0.92,
-                        0.84,
-                        facecolor=SKY if inside else "white",
-                        edgecolor=GREY if inside else PALE,
-                        linewidth=0.8,
-                    )
-                )
+                cell(axis, column, row, (0.92, 0.84), SKY if inside else "")
                 if inside:
                     axis.plot(column, row, "o", color=BLACK, markersize=4)
         axis.set_xlim(-0.6, len(prompt.ids) - 0.4)
@@ -258,17 +262,7 @@ def windows() -> Figure:
     for start in summary.window_start:
         for layer in range(lens.n_layers):
             inside = start <= layer < start + size
-            above.add_patch(
-                Rectangle(
-                    (start - 0.42, layer - 0.42),
-                    0.84,
-                    0.84,
-                    facecolor=SKY if inside else "white",
-                    edgecolor=GREY if inside else PALE,
-                    linewidth=0.8,
-                    hatch="///" if inside else None,
-                )
-            )
+            cell(above, start, layer, (0.84, 0.84), *((SKY, "///") if inside else ()))
     above.set_ylim(-0.6, lens.n_layers - 0.4)
     above.set_yticks(range(lens.n_layers))
     above.set_ylabel("Layer", fontsize=9)
@@ -441,18 +435,8 @@ def exchange() -> Figure:
     for t in range(time):
         for s in range(time):
             kind = "future" if s > t else "enrichment" if s == t else "exchange"
-            colour, hatch = {"future": ("white", None), "enrichment": (ORANGE, "xx"), "exchange": (SKY, None)}[kind]
-            left.add_patch(
-                Rectangle(
-                    (s - 0.47, t - 0.47),
-                    0.94,
-                    0.94,
-                    facecolor=colour,
-                    edgecolor=PALE if s > t else GREY,
-                    hatch=hatch,
-                    linewidth=0.8,
-                )
-            )
+            colour, hatch = {"future": ("", None), "enrichment": (ORANGE, "xx"), "exchange": (SKY, None)}[kind]
+            cell(left, s, t, (0.94, 0.94), colour, hatch)
     left.set_xlim(-0.6, time - 0.4)
     left.set_ylim(time - 0.4, -0.6)
     left.set_aspect("equal")

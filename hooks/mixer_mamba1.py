@@ -31,7 +31,7 @@ class Mamba1Mixer(SSMMixer):
     def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
         return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
 
-    def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
+    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
         mixer = self.module
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         dt, B, C = mixer.x_proj(convolved).split(sizes, -1)

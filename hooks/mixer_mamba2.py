@@ -48,15 +48,15 @@ class Mamba2Mixer(SSMMixer):
         past = None if past is None else past[..., channels]
         return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
 
-    def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
+    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
         mixer = self.module
         batch, time, _ = convolved.shape
         x, B, C = convolved.tensor_split(
             [mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1
         )
         precise = torch.promote_types(convolved.dtype, torch.float32)
-        assert projected.dt is not None
-        dt = F.softplus(projected.dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
+        assert dt is not None
+        dt = F.softplus(dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
         B, C = (t.reshape(batch, time, -1, mixer.ssm_state_size).to(precise) for t in (B, C))  # [B, T, groups, N]
         x = x.reshape(batch, time, mixer.num_heads, mixer.head_dim).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)

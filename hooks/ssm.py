@@ -95,7 +95,7 @@ class SSMMixer(Mixer):
 
     @abstractmethod
     def project(self, hidden: Tensor) -> Projected:
-        """The input projection of `hidden` [batch, T, width]."""
+        """The input projection of `hidden` [batch, T, width], which takes every position alone."""
 
     @abstractmethod
     def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
@@ -108,8 +108,13 @@ class SSMMixer(Mixer):
         """
 
     @abstractmethod
-    def scan_inputs(self, convolved: Tensor, projected: Projected) -> ScanInputs:
-        """Split what the convolution gave into the inputs of the scan."""
+    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
+        """Split what the convolution gave, after the activation [batch, T, channels], into the inputs of the scan.
+
+        Args:
+            convolved: that.
+            dt: raw step sizes of the same positions, as `project` gives them.
+        """
 
     @abstractmethod
     def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -143,7 +148,10 @@ class SSMMixer(Mixer):
 
     @abstractmethod
     def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gate, norm and output projection of the scan's output with its skip [batch, T, features, width]."""
+        """Gate, norm and output projection of the scan's output with its skip [batch, T, features, width].
+
+        Takes every position alone.
+        """
 
     @property
     def n_features(self) -> int:
@@ -159,7 +167,7 @@ class SSMMixer(Mixer):
         kernel = int(self.module.conv_kernel_size)
         keep = kept_taps([cut for cut in cuts if cut.conv], kernel)
         convolved = self.module.act(self.convolve(projected.inner, keep))
-        return self.scan_inputs(_without_padding(convolved, padding), projected), projected
+        return self.scan_inputs(_without_padding(convolved, padding), projected.dt), projected
 
     def knocked_out(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[Tensor, Tensor | None]:
         """The mixer's output under the cuts, right at every position where `changed` holds.
@@ -281,8 +289,7 @@ class SSMMixer(Mixer):
             gate, inner, dt = self.project(hidden_states[here.tokens][None])
             inner = _spread(inner, here.tokens, batch, time)
             dt = None if dt is None else _spread(dt, here.tokens, batch, time)
-            projected = Projected(gate, inner, dt)
-            inputs = self.scan_inputs(self.module.act(self.convolve(inner, None)), projected)
+            inputs = self.scan_inputs(self.module.act(self.convolve(inner, None)), dt)
             y, _ = self.scan(inputs, inputs.x)
             # A step size of zero neither decays nor writes: the state stays what it was before the first replayed one.
             before = here.before[:, :time, None]
@@ -329,7 +336,7 @@ class SSMMixer(Mixer):
         inner = projected.inner.unflatten(1, (len(rows), base.length))  # [B, R, L, channels]
         keep = self._kept_taps_of_rows(base, rows) if rows.conv.any() else None
         convolved = self.module.act(self.convolve(inner, keep, memory.window[:, None])).flatten(1, 2)
-        inputs = self.scan_inputs(convolved, projected)
+        inputs = self.scan_inputs(convolved, projected.dt)
         x = inputs.x.unflatten(1, (len(rows), base.length))  # [B, R, L, F, P]
         dt, B, C = (t.unflatten(1, (len(rows), base.length)) for t in (inputs.dt, inputs.B, inputs.C))
         rowwise = ScanInputs(x, dt, inputs.A, B, C)

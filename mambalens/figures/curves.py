@@ -21,7 +21,7 @@ _AXES = {
     "depth": "Depth of the window's first layer (%)",
 }
 APART = 0.05
-"""How far lines are set apart, of the distance between windows: those with the same numbers would hide each other."""
+"""How far lines are set apart, of the distance between windows, so that equal ones do not hide each other."""
 
 
 def flow(
@@ -35,7 +35,8 @@ def flow(
 ) -> Figure:
     """Information-flow curves: one line per source, or per group of features where panels have one source each.
 
-    Lines of a panel are set apart a little to the sides (`APART`), so that one with the same numbers hides no other.
+    Lines of a panel are set apart a little to the sides (`APART`): those with the same numbers can both be seen, unless
+    windows are many.
 
     Args:
         result: a sweep; single tokens as sources (each) are left to `heatmap`.

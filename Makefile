@@ -4,13 +4,30 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test notebooks pretrained docs lint atlas checkpoints clean
+.PHONY: demo test test-newest test-oldest notebooks pretrained docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.demo --out runs/demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
+
+# What depends on the models' own code, with the newest transformers that the range and the index allow, and with the
+# oldest release of everything in the range, torch among it. Each has an environment of its own.
+COMPATIBLE := tests/test_architectures.py tests/test_hook_errors.py tests/test_hybrids.py tests/test_knockout.py \
+	tests/test_original.py tests/test_replay.py tests/test_checkpoints.py
+
+test-newest:
+	test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	$(VENV)-newest/bin/python -m pytest $(COMPATIBLE)
+
+test-oldest: $(VENV)/bin/python
+	$(PIP) uv
+	test -d $(VENV)-oldest || $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)-oldest
+	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[test]'
+	$(VENV)-oldest/bin/python -m pytest $(COMPATIBLE)
 
 # The last but one needs a real pretrained model: make pretrained.
 notebooks: $(VENV)/installed-test
@@ -53,4 +70,4 @@ $(VENV)/installed-%: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info runs

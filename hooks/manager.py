@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mambalens.hooks.calls import cache_among
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.features import explicit_mask, for_layer, group_mask, parse_group
 from mambalens.hooks.kernels import backend
@@ -213,7 +214,7 @@ class HookManager:
         ids = ids if ids is not None else kwargs.get("inputs_embeds")
         ids = ids if ids is not None else args[0]
         batch, time = ids.shape[:2]
-        cache = _cache(kwargs)
+        cache = cache_among((*args, *kwargs.values()))
         prompt, past = self._prompts.get(cache, (time, 0)) if cache is not None else (time, 0)
         if cache is not None and not past and _holds_tokens(cache):
             raise MambalensError("The cache was filled before the knockout began: run the prompt inside the block.")
@@ -247,9 +248,9 @@ class HookManager:
         self._prompt, self._length = prompt, length
 
     def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = _cache(kwargs)
+        cache = cache_among((*args, *kwargs.values()))
         if cache is None:
-            cache = _cache(output) if hasattr(output, "get") else None
+            cache = cache_among(output.values()) if isinstance(output, Mapping) else None
         if cache is not None:
             self._prompts[cache] = (self._prompt, self._length)
         self._pass = None
@@ -406,14 +407,6 @@ def find_mixers(model: Any) -> tuple[nn.Module, list[nn.Module], list[Mixer]]:
                 f"{name}: layer {number} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
             )
     return model.get_submodule(stack.rpartition(".")[0]), layers, mixers
-
-
-def _cache(arguments: Any) -> Any:
-    """The cache among a model's keyword arguments or outputs, by the names it has in transformers."""
-    for name in ("past_key_values", "cache_params"):
-        if arguments.get(name) is not None:
-            return arguments[name]
-    return None
 
 
 def _holds_tokens(cache: Any) -> bool:

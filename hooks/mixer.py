@@ -15,6 +15,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from mambalens.hooks.calls import bound
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixing import TokenMixing
@@ -44,7 +45,7 @@ class Captured(NamedTuple):
 
     def arguments(self, module: nn.Module) -> dict[str, Any]:
         """The call's arguments by name."""
-        return dict(inspect.signature(type(module).forward).bind(module, *self.args, **self.kwargs).arguments)
+        return bound(module, self.args, self.kwargs)
 
 
 class Mixer(ABC):

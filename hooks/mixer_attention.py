@@ -7,7 +7,6 @@ no answer there, so its mask is left alone and its heads' outputs are set to zer
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambalens.hooks.calls import cache_argument, signature_of
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass
@@ -23,7 +23,6 @@ from mambalens.hooks.mixing import TokenMixing
 from mambalens.hooks.rows import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
 
-CACHE_ARGUMENTS = ("past_key_values", "layer_past", "past_key_value")
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
@@ -36,9 +35,9 @@ class AttentionMixer(Mixer):
     def matches(cls, module: nn.Module) -> bool:
         if _output_projection(module) is None:
             return False
-        arguments = inspect.signature(type(module).forward).parameters
+        arguments = signature_of(type(module)).parameters
         causal = getattr(module, "is_causal", False) or "alibi" in arguments
-        return causal and "attention_mask" in arguments and any(name in arguments for name in CACHE_ARGUMENTS)
+        return causal and "attention_mask" in arguments and cache_argument(type(module)) is not None
 
     @property
     def n_features(self) -> int:
@@ -50,7 +49,7 @@ class AttentionMixer(Mixer):
         return getattr(getattr(self.module, "config", None), "_attn_implementation", "eager") == "sdpa"
 
     def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
-        signature = inspect.signature(type(self.module).forward)
+        signature = signature_of(type(self.module))
         projection = _output_projection(self.module)
         assert projection is not None
         silent: list[Tensor | None] = [None]  # targets without any source left, of the running call
@@ -155,8 +154,9 @@ class AttentionMixer(Mixer):
     @contextmanager
     def _with_cache(self, cache: Any, **arguments: Any) -> Iterator[None]:
         """The module is handed an object of ours as its cache, and other arguments, while the block runs."""
-        signature = inspect.signature(type(self.module).forward)
-        name = next(name for name in CACHE_ARGUMENTS if name in signature.parameters)
+        signature = signature_of(type(self.module))
+        name = cache_argument(type(self.module))
+        assert name is not None
 
         def hand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             bound = signature.bind(module, *args, **kwargs)
@@ -192,7 +192,6 @@ class AttentionMixer(Mixer):
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = Captured(args, kwargs, output, None).arguments(module)
-            given |= given.pop("kwargs", {})
             here, mask = base.to(seen.keys.device), given.get("attention_mask")
             batch, time = here.sources.shape[1:]
             bias = None

@@ -7,7 +7,6 @@ module's; every other position keeps the module's output bit for bit.
 
 from __future__ import annotations
 
-import inspect
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mambalens.hooks.calls import bound, cache_among, recurrent_state
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.features import decay_norm
 from mambalens.hooks.knockout import Cut
@@ -210,11 +210,10 @@ class SSMMixer(Mixer):
         histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
 
         def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            signature = inspect.signature(original)
-
             def forward(*args: Any, **kwargs: Any) -> Tensor:
-                given = signature.bind(*args, **kwargs).arguments
-                hidden, cache, padding = given["hidden_states"], given.get("cache_params"), given.get("attention_mask")
+                given = bound(self.module, args, kwargs)
+                hidden, padding = given["hidden_states"], given.get("attention_mask")
+                cache = cache_among(given.values())
                 running = current()
                 history = histories.get(cache) if cache is not None else None
                 if running.keep_history and running.past and cache is not None:
@@ -232,7 +231,7 @@ class SSMMixer(Mixer):
                     if state is not None and cache is not None:
                         cache.update_recurrent_state(state, self.module.layer_idx)
                 if running.keep_history and cache is not None:
-                    recurrent = cache.get_recurrent_state(self.module.layer_idx).clone()
+                    recurrent = recurrent_state(cache, self.module.layer_idx).clone()
                     histories[cache] = History(hidden, padding, recurrent)
                 return out
 
@@ -242,7 +241,7 @@ class SSMMixer(Mixer):
 
     def _check(self, history: History | None, cache: Any, hidden: Tensor, past: int) -> None:
         """Refuse a cache that is not the one this knockout filled: its state says nothing of single sources."""
-        state = cache.get_recurrent_state(self.module.layer_idx)
+        state = recurrent_state(cache, self.module.layer_idx)
         same = history is not None and history.hidden.shape[:2] == (hidden.shape[0], past)
         if history is None or not same or not torch.equal(history.state, state):
             raise MambalensError(

@@ -5,7 +5,11 @@
 'Peru'
 """
 
+import sys
 from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,6 +44,27 @@ __all__ = [
     "known_to_all",
     "load_facts",
 ]
+
+_HERE = Path(__file__).parent
+
+
+class _Beside:
+    """Finds `mambalens.hooks` and `mambalens.data` in a checkout, where their folders stand beside this one.
+
+    Python started in a checkout imports this folder, whatever is installed.
+    """
+
+    @staticmethod
+    def find_spec(name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        package, _, part = name.partition(".")
+        if package != __name__ or part not in ("hooks", "data"):
+            return None
+        folder = _HERE.parent / part
+        return spec_from_file_location(name, folder / "__init__.py", submodule_search_locations=[str(folder)])
+
+
+if not (_HERE / "hooks").is_dir():
+    sys.meta_path.append(_Beside)  # type: ignore[arg-type]
 
 
 def __getattr__(name: str) -> Any:

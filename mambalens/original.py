@@ -6,8 +6,10 @@ padded. What mamba_ssm fills in where `ssm_cfg` is silent is filled in here too.
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +109,12 @@ def load_original(config: dict[str, Any], weights: Path, name: str, **options: A
     from transformers import Mamba2ForCausalLM, MambaForCausalLM
 
     ours = convert_config(config, name)
+    if getattr(ours, "n_groups", 1) > 1 and not _norms_by_group():
+        raise _cannot(
+            name,
+            f"it has {ours.n_groups} groups, and transformers {version('transformers')} norms them as one (Mamba-2's "
+            "gated norm): install transformers 5.23 or newer",
+        )
     model = MambaForCausalLM if ours.model_type == "mamba" else Mamba2ForCausalLM
     given = {_renamed(key): value for key, value in read_weights(weights).items()}
     if ours.tie_word_embeddings:
@@ -138,6 +146,13 @@ def read_weights(path: Path) -> dict[str, Any]:
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise MambalensError(f"The weights in {str(path)!r} cannot be read ({reason}).") from error
+
+
+def _norms_by_group() -> bool:
+    """Whether transformers' Mamba-2 norms every group of heads on its own, as mamba_ssm does."""
+    from transformers.models.mamba2.modeling_mamba2 import MambaRMSNormGated
+
+    return "group_size" in inspect.signature(MambaRMSNormGated).parameters
 
 
 def _renamed(key: str) -> str:

@@ -12,7 +12,6 @@ and where even their hidden states are too many, a few knockouts at a time get a
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks.calls import bound
 from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.rows import Base, Rows
 
@@ -154,14 +154,11 @@ class _Walk:
 
     def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
         """A hook behind a layer of the base pass: the rows go through it too."""
-        signature = inspect.signature(type(layer).forward)
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             if self.in_rows:
                 return
-            given = dict(signature.bind(module, *args, **kwargs).arguments)
-            rest = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), "")
-            given |= given.pop(rest, {})
+            given = bound(module, args, kwargs)
             names = list(given)
             self.beside.append(output[1:] if isinstance(output, tuple) else None)
             self.in_rows = True

@@ -94,7 +94,8 @@ def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: T
     y = y * F.silu(gate)
     if isinstance(m.norm, torch.nn.Identity):
         return m.out_proj(y)
-    grouped = y.unflatten(-1, (m.n_groups, -1))
+    # Before 5.23 transformers takes all groups for one: their module, whose other arithmetic is compared here.
+    grouped = y.unflatten(-1, (-1, getattr(m.norm, "group_size", y.shape[-1])))
     grouped = grouped * torch.rsqrt(grouped.pow(2).mean(-1, keepdim=True) + m.norm.variance_epsilon)
     return m.out_proj(grouped.flatten(-2) * m.norm.weight)
 

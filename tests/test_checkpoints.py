@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from mambalens.data import checkpoints
 
 NAMES = ("atlas-gpt-neox", "atlas-mamba1", "atlas-mamba2")
 ROOT = Path(__file__).parent.parent
+FIRST_BLOCK = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
 def test_there_are_three_of_at_most_five_megabytes_each_with_one_tokenizer() -> None:
@@ -63,3 +65,20 @@ def test_a_wheel_finds_its_facts_and_checkpoints_from_another_folder(tmp_path: P
         assert done.returncode == 0, done.stderr
         if arguments == ["models"]:
             assert str(tmp_path / "site") in done.stdout
+    # Started in the clone, Python imports the clone's folder, which holds a part of the package only.
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_BLOCK], cwd=clone, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_the_first_lines_of_the_readme_run_in_the_clone_and_elsewhere(inside: bool, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", FIRST_BLOCK],
+        cwd=ROOT if inside else tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -13,6 +13,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.cache_utils import Cache
 
 from mambalens.hooks import HookManager, MambalensError
 
@@ -80,7 +81,7 @@ def test_models_that_are_no_causal_language_models_are_named() -> None:
 def test_a_cache_filled_before_the_block_is_refused() -> None:
     for name in ("mamba1", "mamba2", "llama"):
         model, ids = tiny(name), token_ids(1, 5)
-        cache_name = "past_key_values" if name == "llama" else "cache_params"
-        cache = model(ids, use_cache=True)[cache_name]
+        output = model(ids, use_cache=True)
+        cache_name, cache = next((key, value) for key, value in output.items() if isinstance(value, Cache))
         with pytest.raises(MambalensError, match="before the knockout began"), HookManager(model).knockout([0], [-1]):
             model(ids[:, -1:], use_cache=True, **{cache_name: cache})

@@ -6,20 +6,17 @@ import inspect
 import sys
 import typing
 from collections.abc import Iterable
-from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
 
-@cache
 def signature_of(module_class: type[nn.Module]) -> inspect.Signature:
     """The signature of a class's forward, `self` included, also where a decorator takes old names of arguments."""
     return inspect.signature(module_class.forward)
 
 
-@cache
 def cache_argument(module_class: type[nn.Module]) -> str | None:
     """Name of the argument that takes a cache: the one annotated as transformers' `Cache`; None where none is."""
     for name, parameter in signature_of(module_class).parameters.items():
@@ -51,4 +48,5 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
 
 def recurrent_state(cache: Cache, layer: int) -> Tensor:
     """The state that a state-space layer has left in a cache; `get_recurrent_state` is not in every release."""
-    return cache.layers[layer].recurrent_states[0]
+    held: Any = cache.layers[layer]
+    return held.recurrent_states[0]

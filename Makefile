@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 .PHONY: demo test test-newest test-oldest notebooks pretrained docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m mambalens.demo --out runs/demo
+	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
 
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest
@@ -46,7 +46,7 @@ docs: $(VENV)/installed-docs
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/lint && $(PIP) --no-deps --target build/lint .
+	rm -rf build/lint build/lib build/bdist* && $(PIP) --no-deps --target build/lint .
 	MYPYPATH=build/lint $(BIN)/mypy --package mambalens
 
 # Rebuild what is shipped in data/.

@@ -73,7 +73,7 @@ def verbs(_: str) -> str:
     import typer
     from typer.testing import CliRunner
 
-    from mambalens.cli import app
+    from mambalens.cli.app import app
 
     commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     table, parts = ["| verb | what it does |", "|---|---|"], []
@@ -91,7 +91,7 @@ def settings(_: str) -> str:
     """The settings of a sweep as a TOML file has them."""
     from dataclasses import MISSING, fields
 
-    from mambalens.settings import SweepSettings
+    from mambalens.cli.settings import SweepSettings
 
     kinds = {"str": "text", "int": "number", "bool": "true or false"}
     lines = ["| key | value | default | meaning |", "|---|---|---|---|"]
@@ -109,13 +109,13 @@ def settings(_: str) -> str:
 
 def roles(_: str) -> str:
     """Every role and what it means."""
-    found = constant("mambalens/roles.py", "ROLES")
+    found = constant("mambalens/facts/roles.py", "ROLES")
     return "\n".join(["| role | positions |", "|---|---|", *(f"| `{role}` | {text} |" for role, text in found.items())])
 
 
 def metrics(_: str) -> str:
     """Every metric and what axes call it."""
-    found = constant("mambalens/result.py", "METRICS")
+    found = constant("mambalens/runs/table.py", "METRICS")
     return "\n".join(
         ["| metric | what it is |", "|---|---|", *(f"| `{name}` | {text} |" for name, text in found.items())]
     )
@@ -123,14 +123,14 @@ def metrics(_: str) -> str:
 
 def groups(_: str) -> str:
     """Every group of features and the thirds it is made of."""
-    found = constant("hooks/features.py", "GROUPS")
+    found = constant("hooks/groups.py", "GROUPS")
     rows = (f"| `{name}` | {', '.join(parts)} |" for name, parts in found.items())
     return "\n".join(["| group | thirds by decay norm |", "|---|---|", *rows])
 
 
 def experiments(_: str) -> str:
     """The paper's experiments as `mambalens reproduce` knows them."""
-    from mambalens.reproduce import EXPERIMENTS
+    from mambalens.experiments.reproduce import EXPERIMENTS
 
     lines = ["| name | what it shows | windows | models in the paper |", "|---|---|---|---|"]
     for name, found in EXPERIMENTS.items():

@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from mambalens import Fact, Lens, load_facts
-from mambalens.comparison import compare
+from mambalens.experiments.comparison import compare
 
 # Okabe & Ito's palette. Hatches, markers and dashes say the same as colours, and numbers stand in cells.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"

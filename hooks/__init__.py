@@ -8,23 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mambalens.hooks.errors import MambalensError
-    from mambalens.hooks.features import GROUPS, decay_norm, group_mask
+    from mambalens.hooks.groups import GROUPS, decay_norm, group_mask
     from mambalens.hooks.knockout import PATHS, Cut, Knockout
     from mambalens.hooks.manager import HookManager
     from mambalens.hooks.mixer import Mixer
-    from mambalens.hooks.mixing import TokenMixing
+    from mambalens.hooks.token_mixing import TokenMixing
 
 _HOMES = {
     "MambalensError": "errors",
-    "GROUPS": "features",
-    "decay_norm": "features",
-    "group_mask": "features",
+    "GROUPS": "groups",
+    "decay_norm": "groups",
+    "group_mask": "groups",
     "PATHS": "knockout",
     "Cut": "knockout",
     "Knockout": "knockout",
     "HookManager": "manager",
     "Mixer": "mixer",
-    "TokenMixing": "mixing",
+    "TokenMixing": "token_mixing",
 }
 
 __all__ = [

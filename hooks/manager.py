@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,19 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from mambalens.hooks.adapters import find_mixers
 from mambalens.hooks.calls import cache_among
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.features import explicit_mask, for_layer, group_mask, parse_group
+from mambalens.hooks.groups import explicit_mask, for_layer, group_mask, parse_group
 from mambalens.hooks.kernels import backend
 from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
-from mambalens.hooks.mixer import Captured, Mixer, Pass, adapters
-from mambalens.hooks.mixing import TokenMixing
+from mambalens.hooks.mixer import Captured, Mixer, Pass
+from mambalens.hooks.token_mixing import TokenMixing
 
-SUPPORTED = (
-    "Mamba and Mamba-2 layers as transformers has them, attention that takes an attention mask, and both together"
-)
-NO_MIXER = ("mlp", "moe")
-"""Types of layers, as configurations name them, that work on every position alone."""
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative; several of transformers' norms and scans round to float32 whatever the model's dtype."""
 
@@ -373,40 +368,6 @@ class HookManager:
                 )
 
         self._capture(self.mixers, ids, None, compare)
-
-
-def find_mixers(model: Any) -> tuple[nn.Module, list[nn.Module], list[Mixer]]:
-    """The module of a causal LM that runs its layers, the layers, and their token mixers in the order of the layers.
-
-    Raises:
-        MambalensError: naming the model's class, or the first layer whose mixer no adapter knows.
-    """
-    name = type(model).__name__
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise MambalensError(f"{name} is an encoder-decoder model. Supported: {SUPPORTED}.")
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise MambalensError(f"{name} has no language-model head. Supported: {SUPPORTED}.")
-    known = adapters()
-    found: dict[str, list[Mixer]] = {}  # by the list of layers they live in
-    for path, module in model.named_modules():
-        place = re.match(r"(.*?)\.(\d+)\.", path)
-        adapter = next((adapter for adapter in known if place and adapter.matches(module)), None)
-        if adapter is not None and place is not None:
-            found.setdefault(place[1], []).append(adapter(module, int(place[2])))
-    if not found:
-        raise MambalensError(f"{name} has no token mixer that mambalens knows. Supported: {SUPPORTED}.")
-    stack, mixers = max(found.items(), key=lambda item: len(item[1]))
-    layers = list(model.get_submodule(stack))
-    types = getattr(config, "layer_types", None) or [""] * len(layers)
-    with_mixers = {mixer.layer for mixer in mixers}
-    for number, layer in enumerate(layers):
-        if number not in with_mixers and types[number] not in NO_MIXER:
-            parts = ", ".join(type(child).__name__ for child in layer.children())
-            raise MambalensError(
-                f"{name}: layer {number} ({parts}) has no token mixer that mambalens knows. Supported: {SUPPORTED}."
-            )
-    return model.get_submodule(stack.rpartition(".")[0]), layers, mixers
 
 
 def _holds_tokens(cache: Any) -> bool:

@@ -1,13 +1,10 @@
-"""What the hook manager asks of a token mixer, and how adapters are found.
+"""What the hook manager asks of a token mixer.
 
 An adapter is one file `mixer_<name>.py` in this folder with one subclass of `Mixer`; nothing else has to know it.
 """
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -18,8 +15,8 @@ from torch import Tensor, nn
 from mambalens.hooks.calls import bound
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
-from mambalens.hooks.mixing import TokenMixing
-from mambalens.hooks.rows import Base, Rows
+from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.token_mixing import TokenMixing
 
 
 class Pass(NamedTuple):
@@ -158,21 +155,6 @@ def weights_at_hand(module: nn.Module) -> Iterator[None]:
 
                 stack.enter_context(align_module_device(part))
         yield
-
-
-def adapters() -> list[type[Mixer]]:
-    """Every adapter in this folder, and those that somebody else has defined; one derived from another goes first."""
-    import mambalens.hooks as package
-
-    for found in pkgutil.iter_modules(package.__path__):
-        if found.name.startswith("mixer_"):
-            importlib.import_module(f"{package.__name__}.{found.name}")
-    return _concrete(Mixer)  # type: ignore[type-abstract]
-
-
-def _concrete(cls: type[Mixer]) -> list[type[Mixer]]:
-    derived = [found for child in cls.__subclasses__() for found in _concrete(child)]
-    return derived if inspect.isabstract(cls) else [*derived, cls]
 
 
 def replace_forward(module: nn.Module, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Callable[[], None]:

@@ -19,9 +19,9 @@ from mambalens.hooks.calls import cache_argument, signature_of
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass
-from mambalens.hooks.mixing import TokenMixing
-from mambalens.hooks.rows import Base, Rows
+from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.ssm import blocked_entries
+from mambalens.hooks.token_mixing import TokenMixing
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 

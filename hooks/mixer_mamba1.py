@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mambalens.hooks import fused, kernels, scan
-from mambalens.hooks.mixing import Decay
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+from mambalens.hooks.token_mixing import Decay
 
 
 class Mamba1Mixer(SSMMixer):

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mambalens.hooks import kernels, scan
-from mambalens.hooks.mixing import Decay
 from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+from mambalens.hooks.token_mixing import Decay
 
 
 class Mamba2Mixer(SSMMixer):

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound, cache_among, recurrent_state
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.features import decay_norm
+from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.knockout import Cut
 from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass, replace_forward, weights_at_hand
-from mambalens.hooks.mixing import Decay, TokenMixing
-from mambalens.hooks.rows import Base, Rows
+from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.token_mixing import Decay, TokenMixing
 
 
 class Projected(NamedTuple):

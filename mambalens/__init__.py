@@ -13,24 +13,25 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mambalens.comparison import compare, known_to_all
-    from mambalens.facts import Fact, Facts, load_facts
+    from mambalens.experiments.comparison import compare, known_to_all
+    from mambalens.facts.fact import Fact, Facts
+    from mambalens.facts.files import load_facts
+    from mambalens.features.selection import Selection
     from mambalens.hooks.errors import MambalensError
     from mambalens.lens import Lens
     from mambalens.result import SweepResult
-    from mambalens.selection import Selection
 
 # Loaded when first used: `import mambalens` and `mambalens --help` do without torch.
 _HOMES = {
-    "Fact": "facts",
-    "Facts": "facts",
-    "load_facts": "facts",
+    "Fact": "facts.fact",
+    "Facts": "facts.fact",
+    "load_facts": "facts.files",
     "Lens": "lens",
     "MambalensError": "hooks.errors",
-    "Selection": "selection",
+    "Selection": "features.selection",
     "SweepResult": "result",
-    "compare": "comparison",
-    "known_to_all": "comparison",
+    "compare": "experiments.comparison",
+    "known_to_all": "experiments.comparison",
 }
 
 __all__ = [

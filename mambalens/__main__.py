@@ -1,5 +1,5 @@
 """`python -m mambalens`."""
 
-from mambalens.cli import main
+from mambalens.cli.app import main
 
 main()

@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from mambalens.facts import Answered, Fact, Facts, as_facts
-from mambalens.hooks import HookManager, Knockout
+from mambalens import defaults, evaluation
+from mambalens.evaluation import FactLike
+from mambalens.facts.fact import Fact, Facts
+from mambalens.facts.files import as_facts
+from mambalens.facts.roles import check_role
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features
+from mambalens.hooks.knockout import Features, Knockout
 from mambalens.hooks.knockout import Path as KnockoutPath
-from mambalens.loading import load_model
-from mambalens.prediction import Prediction
-from mambalens.progress import tqdm
-from mambalens.prompts import Batch, Prompt, batches, read_fact, read_facts, whole_target
-from mambalens.roles import check_role
-from mambalens.settings import BLOCK
+from mambalens.html.render import render
+from mambalens.loading.models import load_model
+from mambalens.model import LoadedModel
+from mambalens.result import CausalFeatures, SweepResult
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mambalens.causal import CausalFeatures
-    from mambalens.result import SweepResult
 
-BATCH_TOKENS = 4096
-"""Tokens (padding included) of a batch where the user names no batch size."""
-
-LOGIT_TOKENS = 512
-"""Tokens of a batch whose logits are wanted at every position: 0.3 GB for a vocabulary of 150,000."""
-
-FactLike = Fact | Iterable[Fact] | str | Path
-
-
-class Lens:
+class Lens(LoadedModel):
     """Asks where a model's answer comes from.
 
     Args:
@@ -53,11 +42,6 @@ class Lens:
         hooks: its hook manager.
         name: what results call the model.
     """
-
-    def __init__(self, model: Any, tokenizer: Any, name: str | None = None) -> None:
-        self.model, self.tokenizer = model, tokenizer
-        self.hooks = HookManager(model)
-        self.name = name or getattr(model.config, "name_or_path", "") or type(model).__name__
 
     @classmethod
     def load(cls, name: str, **options: Any) -> Lens:
@@ -76,19 +60,17 @@ class Lens:
         return f"<Lens on {self.name}: {self.n_layers} layers, {', '.join(self.hooks.kinds)}>"
 
     def _repr_html_(self) -> str:
-        from mambalens.pages.notebook import lens_html
-
-        return lens_html(self)
-
-    @property
-    def n_layers(self) -> int:
-        """Number of layers."""
-        return self.hooks.n_layers
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model takes its input."""
-        return self.model.get_input_embeddings().weight.device
+        """A model: its layers by kind of mixer, its size, where it is."""
+        layers = self.describe()
+        counted = layers[layers.mixer != ""].groupby("mixer", sort=False)
+        kinds = [
+            (kind, part.layer.nunique(), int(part.features.max()), bool(part.conv.any())) for kind, part in counted
+        ]
+        size = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = str(self.model.dtype).removeprefix("torch.")
+        return render(
+            "lens.html", lens=self, kinds=kinds, size=size, dtype=dtype, architecture=type(self.model).__name__
+        )
 
     def describe(self) -> pd.DataFrame:
         """The model's layers: one row for each token mixer, and one for a layer that has none.
@@ -119,68 +101,13 @@ class Lens:
         names = ["layer", "mixer", "module", "features", "conv", "mixer_parameters", "layer_parameters"]
         return pd.DataFrame(rows, columns=names)
 
-    def prompt(self, fact: Fact) -> Prompt:
-        """A fact as the model reads it: token ids, tokens, roles."""
-        return read_fact(fact, self.tokenizer)
-
-    def batches(
-        self,
-        prompts: Sequence[Prompt],
-        batch_size: int | None = None,
-        most: Callable[[int], int | None] | None = None,
-    ) -> Iterator[Batch]:
-        """Right-padded batches of prompts.
-
-        Args:
-            prompts: what to batch.
-            batch_size: prompts a batch; by default as many as fill `BATCH_TOKENS`.
-            most: how many prompts of a length may share a batch at most; None: any number.
-        """
-        if batch_size is not None and batch_size < 1:
-            raise MambalensError(f"batch_size={batch_size}: give 1 or more.")
-
-        def size(length: int) -> int:
-            limit = most(length) if most is not None else None
-            wanted = batch_size or max(1, BATCH_TOKENS // length)
-            return wanted if limit is None else min(wanted, limit)
-
-        padding = self.tokenizer.pad_token_id
-        return batches(prompts, size, 0 if padding is None else padding)
-
-    @torch.no_grad()
-    def last_logits(self, batch: Batch) -> Tensor:
-        """Logits behind every prompt's last token, in float32 or better [batch, vocabulary]."""
-        rows = torch.arange(len(batch.prompts))
-
-        def keep_last(module: Any, args: tuple[Any, ...]) -> Any:
-            hidden = args[0]  # [B, T, width]
-            return (hidden[rows.to(hidden.device), batch.last.to(hidden.device)][:, None], *args[1:])
-
-        # The head runs on one position a row; whatever the model does behind its head stays the model's code.
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
-        try:
-            logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
-        finally:
-            handle.remove()
-        return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))
-
     def predict(self, fact: Fact | str, k: int = 5) -> pd.DataFrame:
         """The k most probable next tokens of a fact's prompt, or of a text.
 
         Returns:
             One row a token, the most probable first: token, prob, token_id.
         """
-        from mambalens.pages.notebook import NextTokens
-
-        asked = isinstance(fact, Fact)
-        if isinstance(fact, str):
-            fact = Fact(fact, subject="", target=fact[-1:] or ".")
-        (batch,) = self.batches([self.prompt(fact)])
-        top = self.last_logits(batch)[0].softmax(-1).topk(k)
-        tokens = [self.tokenizer.decode([i]) for i in top.indices.tolist()]
-        found = NextTokens({"token": tokens, "prob": top.values.tolist(), "token_id": top.indices.tolist()})
-        found.fact, found.scored = fact, batch.prompts[0].target_id if asked else -1
-        return found
+        return evaluation.predict(self, fact, k)
 
     def evaluate(
         self, facts: FactLike, batch_size: int | None = None, progress: bool = True, whole_target: bool = False
@@ -198,53 +125,7 @@ class Lens:
             top prediction), top_token, top_prob, and `skipped`: why a fact could not be used, or ''. With
             `whole_target` also target_tokens and target_log_prob, the sum of their log-probabilities in nats.
         """
-        import pandas as pd
-
-        facts = as_facts(facts)
-        prompts, skipped = read_facts(facts, self.tokenizer)
-        found: dict[str, dict[str, Any]] = {skip.fact_id: {"skipped": skip.reason} for skip in skipped}
-        bar = tqdm(total=len(prompts), desc=f"evaluate {self.name}", unit="fact", disable=not progress, leave=False)
-        with bar:
-            for batch in self.batches(prompts, batch_size):
-                answer = Prediction.of(self.last_logits(batch), batch.targets)
-                for row, prompt in enumerate(batch.prompts):
-                    top = int(answer.top[row])
-                    found[str(prompt.fact.id)] = {
-                        "target_prob": float(answer.prob[row]),
-                        "target_rank": int(answer.rank[row]),
-                        "correct": top == prompt.target_id,
-                        "top_token": self.tokenizer.decode([top]),
-                        "top_prob": float(answer.log_probs[row, top].exp()),
-                        "skipped": "",
-                    }
-                bar.update(len(batch.prompts))
-        empty = {"target_prob": float("nan"), "target_rank": 0, "correct": False, "top_token": "",
-                 "top_prob": float("nan"), "skipped": ""}  # fmt: skip
-        rows = [
-            {"fact_id": fact.id, "relation": fact.relation, "target": fact.target, **empty, **found[str(fact.id)]}
-            for fact in facts
-        ]
-        table = pd.DataFrame(rows, columns=["fact_id", "relation", "target", *empty])
-        if whole_target:
-            whole = self._whole_targets(prompts, batch_size)
-            table["target_tokens"] = [whole.get(fact.id, (0, 0.0))[0] for fact in facts]
-            table["target_log_prob"] = [whole.get(fact.id, (0, float("nan")))[1] for fact in facts]
-        return table
-
-    @torch.no_grad()
-    def _whole_targets(self, prompts: Sequence[Prompt], batch_size: int | None) -> dict[str | None, tuple[int, float]]:
-        """Tokens of every target, and the sum of their log-probabilities, by fact."""
-        found = {}
-        longer = [whole_target(prompt, self.tokenizer) for prompt in prompts]
-        starts = {id(prompt): len(short.ids) for short, prompt in zip(prompts, longer, strict=True)}
-        for batch in self.batches(longer, batch_size, lambda length: max(1, LOGIT_TOKENS // length)):
-            logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
-            for row, prompt in enumerate(batch.prompts):
-                at = torch.arange(starts[id(prompt)], len(prompt.ids))
-                log_probs = logits[row, at - 1].double().log_softmax(-1).cpu()
-                total = log_probs.gather(1, batch.ids[row, at][:, None]).sum()
-                found[prompt.fact.id] = (len(at), float(total))
-        return found
+        return evaluation.evaluate(self, facts, batch_size, progress, whole_target)
 
     def accuracy(self, facts: FactLike, batch_size: int | None = None, progress: bool = True) -> pd.DataFrame:
         """Share of facts whose target's first token is the top prediction, by relation and for all together.
@@ -252,22 +133,11 @@ class Lens:
         Returns:
             relation ('all' comes last), facts (those that can be used), accuracy, target_prob (mean), skipped.
         """
-        import pandas as pd
-
-        table = self.evaluate(facts, batch_size, progress).fillna({"relation": "(none)"})
-        rows = []
-        for relation, part in [*table.groupby("relation"), ("all", table)]:
-            usable = part[part.skipped == ""]
-            means = (float(usable.correct.mean()), float(usable.target_prob.mean()))
-            rows.append((relation, len(usable), *means, len(part) - len(usable)))
-        return pd.DataFrame(rows, columns=["relation", "facts", "accuracy", "target_prob", "skipped"])
+        return evaluation.accuracy(evaluation.evaluate(self, facts, batch_size, progress))
 
     def with_short_subjects(self, facts: FactLike, tokens: int = 1) -> Facts:
         """The facts whose subject is at most so many tokens of this model's tokenizer."""
-        facts = as_facts(facts)
-        prompts, _ = read_facts(facts, self.tokenizer)
-        short = {prompt.fact.id for prompt in prompts if len(prompt.positions("subject")) <= tokens}
-        return facts.pick(i for i, fact in enumerate(facts) if fact.id in short)
+        return evaluation.with_short_subjects(self, facts, tokens)
 
     def known(
         self,
@@ -285,22 +155,7 @@ class Lens:
             progress: show a progress bar.
             limit: stop when so many are found, looking at the facts in a random order given by `seed`.
         """
-        facts = as_facts(facts)
-        order = list(range(len(facts)))
-        if limit is not None:
-            order = random.Random(seed).sample(order, len(order))
-        found: list[int] = []
-        unusable: list[tuple[str, str]] = []
-        asked = 0
-        while asked < len(order) and (limit is None or len(found) < limit):
-            tried = order[asked:] if limit is None else order[asked : asked + 2 * limit]
-            table = self.evaluate(facts.pick(tried), batch_size, progress)
-            found += [i for i, right in zip(tried, table.correct, strict=True) if right]
-            left_out = table[table.skipped != ""]
-            unusable += zip(left_out.fact_id.astype(str), left_out.skipped, strict=True)
-            asked += len(tried)
-        answered = Answered(self.name, asked - len(unusable), len(found), tuple(unusable))
-        return facts.pick(sorted(found[:limit])).answered_by(answered)
+        return evaluation.known(self, facts, batch_size, progress, limit, seed)
 
     @contextmanager
     def knockout(
@@ -334,9 +189,9 @@ class Lens:
     def sweep(
         self,
         facts: FactLike,
-        sources: Sequence[str] | str = ("subject", "relation", "last", "first"),
+        sources: Sequence[str] | str = defaults.SOURCES,
         target: str = "last",
-        window: int | Sequence[Sequence[int]] = 9,
+        window: int | Sequence[Sequence[int]] = defaults.WINDOW,
         features: Sequence[Features] | str = ("all",),
         paths: Sequence[str] | str = ("main",),
         batch_size: int | None = None,
@@ -344,7 +199,7 @@ class Lens:
         progress: bool = True,
         memory: int | str | None = None,
         mixers: str | None = None,
-        block_size: int = BLOCK,
+        block_size: int = defaults.BLOCK,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -367,16 +222,17 @@ class Lens:
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
         """
-        from mambalens.plan import Plan
-        from mambalens.sweep import run
+        from mambalens.sweep.plan import Plan
+        from mambalens.sweep.run import run
 
         plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
-        return run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
+        found = run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
+        return SweepResult.of(found)
 
     def heatmap(
         self,
         fact: Fact,
-        window: int = 9,
+        window: int = defaults.WINDOW,
         target: str = "last",
         features: Features = "all",
         path: str = "main",
@@ -416,7 +272,7 @@ class Lens:
             - enrichment_share: `|enrichment| / |output|`. The parts may point apart: shares can add up to more than 1.
             - exchange_share_last, enrichment_share_last: the same at every prompt's last token alone.
         """
-        from mambalens.features import feature_table
+        from mambalens.features.measures import feature_table
 
         return feature_table(self, None if facts is None else as_facts(facts), batch_size, progress)
 
@@ -445,18 +301,19 @@ class Lens:
         Returns:
             A table with the features' measures beside their cost, rank correlations and a scatter plot.
         """
-        from mambalens.causal import causal_features
+        from mambalens.features.causal import causal_features
 
         given = as_facts(facts)
-        return causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress)
+        found = causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress)
+        return CausalFeatures.of(found)
 
     def diagnose(
         self, facts: FactLike, batch_size: int | None = None, progress: bool = True, seed: int = 0
     ) -> pd.DataFrame:
         """What kind of operator each layer's token mixing is, channels and heads on the same scale.
 
-        Definitions and sources are in `mambalens.operators`. Values are means over prompts and then over the features
-        of a group.
+        Definitions and sources are in `mambalens.features.operators`. Values are means over prompts and then over the
+        features of a group.
 
         Args:
             facts: prompts to measure on. The work grows with prompts x features x T^2.
@@ -470,7 +327,7 @@ class Lens:
             'position_dependence', 'mean_distance', 'recency', 'induction_score'), lag (of recency: '0', '1', '2-3' ...;
             else ''), value, n_features, n_prompts.
         """
-        from mambalens.diagnose import diagnose
+        from mambalens.features.diagnose import diagnose
 
         return diagnose(self, as_facts(facts), batch_size, progress, seed)
 

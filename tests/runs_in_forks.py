@@ -124,7 +124,7 @@ def wait_for_all(run: Path) -> None:
 
 def counted(run: Path, log: Path) -> None:
     """A run that notes every block it computes."""
-    from mambalens.folder import RunFolder
+    from mambalens.runs.folder import RunFolder
 
     write = RunFolder.write
     wait_for_all(run)

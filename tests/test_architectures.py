@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
 from mambalens.hooks.mixer import Mixer
-from mambalens.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.replay import UNCUT, Cutting, Replay
 
 README = Path(__file__).parent.parent / "README.md"
 CONSTRAINTS = README.with_name("constraints.txt")

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mambalens import SweepResult
-from mambalens.cli import app
+from mambalens.cli.app import app
 from mambalens.data import checkpoints
 
 MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
@@ -40,7 +40,9 @@ def test_help_is_quick_has_examples_and_fits_a_screen() -> None:
         assert len(text.splitlines()) <= 50, arguments
         assert "Example" in text and "..." not in text.partition("Commands:")[2]
     started = time.perf_counter()
-    probe = "import mambalens, mambalens.cli, sys; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    probe = (
+        "import mambalens, mambalens.cli.app, sys; assert 'torch' not in sys.modules and 'pandas' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", probe], check=True)
     assert time.perf_counter() - started < 5  # a stalled import; the usual time is a tenth of a second
 

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError, Selection
 from mambalens.data import checkpoints
-from mambalens.features import MEASURED
+from mambalens.features.measures import MEASURED
 from mambalens.hooks import HookManager, group_mask
 
 TOKENIZER = AutoTokenizer.from_pretrained(next(iter(checkpoints().values())))

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
-from mambalens.folder import PARTS, RunFolder
-from mambalens.prediction import Prediction
+from mambalens.runs.folder import PARTS, RunFolder
+from mambalens.sweep.prediction import Prediction
 
 FACTS = load_facts("atlas").where(wording="near").sample(9)
 BLOCKS = 3
@@ -124,7 +124,7 @@ def test_every_flipped_bit_of_a_part_is_noticed_or_harmless(lens: Lens, expected
     run = RunFolder(
         tmp_path, json.loads((tmp_path / "sweep.json").read_text())["definition"], {}, pd.DataFrame(), pd.DataFrame()
     )
-    from mambalens.folder import BrokenPart, read_part
+    from mambalens.runs.folder import BrokenPart, read_part
 
     for place in torch.randint(0, len(whole), (150,), generator=generator).tolist():
         content = bytearray(whole)
@@ -236,7 +236,7 @@ def test_accelerate_starts_processes_that_share_the_work(lens: Lens, tmp_path: P
 def test_a_batch_that_does_not_fit_is_halved_and_said(
     lens: Lens, expected: SweepResult, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mambalens.work import Work
+    from mambalens.sweep.block import Work
 
     whole, sizes = Work._batch, []
 
@@ -261,7 +261,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
         return logits(self, *arguments)
 
-    from mambalens.replay import Replay
+    from mambalens.sweep.replay import Replay
 
     monkeypatch.setattr(Work, "_batch", whole)
     logits = Replay.logits
@@ -282,7 +282,7 @@ def test_a_batch_that_does_not_fit_is_halved_and_said(
 def test_ctrl_c_waits_for_the_block_and_twice_it_does_not(
     lens: Lens, expected: SweepResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    from mambalens.work import Work
+    from mambalens.sweep.block import Work
 
     whole, presses, before = Work.block, [0, 1], signal.getsignal(signal.SIGINT)
 

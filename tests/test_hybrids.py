@@ -11,9 +11,9 @@ from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError, Selection
 from mambalens.data import checkpoints
-from mambalens.facts import as_facts
-from mambalens.plan import Plan
-from mambalens.sweep import run
+from mambalens.facts.files import as_facts
+from mambalens.sweep.plan import Plan
+from mambalens.sweep.run import run
 
 TOKENIZER = AutoTokenizer.from_pretrained(next(iter(checkpoints().values())))
 FACTS = [

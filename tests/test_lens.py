@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mambalens import Fact, Lens, MambalensError, SweepResult, load_facts
 from mambalens.data import checkpoints
-from mambalens.facts import as_facts
+from mambalens.facts.files import as_facts
 from mambalens.figures import flow, heatmap
 from mambalens.figures.curves import APART
-from mambalens.plan import Plan
-from mambalens.prediction import Prediction, kl_divergence
-from mambalens.result import mean_intervals
-from mambalens.sweep import run
-from mambalens.work import COLUMNS
+from mambalens.runs.intervals import mean_intervals
+from mambalens.sweep.block import COLUMNS
+from mambalens.sweep.plan import Plan
+from mambalens.sweep.prediction import Prediction, kl_divergence
+from mambalens.sweep.run import run
 
 FOLDER = next(iter(checkpoints().values()))
 FACTS = [
@@ -106,8 +106,8 @@ def test_a_memory_that_is_no_size_is_refused(lens: Lens, memory: int | str) -> N
 
 
 def test_a_model_that_replay_misses_is_swept_by_single_passes(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mambalens.engine.UNCUT_TOLERANCE", {lens.model.dtype: 0.0})
-    monkeypatch.setattr("mambalens.engine.Engine._difference", lambda *_: 0.25)
+    monkeypatch.setattr("mambalens.sweep.answers.UNCUT_TOLERANCE", {lens.model.dtype: 0.0})
+    monkeypatch.setattr("mambalens.sweep.answers.Engine._difference", lambda *_: 0.25)
     with pytest.warns(
         UserWarning, match=r"not reproduced by replaying it: .* misses by 2.5e-01\. Every knockout"
     ) as seen:
@@ -121,7 +121,7 @@ def test_a_model_that_breaks_replay_is_swept_by_single_passes(lens: Lens, monkey
     def broken(*_: object) -> None:
         raise TypeError("forward() got an unexpected keyword argument 'alibi'")
 
-    monkeypatch.setattr("mambalens.replay._Walk._through", broken)
+    monkeypatch.setattr("mambalens.sweep.replay._Walk._through", broken)
     with pytest.warns(
         UserWarning, match=r"cannot be replayed \(TypeError: forward\(\) got .*'alibi'\)\. Every knockout"
     ):

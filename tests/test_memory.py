@@ -5,7 +5,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from mambalens.memory import SHARE, _left_in_groups, budget
+from mambalens.system.memory import SHARE, _left_in_groups, budget
 
 
 def group(folder: Path, limit: str, used: int, inactive: int) -> None:

@@ -82,7 +82,7 @@ def test_some_features_and_reductions_are_parts_of_the_whole(name: str, monkeypa
     hooks = HookManager(MODELS[name])
     ids = token_ids(2, 6)
     whole = hooks.effective_attention(ids, 1)
-    monkeypatch.setattr("mambalens.hooks.mixing.CHUNK", 2 * 36 * 3)  # three features at a time
+    monkeypatch.setattr("mambalens.hooks.token_mixing.CHUNK", 2 * 36 * 3)  # three features at a time
     for features, numbers in (("all", range(whole.shape[1])), (2, [2]), ([-1, 1], [1, whole.shape[1] - 1])):
         part = hooks.effective_attention(ids, 1, features=features)
         assert part.shape == (2, len(numbers), 6, 6)

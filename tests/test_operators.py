@@ -17,10 +17,8 @@ from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError
 from mambalens.data import checkpoints
-from mambalens.diagnose import repeated_tokens
-from mambalens.figures import attention_map, diagnostics
-from mambalens.hooks import HookManager, TokenMixing
-from mambalens.operators import (
+from mambalens.features.diagnose import repeated_tokens
+from mambalens.features.operators import (
     PositionDependence,
     by_lag,
     effective_rank,
@@ -31,6 +29,8 @@ from mambalens.operators import (
     recency_profile,
     sink_share,
 )
+from mambalens.figures import attention_map, diagnostics
+from mambalens.hooks import HookManager, TokenMixing
 
 T = 12
 UNIFORM = torch.ones(T, T, dtype=torch.float64).tril() / torch.arange(1, T + 1)[:, None]
@@ -246,7 +246,7 @@ FACTS = [
 
 def test_the_table_of_diagnostics_is_what_single_prompts_give(lens: Lens, monkeypatch: pytest.MonkeyPatch) -> None:
     table = lens.diagnose(FACTS, progress=False)
-    monkeypatch.setattr("mambalens.hooks.mixing.CHUNK", 1)  # one feature at a time
+    monkeypatch.setattr("mambalens.hooks.token_mixing.CHUNK", 1)  # one feature at a time
     pd.testing.assert_frame_equal(table, lens.diagnose(FACTS, batch_size=1, progress=False))
     groups = ["all"] if lens.name == "gpt_neox" else ["all", "slow", "middle", "fast"]
     assert list(table.group.unique()) == groups

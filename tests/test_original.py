@@ -168,7 +168,7 @@ def test_an_original_checkpoint_gives_the_logits_of_a_plain_implementation(
 
 
 def test_what_mamba_ssm_fills_in_is_filled_in() -> None:
-    from mambalens.original import convert_config
+    from mambalens.loading.mamba_ssm import convert_config
 
     one = convert_config({"d_model": 100, "n_layer": 2, "vocab_size": 50277, "pad_vocab_size_multiple": 8}, "x")
     assert (one.state_size, one.conv_kernel, one.expand, one.time_step_rank) == (16, 4, 2, math.ceil(100 / 16))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import CONFIGS, LAYERS, SSM, TRANSFORMERS, tiny, token_ids
 
 from mambalens.hooks import GROUPS, HookManager
-from mambalens.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.replay import UNCUT, Cutting, Replay
 
 MODELS = {
     (name, kind): tiny(name, attention=kind)

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mambalens import Fact, Facts, Lens, MambalensError, SweepResult, load_facts
-from mambalens.cli import app
+from mambalens.cli.app import app
 
 MODELS = ("atlas-mamba2", "atlas-gpt-neox")
 ODD = Fact(

@@ -8,8 +8,8 @@ import pytest
 from typer.testing import CliRunner
 
 from mambalens import Lens, MambalensError, SweepResult, known_to_all, load_facts
-from mambalens.cli import app
-from mambalens.reproduce import EXPERIMENTS, WINDOW_SIZES, reproduce, words
+from mambalens.cli.app import app
+from mambalens.experiments.reproduce import EXPERIMENTS, WINDOW_SIZES, reproduce, words
 
 FACTS = load_facts("atlas").where(relation="capital", wording="near")[:40]
 MODELS = ("atlas-mamba1", "atlas-mamba2")

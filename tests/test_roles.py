@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizer, PreTrainedTokenizerFast
 
 from mambalens import Fact, MambalensError
-from mambalens.prompts import read_fact
-from mambalens.roles import ROLES, subject_spans
+from mambalens.facts.prompts import read_fact
+from mambalens.facts.roles import ROLES, subject_spans
 
 
 def byte_tokenizer(begin: bool = False) -> PreTrainedTokenizerFast:

@@ -13,8 +13,8 @@ from test_cli import run, typed
 from typer.testing import CliRunner
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
-from mambalens.cli import app
-from mambalens.settings import SweepSettings
+from mambalens.cli.app import app
+from mambalens.cli.settings import SweepSettings
 
 FILE = """
 model = ["atlas-gpt-neox", "atlas-mamba2"]
@@ -155,7 +155,7 @@ def test_common_facts_have_subjects_that_are_short_for_every_model_and_a_limit_c
 
 
 def test_a_sweep_that_is_interrupted_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mambalens.work import Work
+    from mambalens.sweep.block import Work
 
     whole, done = Work.block, []
 

@@ -1,8 +1,8 @@
 """Figures made to be read: a role or group of features looks the same everywhere."""
 
 from mambalens.figures.curves import flow
-from mambalens.figures.features import causal_scatter, decay_spectrum, shares_by_layer
-from mambalens.figures.operators import diagnostics
+from mambalens.figures.diagnostics import diagnostics
+from mambalens.figures.spectra import causal_scatter, decay_spectrum, shares_by_layer
 from mambalens.figures.tokens import attention_map, heatmap
 
 __all__ = [

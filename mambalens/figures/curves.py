@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 
 from mambalens.figures.style import PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.result import METRICS
+from mambalens.runs.table import METRICS
 
 if TYPE_CHECKING:
-    from mambalens.result import SweepResult
+    from mambalens.runs.data import SweepData
 
 _AXES = {
     "layer": "First layer of the window",
@@ -25,7 +25,7 @@ APART = 0.05
 
 
 def flow(
-    result: SweepResult,
+    result: SweepData,
     metric: str = "change_pct",
     x: str = "layer",
     rows: str | None = None,
@@ -40,15 +40,15 @@ def flow(
 
     Args:
         result: a sweep; single tokens as sources (each) are left to `heatmap`.
-        metric: a column of `result.METRICS`.
+        metric: a column of `runs.table.METRICS`.
         x: 'layer' (the window's first layer) or 'depth' (the same in % of the model's layers).
         rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', 'target', 'window_size', or a
             column of the facts ('wording', 'relation'). By default whatever the sweep has several of.
-        interval: see `SweepResult.summary`.
+        interval: see `SweepData.summary`.
         title: a heading; by default models, source, target and window.
 
     Raises:
-        MambalensError: where lines and panels cannot show everything that varies; `SweepResult.where` keeps a part.
+        MambalensError: where lines and panels cannot show everything that varies; `SweepData.where` keeps a part.
     """
     if x not in _AXES:
         raise MambalensError(f"x={x!r} is not an axis: {choose(x, _AXES)}.")
@@ -152,7 +152,7 @@ def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: 
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
-def _label(name: str, value: Any, result: SweepResult) -> str:
+def _label(name: str, value: Any, result: SweepData) -> str:
     if name == "window_size":
         return f"window of {value} layer{'s' if value > 1 else ''}"
     if name == "path":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from mambalens.result import SweepResult
+    from mambalens.runs.data import SweepData
 
 # Okabe & Ito's palette, with markers so that no line depends on its colour.
 STYLES: dict[str, tuple[str, str]] = {
@@ -34,7 +34,7 @@ def style(role: str, index: int = 0) -> tuple[str, str]:
     return STYLES.get(role, (_SPARE[index % len(_SPARE)], "osD^vP"[index % 6]))
 
 
-def main_path(result: SweepResult) -> str:
+def main_path(result: SweepData) -> str:
     """What the main path is in these models: 'scan', 'attention', or 'scan or attention'."""
     kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config["kinds"]}
     return " or ".join(sorted(kinds, reverse=True))

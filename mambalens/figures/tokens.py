@@ -13,14 +13,14 @@ from matplotlib.figure import Figure
 
 from mambalens.figures.style import PATHS, main_path, visible
 from mambalens.hooks.errors import MambalensError
-from mambalens.result import METRICS
+from mambalens.runs.table import METRICS
 
 if TYPE_CHECKING:
-    from mambalens.result import SweepResult
+    from mambalens.runs.data import SweepData
 
 
 def heatmap(
-    result: SweepResult, tokens: Sequence[str], subject: Sequence[int] = (), metric: str = "change_pct"
+    result: SweepData, tokens: Sequence[str], subject: Sequence[int] = (), metric: str = "change_pct"
 ) -> Figure:
     """One fact, every position as the source: tokens down, windows across, base probability stated.
 

@@ -33,9 +33,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaCo
 from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
-from mambalens.memory import budget
-from mambalens.prediction import Prediction, kl_divergence
-from mambalens.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.prediction import Prediction, kl_divergence
+from mambalens.sweep.replay import UNCUT, Cutting, Replay
+from mambalens.system.memory import budget
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
 

@@ -1,0 +1,18 @@
+"""Defaults, said once for Python, the command line and TOML files."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SOURCES = ("subject", "relation", "last", "first")
+"""Roles that a sweep knocks out."""
+TARGET = "last"
+"""Role that is not to receive the information."""
+WINDOW = 9
+"""Consecutive layers that a knockout covers (Endy et al. 2025, figure 1)."""
+FEATURES = ("all",)
+PATHS: tuple[Literal["main", "conv", "both"], ...] = ("main",)
+BLOCK = 256
+"""Facts of a block: what a run that is killed has to compute again at most."""
+DETAILS = 1000
+"""Facts of a model whose own numbers go into a report; its curves are means over all."""

@@ -1,0 +1,1 @@
+"""Several models side by side, the paper's experiments, the demo."""

@@ -1,0 +1,1 @@
+"""Features: what they carry, which are chosen, what each costs, what operators they are."""

@@ -1,1 +1,0 @@
-"""HTML: how things show themselves in notebooks, and the report of a sweep."""

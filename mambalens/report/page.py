@@ -1,0 +1,280 @@
+"""One page of one or several sweeps: everything in one file, nothing fetched when it is opened."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Iterator, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from mambalens.facts.roles import pieces
+from mambalens.figures.style import PATHS, main_path, style
+from mambalens.hooks.errors import MambalensError
+from mambalens.html.render import render
+from mambalens.runs.data import SweepData
+from mambalens.runs.folder import atomically, writing
+from mambalens.runs.table import GROUP, METRICS
+
+SKIPS = 200
+"""Skipped facts that are listed one by one."""
+SUBSET_VALUES = 12
+"""A column of the facts with at most so many values splits the curves."""
+DIMENSIONS = ("model", "source", "features", "path", "target", "window_size")
+"""What curves differ in."""
+_SERIES = [name for name in GROUP if name != "window_start"]
+_ROW = ["fact_id", *GROUP]
+_SYMBOLS = {
+    "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "P": "cross", "X": "x",
+    "p": "pentagon", "<": "triangle-left", ">": "triangle-right",
+}  # fmt: skip
+
+
+def write_report(result: SweepData, path: str | Path, title: str | None, details: int) -> Path:
+    """Write the page; see `SweepResult.report`."""
+    path = Path(path)
+    page = _page(_whole(result), title or f"Where answers come from: {', '.join(result.models)}", details)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+    return path
+
+
+def _page(result: SweepData, title: str, details: int) -> str:
+    roles = result.roles()
+    series = list(_series(roles))
+    data = {
+        "metrics": METRICS,
+        "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
+        "series": series,
+        "details": {model: _details(result, model, details) for model in result.models},
+        "styles": _styles(roles),
+    }
+    subsets = list(dict.fromkeys(name for one in series for name in one["curves"]))
+    choices = {name: [str(value) for value in roles.table[name].unique()] for name in DIMENSIONS}
+    path = main_path(result)
+    words = {"main": path, **PATHS}
+    skipped = result.skipped.drop_duplicates()
+    reasons = skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
+    return render(
+        "report.html", title=title, data=_plain(data), metrics=METRICS, subsets=subsets, choices=choices,
+        words={name: f"{name} ({word})" for name, word in words.items()},
+        models=[_about(result, model) for model in result.models],
+        skipped=skipped.head(SKIPS).to_dict("records"), n_skipped=len(skipped),
+        reasons=reasons.value_counts().to_dict(), unfinished=result.unfinished, **_assets(),
+    )  # fmt: skip
+
+
+def _whole(result: SweepData) -> SweepData:
+    """The result without rows that several of its sweeps have.
+
+    Raises:
+        MambalensError: if they differ there, or models of one name have different numbers of layers.
+    """
+    layers: dict[str, int] = {}
+    for config in result.configs:
+        if layers.setdefault(config["model"], config["n_layers"]) != config["n_layers"]:
+            raise MambalensError(f"Two different models are called {config['model']!r}: report them one by one.")
+    table = result.table
+    twice = table.duplicated(_ROW, keep=False)
+    if twice.any():
+        spread = table[twice].groupby(_ROW)["prob"].agg(["min", "max"])
+        if (spread["max"] - spread["min"] > 1e-5 * spread["max"]).any():
+            model = table[twice].model.iloc[0]
+            raise MambalensError(
+                f"The sweeps have different numbers for the same knockouts of {model!r}: they are of different weights "
+                "or precisions. Report them one by one."
+            )
+    return result._with(table.drop_duplicates(_ROW), result.configs)
+
+
+def _series(roles: SweepData) -> Iterator[dict[str, Any]]:
+    """Curves of means with intervals, one for each value of `DIMENSIONS`, over all facts and over parts of them."""
+    subsets = [(), *((column,) for column in _columns(roles))] if len(roles.table) else []
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for metric in METRICS:
+        for by in subsets:
+            for found_key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
+                key: tuple[Any, ...] = found_key  # type: ignore[assignment]
+                curve = curve.set_index("window_start").sort_index()
+                subset = f"{by[0]}: {key[0]}" if by else "all facts"
+                about = dict(zip(_SERIES, key[len(by) :], strict=True))
+                series = found.setdefault(
+                    key[len(by) :], about | {"window_size": int(about["window_size"]), "curves": {},
+                                             "starts": curve.index.tolist()}
+                )  # fmt: skip
+                curve = curve.reindex(series["starts"])  # a part of the facts may have been swept in fewer windows
+                of_subset = series["curves"].setdefault(subset, {"n": curve.n.fillna(0).astype(int).tolist()})
+                of_subset[metric] = [_rounded(curve[name]) for name in ("mean", "low", "high")]
+    yield from found.values()
+
+
+def _columns(result: SweepData) -> list[str]:
+    """Columns of the facts that have several values, and few."""
+    facts = result.facts[result.facts.fact_id.isin(result.table.fact_id)]
+    others = [name for name in facts.columns if name not in ("prompt", "subject", *result.table.columns)]
+    return [name for name in others if 1 < facts[name].nunique() <= SUBSET_VALUES and facts[name].notna().all()]
+
+
+def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
+    """Facts of one model with the numbers of every knockout, as arrays that the page reads when it needs them."""
+    table = result.table[result.table.model == model]
+    every = table.fact_id.unique()
+    single = table.source.str.startswith("each:")
+    with_tokens = set(table.fact_id[single])
+    ids = sorted(every, key=lambda fact_id: fact_id not in with_tokens)[:most]  # stable: those with heatmaps go first
+    table, single = table[table.fact_id.isin(ids)], single[table.fact_id.isin(ids)]
+    facts = result.facts.set_index("fact_id").loc[ids]
+    base = table.drop_duplicates("fact_id").set_index("fact_id").loc[ids]
+    columns = [name for name in facts.columns if name not in ("prompt", "subject", "target")]
+    columns = [name for name in columns if facts[name].notna().any() and facts[name].astype(str).str.len().max() <= 30]
+    prompts = result.prompts[result.prompts.model == model].set_index("fact_id")
+    row = {fact_id: number for number, fact_id in enumerate(ids)}
+    return {
+        "left_out": len(every) - len(ids),
+        "columns": columns,
+        "facts": [
+            {
+                "id": fact_id,
+                "pieces": pieces(fact["prompt"], fact["subject"]),
+                "target": fact["target"],
+                "columns": ["" if pd.isna(fact[name]) else str(fact[name]) for name in columns],
+                "base_prob": _rounded([base.base_prob[fact_id]])[0],
+                "tokens": list(prompts.tokens[fact_id]) if fact_id in prompts.index else None,
+                "subject": [int(i) for i in prompts.subject[fact_id]] if fact_id in prompts.index else [],
+            }
+            for fact_id, fact in zip(ids, facts.to_dict("records"), strict=True)
+        ],
+        "curves": [
+            about | {"starts": starts, "top": _top(group, grids["change_pct"], row, starts),
+                     "values": {metric: _packed(grid) for metric, grid in grids.items()}}
+            for about, group, starts, grids in _grids(table[~single], row)
+        ],
+        "tokens": list(_token_grids(table[single], row, prompts)),
+    }  # fmt: skip
+
+
+def _grids(
+    table: pd.DataFrame, row: dict[str, int]
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, list[int], dict[str, np.ndarray]]]:
+    """For every series: what it is, its rows, its windows, and for each metric the values [facts, windows]."""
+    for key, group in table.groupby(_SERIES, sort=False):
+        starts = sorted(int(start) for start in group.window_start.unique())
+        at = (group.fact_id.map(row).to_numpy(int), np.searchsorted(starts, group.window_start.to_numpy()))
+        grids = {}
+        for metric in METRICS:
+            grids[metric] = np.full((len(row), len(starts)), np.nan, "<f4")
+            grids[metric][at] = group[metric].to_numpy(float)
+        about: dict[str, Any] = dict(zip(_SERIES, key, strict=True))
+        yield about | {"window_size": int(about["window_size"])}, group, starts, grids
+
+
+def _top(group: pd.DataFrame, change: np.ndarray, row: dict[str, int], starts: list[int]) -> list[str]:
+    """What each fact's prompt is answered with in the window that costs it most."""
+    dearest = np.where(np.isnan(change), np.inf, change).argmin(1)
+    wanted = group.window_start.to_numpy() == np.array(starts)[dearest][group.fact_id.map(row).to_numpy(int)]
+    found = dict(zip(group.fact_id[wanted], group.top_token[wanted], strict=True))
+    return [found.get(fact_id, "") for fact_id in row]
+
+
+def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+    """For every features, path, target and window size: values [tokens of all facts, windows], fact by fact."""
+    positions = table.source.str.removeprefix("each:").astype(int)
+    for key, group in table.groupby(["features", "path", "target", "window_size"], sort=False):
+        starts = sorted(int(start) for start in group.window_start.unique())
+        facts, position = group.fact_id.map(row).to_numpy(int), positions[group.index].to_numpy()
+        length = np.zeros(len(row), int)
+        np.maximum.at(length, facts, position + 1)
+        offset = np.concatenate([[0], length.cumsum()])
+        at = (offset[facts] + position, np.searchsorted(starts, group.window_start.to_numpy()))
+        packed = {}
+        for metric in METRICS:
+            grid = np.full((offset[-1], len(starts)), np.nan, "<f4")
+            grid[at] = group[metric].to_numpy(float)
+            packed[metric] = _packed(grid)
+        about: dict[str, Any] = dict(zip(("features", "path", "target", "window_size"), key, strict=True))
+        yield about | {"window_size": int(about["window_size"]), "starts": starts, "offsets": offset.tolist(),
+                       "values": packed}  # fmt: skip
+
+
+def _about(result: SweepData, model: str) -> dict[str, Any]:
+    """What was run on a model."""
+    configs = [config for config in result.configs if config["model"] == model]
+    table = result.table[result.table.model == model]
+    base = table.drop_duplicates("fact_id")
+
+    def words(key: str) -> str:
+        values = [config[key] for config in configs if config.get(key) is not None]
+        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
+        return ", ".join(dict.fromkeys("own lists" if isinstance(one, list) else str(one) for one in flat))
+
+    answered = list({str(known): known for config in configs for known in config.get("answered", [])}.values())
+    return {
+        "name": model,
+        "layers": result.n_layers[model],
+        "facts": len(base),
+        "rows": len(table),
+        "right": int((base.base_rank == 1).sum()),
+        "median": float(base.base_prob.median()),
+        "answered": answered,
+        "settings": {
+            name: text
+            for name, key in (
+                ("Facts from", "facts"), ("Token mixers", "kinds"), ("Sources", "sources"), ("Target", "target"),
+                ("Window", "window"), ("Features", "features"), ("Paths", "paths"), ("Only mixers", "mixers"),
+                ("Precision", "dtype"),
+            )
+            if (text := words(key))
+        },
+    }  # fmt: skip
+
+
+def _styles(roles: SweepData) -> dict[str, dict[str, Any]]:
+    """Colour and symbol of every value that a line may stand for: the same as in figures."""
+    styles = {}
+    for name in DIMENSIONS:
+        for index, value in enumerate(roles.table[name].unique()):
+            colour, marker = style(str(value), index)
+            styles[f"{name}={value}"] = {"color": colour, "symbol": _SYMBOLS[marker]}
+    return styles
+
+
+@functools.cache
+def _assets() -> dict[str, Any]:
+    """The libraries that draw and list, and the page's own wiring."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    tables = files("itables") / "html"
+    own = files("mambalens.report") / "templates"
+    module = base64.b64encode((tables / "dt_bundle.js").read_bytes()).decode()
+    texts = {
+        "plotly": get_plotlyjs(),
+        "table_module": f"data:text/javascript;base64,{module}",
+        "table_styles": (tables / "dt_bundle.css").read_text(),
+        "own_styles": (own / "report.css").read_text(),
+        "wiring": (own / "report.js").read_text(),
+    }
+    return {name: Markup(text) for name, text in texts.items()}
+
+
+def _packed(values: np.ndarray) -> str:
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def _rounded(values: Sequence[float] | pd.Series) -> list[float | None]:
+    """Numbers with the digits that a picture can show."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, float)]
+
+
+def _plain(value: Any) -> Any:
+    """The same without numpy's kinds of numbers, which JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value

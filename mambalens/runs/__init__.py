@@ -1,0 +1,1 @@
+"""What a sweep found: its table, its folder, its intervals."""

@@ -1,0 +1,233 @@
+"""What a sweep found: the table, what was left out, summaries with intervals, and the folder they are kept in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import pandas as pd
+
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.runs.folder import (
+    CONFIG,
+    FACTS,
+    PARTS,
+    PROMPT,
+    SAVED,
+    SKIPPED,
+    atomically,
+    digest_of,
+    is_run,
+    read_config,
+    read_parts,
+    read_prompts,
+    writable_folder,
+    write_facts,
+    write_part,
+    write_prompts,
+    writing,
+)
+from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.table import GROUP, METRICS
+
+
+class SweepData:
+    """What a finished sweep found, or several put together: tables, and what is reckoned from them.
+
+    Attributes:
+        table: one row per fact, source, features, path and window; columns in `work.COLUMNS`.
+        skipped: fact_id, source ('' where the whole fact was left out) and reason.
+        facts: the facts that were asked for, with all their columns.
+        configs: what was run, one dict a model.
+        unfinished: blocks of facts that are still missing, of a run that is not at its end.
+        prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
+    """
+
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        skipped: pd.DataFrame,
+        facts: pd.DataFrame,
+        configs: list[dict[str, Any]],
+        unfinished: int = 0,
+        prompts: pd.DataFrame | None = None,
+    ) -> None:
+        self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
+        self.unfinished = unfinished
+        self.prompts = pd.DataFrame(columns=list(PROMPT)) if prompts is None else prompts
+
+    def __repr__(self) -> str:
+        facts = self.table.fact_id.nunique()
+        left = f"; {self.unfinished} block{'s' * (self.unfinished > 1)} of facts to come" if self.unfinished else ""
+        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows{left}>"
+
+    @property
+    def models(self) -> list[str]:
+        """Names of the models."""
+        return list(dict.fromkeys(config["model"] for config in self.configs))
+
+    @property
+    def n_layers(self) -> dict[str, int]:
+        """Layers of each model."""
+        return {config["model"]: config["n_layers"] for config in self.configs}
+
+    @classmethod
+    def concat(cls, results: Sequence[SweepData]) -> Self:
+        """Several results as one, for comparing models."""
+        if not results:
+            raise MambalensError("There is no result to put together.")
+        tables = [result.table for result in results]
+        skipped = [result.skipped for result in results]
+        facts = pd.concat([result.facts for result in results], ignore_index=True)
+        facts = facts.drop_duplicates("fact_id", ignore_index=True)
+        asked = pd.concat([result.facts[["fact_id", "prompt", "target"]] for result in results]).drop_duplicates()
+        other = asked.fact_id[asked.fact_id.duplicated()]
+        if len(other):
+            raise MambalensError(
+                f"Different facts have the id {other.iloc[0]!r} in these results: give the facts ids of their own."
+            )
+        configs = [config for result in results for config in result.configs]
+        unfinished = sum(result.unfinished for result in results)
+        prompts = pd.concat([result.prompts for result in results], ignore_index=True)
+        prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
+        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped).drop_duplicates(ignore_index=True)
+        return cls(table, missing, facts, configs, unfinished, prompts)
+
+    def where(self, **values: Any) -> Self:
+        """The part of the sweep whose columns have these values; a list means any of them.
+
+        Raises:
+            MambalensError: for a column that neither the table nor the facts have, or if nothing is left.
+        """
+        table = self.table
+        for column, value in values.items():
+            wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
+            table = table[self.column(column, table).astype(str).isin(wanted)]
+        if not len(table):
+            raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
+        configs = [config for config in self.configs if config["model"] in set(table.model)]
+        return self._with(table, configs)
+
+    def roles(self) -> Self:
+        """The part without sources of `each`: what is a mean over facts, where positions of prompts are not."""
+        table = self.table
+        return self._with(table[~table.source.str.startswith("each:")], self.configs)
+
+    def _with(self, table: pd.DataFrame, configs: list[dict[str, Any]]) -> Self:
+        """The same with other rows."""
+        table = table.reset_index(drop=True)
+        return type(self)(table, self.skipped, self.facts, configs, self.unfinished, self.prompts)
+
+    def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
+        """A column of the table, or of the facts, for every row of the table."""
+        table = self.table if table is None else table
+        if name in table.columns:
+            return table[name]
+        if name not in self.facts.columns:
+            raise MambalensError(f"{name!r} is no column of the facts: {choose(name, self.facts.columns)}.")
+        return table.fact_id.map(self.facts.set_index("fact_id")[name])
+
+    def summary(
+        self, interval: str = "bootstrap", metric: str = "change_pct", by: Sequence[str] = (), seed: int = 0
+    ) -> pd.DataFrame:
+        """Means over facts with 95 % intervals, one row per model, source, features, path and window.
+
+        Args:
+            interval: 'bootstrap' (percentiles of 2,000 resamples of the facts, seeded), 't' (Student's t) or 'sem' (one
+                standard error to each side).
+            metric: a column of `METRICS`.
+            by: columns of the facts to split by, such as 'wording' or 'relation'.
+
+        Returns:
+            The grouping columns, n (facts), mean, low, high; low and high are NaN for a single fact.
+        """
+        if interval not in INTERVALS:
+            raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
+        if metric not in METRICS:
+            raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, METRICS)}.")
+        table = self.table.assign(**{name: self.column(name) for name in by})
+        keys = [*by, *GROUP]
+        found, groups = [], []
+        for key, group in table.groupby(keys, sort=False, dropna=False):
+            values = group[metric].to_numpy(float)
+            found.append(key)
+            groups.append(values[~np.isnan(values)])
+        intervals = mean_intervals(groups, interval, seed)
+        rows = [(*key, len(group), *three) for key, group, three in zip(found, groups, intervals, strict=True)]
+        return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+
+    def dearest(self) -> pd.DataFrame:
+        """The window that costs the target most probability, for every source, group of features and path.
+
+        Returns:
+            The lowest rows of `summary()`, in the order of the sweep.
+        """
+        summary = self.summary()
+        keys = [name for name in GROUP if name != "window_start"]
+        lowest = summary.assign(mean=summary["mean"].fillna(np.inf)).groupby(keys, sort=False)["mean"].idxmin()
+        return summary.loc[lowest.to_numpy(int)].reset_index(drop=True)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.runs.folder`).
+
+        Returns:
+            The folder.
+
+        Raises:
+            MambalensError: if it cannot be written, or holds a run of its own.
+        """
+        folder = writable_folder(folder)
+        if (folder / CONFIG).exists() and is_run(folder):
+            raise MambalensError(
+                f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
+            )
+        with writing(folder):
+            (folder / PARTS).mkdir(exist_ok=True)
+            write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
+            write_facts(folder, self.facts)
+            write_prompts(folder, self.prompts)
+            text = json.dumps({"configs": self.configs, "blocks": 1, "definition": None}, indent=1) + "\n"
+            atomically(folder / CONFIG, lambda file: file.write_text(text))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a run's folder, also while it is still being filled, or what `save` wrote.
+
+        A folder with such folders in it gives them all as one. Parts that are damaged are left out with a warning;
+        `unfinished` says how many blocks are missing.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise MambalensError(f"The folder {str(folder)!r} does not exist.")
+        if not (folder / CONFIG).is_file():
+            found = sorted(path.parent for path in folder.rglob(CONFIG))
+            if not found:
+                raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
+            return cls.concat([cls.load(path) for path in found])
+        about = read_config(folder)
+        parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
+        if not parts:
+            raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
+        try:
+            facts = pd.read_parquet(folder / FACTS)
+        except (OSError, ValueError) as error:
+            raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
+        table = pd.concat([table for table, _ in parts], ignore_index=True)
+        skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
+        skipped = with_unusable(skipped, about["configs"])
+        return cls(table, skipped, facts, about["configs"], missing, read_prompts(folder))
+
+
+def with_unusable(skipped: pd.DataFrame, configs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+    """What was left out, and the facts that could not be asked when known ones were chosen."""
+    rows = [
+        (fact_id, "", reason)
+        for config in configs
+        for answered in config.get("answered", [])
+        for fact_id, reason in answered.get("unusable", [])
+    ]
+    return pd.concat([pd.DataFrame(rows, columns=list(SKIPPED)), skipped]).drop_duplicates(ignore_index=True)

@@ -1,0 +1,317 @@
+"""A run's folder: what is run, and its results in parts, so that a run that was cut off goes on where it stopped.
+
+    sweep.json            what defines the run, and what it was run with
+    facts.parquet         the facts that were asked for
+    prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
+    parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, which
+                          run it belongs to and a digest of the rows
+    locks/00000.lock      held by the process that computes the block; the system frees it when the process ends
+
+Files are written under another name, flushed to the disk and renamed: a name that is there stands for a whole file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mambalens.hooks.errors import MambalensError
+
+CONFIG, FACTS, PROMPTS, PARTS, LOCKS = "sweep.json", "facts.parquet", "prompts.parquet", "parts", "locks"
+SAVED = "saved"
+"""Stands for the run of a result that was saved, not filled block by block."""
+_KEY = b"mambalens"
+SKIPPED = ("fact_id", "source", "reason")
+PROMPT = ("model", "fact_id", "tokens", "subject")
+"""Columns of the prompts: the tokens' texts, and the subject's positions."""
+
+
+class RunFolder:
+    """The folder of one run.
+
+    Args:
+        path: the folder; made if need be.
+        definition: everything that the numbers depend on, as JSON.
+        about: what else is worth keeping (configs, versions, blocks).
+        facts: the facts that were asked for.
+        prompts: their prompts, with the columns of `PROMPT`.
+
+    Raises:
+        MambalensError: if the folder cannot be written, or holds another run.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        definition: dict[str, Any],
+        about: dict[str, Any],
+        facts: pd.DataFrame,
+        prompts: pd.DataFrame,
+    ) -> None:
+        self.path, self.definition = Path(path), json.loads(json.dumps(definition))
+        self.digest = digest_of(self.definition)
+        self._whole: set[int] = set()
+        with writing(self.path):
+            for folder in (PARTS, LOCKS):
+                (self.path / folder).mkdir(parents=True, exist_ok=True)
+            with self.claim("run", wait=True):
+                if (self.path / CONFIG).exists():
+                    self._compare(read_config(self.path))
+                if not (self.path / PROMPTS).exists():
+                    write_prompts(self.path, prompts)
+                if (self.path / CONFIG).exists():
+                    return
+                write_facts(self.path, facts)
+                text = json.dumps(about | {"definition": self.definition}, indent=1) + "\n"
+                atomically(self.path / CONFIG, lambda file: file.write_text(text))
+
+    def _compare(self, there: dict[str, Any]) -> None:
+        if there.get("definition") is None:
+            raise MambalensError(f"{str(self.path)!r} holds a saved result, which is no run: choose another folder.")
+        old, new = there["definition"], self.definition
+        different = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+        if different:
+            shown = "; ".join(f"{key}: {_short(old.get(key))} there, {_short(new.get(key))} now" for key in different)
+            raise MambalensError(
+                f"{str(self.path)!r} holds another run ({shown}): choose another folder, or ask for the same again."
+            )
+
+    @contextmanager
+    def claim(self, block: int | str, wait: bool = False) -> Iterator[bool]:
+        """Hold a block while the `with` runs; gives False where somebody else holds it."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCKS / f"{_name(block)}.lock")
+        try:
+            lock.acquire(timeout=-1 if wait else 0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def finished(self, block: int) -> bool:
+        """Whether a block's part is there and whole; what is not is set aside, with a warning."""
+        path = self.path / PARTS / f"{_name(block)}.parquet"
+        if block in self._whole:
+            return True
+        if not path.exists():
+            return False
+        try:
+            read_part(path, self.digest)
+        except BrokenPart as error:
+            aside = path.with_suffix(f".broken-{os.urandom(4).hex()}")
+            with writing(self.path):
+                path.rename(aside)
+            warnings.warn(f"{path.name} {error}; it is set aside as {aside.name} and computed again.", stacklevel=2)
+            return False
+        self._whole.add(block)
+        return True
+
+    def write(self, block: int, table: pd.DataFrame, skipped: pd.DataFrame) -> None:
+        """Keep a block's result."""
+        with writing(self.path):
+            write_part(self.path / PARTS / f"{_name(block)}.parquet", table, skipped, self.digest)
+        self._whole.add(block)
+
+
+def digest_of(definition: dict[str, Any] | None) -> str:
+    """What a run's parts carry to say whose they are."""
+    if definition is None:
+        return SAVED
+    return hashlib.sha256(json.dumps(definition, sort_keys=True).encode()).hexdigest()
+
+
+class Interrupts:
+    """While the `with` runs, Ctrl-C waits for `look`, so that a part nearly done is kept; twice, it does not wait."""
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interrupts:
+        self.ours = threading.current_thread() is threading.main_thread()  # only there can signals be heard
+        if self.ours:
+            self.before = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.ours:
+            signal.signal(signal.SIGINT, self.before)
+
+    def _hear(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        print("\nFinishing the current block of facts; Ctrl-C again stops at once.", file=sys.stderr, flush=True)
+
+    def look(self) -> None:
+        """Stop here if Ctrl-C was pressed."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+
+def writable_folder(folder: str | Path) -> Path:
+    """The folder, made if need be; asked for before long work starts.
+
+    Raises:
+        MambalensError: if it cannot be made or written to.
+    """
+    folder = Path(folder)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f".probe.{os.getpid()}").touch()
+        (folder / f".probe.{os.getpid()}").unlink()
+    return folder
+
+
+def write_facts(path: Path, facts: pd.DataFrame) -> None:
+    """Keep the facts; a further column that mixes kinds of values, as JSON may, is kept as text."""
+
+    def plain(column: pd.Series) -> pd.Series:
+        try:
+            pa.array(column, from_pandas=True)
+            return column
+        except pa.ArrowException:
+            return column.map(lambda value: value if isinstance(value, str) else json.dumps(value, default=str))
+
+    atomically(path / FACTS, lambda file: facts.apply(plain).to_parquet(file, index=False))
+
+
+def write_prompts(path: Path, prompts: pd.DataFrame) -> None:
+    """Keep the prompts' tokens."""
+    atomically(path / PROMPTS, lambda file: prompts.to_parquet(file, index=False))
+
+
+def read_prompts(path: Path) -> pd.DataFrame:
+    """The prompts' tokens; none where the folder is older than this file."""
+    if not (path / PROMPTS).exists():
+        return pd.DataFrame(columns=list(PROMPT))
+    try:
+        return pd.read_parquet(path / PROMPTS)
+    except (OSError, ValueError) as error:
+        raise MambalensError(f"The prompts of the run in {str(path)!r} cannot be read ({error}).") from error
+
+
+class BrokenPart(Exception):
+    """A part that is cut off, altered, or of another run; the message says which."""
+
+
+def write_part(path: Path, table: pd.DataFrame, skipped: pd.DataFrame, run: str) -> None:
+    """Write one part."""
+    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    digest = _digest(arrow.to_pandas())
+    about = {"run": run, "rows": len(table), "sha256": digest, "skipped": skipped.to_numpy().tolist()}
+    arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {_KEY: json.dumps(about).encode()})
+    atomically(path, lambda file: pq.write_table(arrow, file))
+
+
+def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of a part, and what it skipped.
+
+    Raises:
+        BrokenPart: if the part is not whole, or not of this run.
+    """
+    try:
+        arrow = pq.read_table(path)
+        about = json.loads((arrow.schema.metadata or {})[_KEY])
+        table = arrow.to_pandas()
+        skipped = pd.DataFrame(about["skipped"], columns=list(SKIPPED))
+        belongs, whole = about["run"] == run, about["sha256"] == _digest(table)
+    except Exception as error:  # a damaged file may raise anything
+        raise BrokenPart(f"cannot be read ({type(error).__name__})") from error
+    if not belongs:
+        raise BrokenPart("belongs to another run")
+    if not whole:
+        raise BrokenPart("is damaged (its digest differs)")
+    return table, skipped
+
+
+def read_parts(path: Path, run: str, blocks: int) -> tuple[list[tuple[pd.DataFrame, pd.DataFrame]], int]:
+    """The whole parts of a run in order, and how many blocks are missing."""
+    found = []
+    for block in range(blocks):
+        part = path / PARTS / f"{_name(block)}.parquet"
+        if not part.exists():
+            continue
+        try:
+            found.append(read_part(part, run))
+        except BrokenPart as error:
+            warnings.warn(f"{str(part)!r} {error} and is left out.", stacklevel=3)
+    return found, blocks - len(found)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """sweep.json."""
+    try:
+        found = json.loads((path / CONFIG).read_text())
+        if not isinstance(found, dict) or "configs" not in found:
+            raise ValueError("it has no configs")
+        return found
+    except (OSError, ValueError) as error:
+        raise MambalensError(f"The sweep in {str(path)!r} cannot be read ({error}).") from error
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run of its own, and not a saved result or something that cannot be read."""
+    try:
+        return read_config(path).get("definition") is not None
+    except MambalensError:
+        return False
+
+
+def atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file under another name, flush it to the disk and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say in one sentence why a folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise MambalensError(
+            f"The result could not be written to {str(path)!r} ({error.strerror or error}). What was finished is kept."
+        ) from error
+
+
+def _digest(table: pd.DataFrame) -> str:
+    """Of the values, whatever file they came from."""
+    values = pd.util.hash_pandas_object(table, index=False).to_numpy().tobytes()
+    return hashlib.sha256(json.dumps(list(table.columns)).encode() + values).hexdigest()
+
+
+def _name(block: int | str) -> str:
+    return block if isinstance(block, str) else f"{block:05d}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

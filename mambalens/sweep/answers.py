@@ -1,0 +1,133 @@
+"""Who answers knockouts: the replay engine where it reproduces the model, else one hooked forward pass for each."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mambalens.facts.prompts import Batch
+from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.model import LoadedModel
+from mambalens.system.memory import exhausted
+
+UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
+"""Largest difference of a probability between the model and a replay that cuts nothing."""
+
+
+class Asked(NamedTuple):
+    """One knockout of a batch."""
+
+    layers: list[int]
+    features: Features
+    name: str
+    """What the table calls the features."""
+    path: Path
+    source: str
+    positions: list[list[int]]
+    """The source's positions in every prompt."""
+    mixers: str | None = None
+    """Only mixers of this kind."""
+
+
+Answers = Iterator[tuple[int, Tensor]]
+"""Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
+
+
+class Engine:
+    """Answers knockouts.
+
+    Args:
+        lens: model and tokenizer.
+        memory: bytes to plan with.
+        replay: answer by replay, as long as it reproduces the model.
+    """
+
+    def __init__(self, lens: LoadedModel, memory: int, replay: bool = True) -> None:
+        from mambalens.sweep.replay import can_replay
+
+        self.lens, self.memory = lens, memory
+        self.works = replay and can_replay(lens.hooks)
+
+    def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
+        """How many prompts of a length fit the memory; None: any number."""
+        from mambalens.sweep.replay import prompts_at_once
+
+        if not self.works:
+            return None
+        sets = len(sources) + ("each" in sources) * (time - 1)
+        return prompts_at_once(self.lens.hooks, time, sets, self.memory)
+
+    def answers(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers:
+        """Predictions of a batch without a knockout and under each.
+
+        Args:
+            batch: prompts.
+            knockouts: what to knock out of them, each on its own.
+            targets: target positions in every prompt.
+        """
+        replayed = self._replayed(batch, knockouts, targets)
+        return replayed if replayed is not None else self._eager(batch, knockouts, targets)
+
+    @torch.no_grad()
+    def _eager(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers:
+        """One hooked forward pass for every knockout."""
+        lens = self.lens
+        yield -1, lens.last_logits(batch)
+        for number, asked in enumerate(knockouts):
+            sources = batch.mask(asked.positions)
+            cut = Knockout(sources, batch.mask(targets), asked.layers, asked.features, asked.path, asked.mixers)
+            with lens.hooks.apply(cut):
+                yield number, lens.last_logits(batch)
+
+    def _replayed(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers | None:
+        """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
+        from mambalens.sweep.replay import UNCUT, Cutting, Replay
+
+        if not self.works or not knockouts:
+            return None
+        hooks = self.lens.hooks
+        sets = {knockout.source: knockout.positions for knockout in knockouts}
+        numbers = {source: number for number, source in enumerate(sets, 1)}
+        sources = torch.stack([batch.mask(positions) for positions in sets.values()])
+        cuts = [UNCUT]
+        for knockout in knockouts:
+            features = hooks.feature_masks(knockout.features, knockout.layers, knockout.mixers)
+            main, conv = knockout.path != "conv", knockout.path != "main"
+            cuts.append(Cutting(knockout.layers, numbers[knockout.source], main, conv, features))
+        replay = Replay(hooks, batch.ids, batch.last, sources, batch.mask(targets), self.memory)
+        found = ((number - 1, logits) for number, logits in replay.logits(cuts))
+        try:
+            first = next(found)
+        except MambalensError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
+            if exhausted(error):
+                raise
+            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            return None
+        difference = self._difference(batch, first[1])
+        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
+            self._give_up(f"is not reproduced by replaying it: without a knockout it misses by {difference:.1e}")
+            return None
+        return itertools.chain([first], found)
+
+    def _difference(self, batch: Batch, uncut: Tensor) -> float:
+        """Between the model's own prediction and the replay's without a knockout.
+
+        Every batch is checked, on its shortest prompt run alone: what fills the batch up must not matter either.
+        """
+        own = self.lens.last_logits(batch.part([-1]).trimmed()).softmax(-1)[0]
+        return float((uncut[-1].softmax(-1) - own.to(uncut.device)).abs().max())
+
+    def _give_up(self, why: str) -> None:
+        self.works = False
+        warnings.warn(
+            f"{self.lens.name} {why}. Every knockout takes a forward pass of its own instead, which is slow and exact.",
+            stacklevel=2,
+        )

@@ -1,0 +1,249 @@
+"""The replay engine: a whole sweep from one base pass.
+
+A knockout whose first target is at position t, in a window that starts at layer a, changes nothing below a and nothing
+left of t. So the base runs once, layer by layer, and beside it a row that nothing is cut from goes on from t. Before
+layer l, a copy of that row joins for every knockout whose window starts there; then all joined rows go through the
+layer in one call and resume from what the base has just left there. The layers' norms, MLPs and residuals stay the
+model's own code; what mixers keep and how rows resume is the adapters' part (`Mixer.remembering`, `Mixer.resuming`).
+
+Memory is bounded: of the base only the running layer is kept, rows go through a layer and through the head in tiles,
+and where even their hidden states are too many, a few knockouts at a time get a base pass of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks.calls import bound
+from mambalens.hooks.mixer import replace_forward
+from mambalens.hooks.resume import Base, Rows
+
+SHARES = 4
+"""Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
+
+
+class Cutting(NamedTuple):
+    """One knockout for every prompt of a batch, whose sources are one of the batch's source sets."""
+
+    layers: Sequence[int]
+    source: int
+    """Number of the source set, from 1; 0 cuts nothing."""
+    main: bool
+    conv: bool
+    features: dict[Mixer, Tensor | None]
+    """Mask of every mixer that is cut; None for every feature."""
+
+
+UNCUT = Cutting([0], 0, False, False, {})
+"""Replays the prompts as they are."""
+
+
+class Replay:
+    """One batch of right-padded prompts, ready to answer knockouts of the same targets.
+
+    Args:
+        hooks: the model's hook manager.
+        ids: [batch, T].
+        last: last position of every prompt, behind which the prediction is asked for [batch].
+        targets: target positions [batch, T]; the last positions by default.
+        sources: source sets [sets, batch, T].
+        memory: bytes to plan tiles with; a plan, not a limit that is enforced.
+    """
+
+    def __init__(
+        self, hooks: HookManager, ids: Tensor, last: Tensor, sources: Tensor, targets: Tensor | None = None,
+        memory: int = 2**30,
+    ) -> None:  # fmt: skip
+        self.hooks, self.model, self.memory = hooks, hooks.model, memory
+        self.layers = hooks.layers
+        device = self.model.get_input_embeddings().weight.device
+        self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
+        time = ids.shape[1]
+        every = torch.arange(time, device=device)
+        if targets is None:
+            targets = every == self.last[:, None]
+        targets = targets.to(device) & (every <= self.last[:, None])
+        first = torch.where(targets, every, time).amin(1).minimum(self.last)
+        length = int((self.last - first).max()) + 1
+        self.first = first.clamp_max(time - length)  # rows of equal length, none of them past the last column
+        self.targets = targets.gather(1, self.first[:, None] + torch.arange(length, device=device))
+
+    @torch.no_grad()
+    def logits(self, cuts: Sequence[Cutting]) -> Iterator[tuple[int, Tensor]]:
+        """Logits behind the last token under every cut, by source set: what cuts nothing comes first.
+
+        Yields:
+            Number of the cut, and its logits [batch, vocabulary] in float32 or better.
+        """
+        batch = len(self.last)
+        vocabulary = self.model.get_output_embeddings().weight.shape[0]
+        at_once = max(1, self.memory // SHARES // (3 * 4 * batch * vocabulary))
+        for group in self._groups(cuts):
+            walk = _Walk(self, [cuts[number] for number in group])
+            hidden = walk.run()  # [batch, cuts, width]
+            for begin in range(0, len(group), at_once):
+                part = hidden[:, begin : begin + at_once].transpose(0, 1)
+                logits = walk.head(part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
+                yield from zip(group[begin : begin + at_once], logits, strict=True)
+
+    def _groups(self, cuts: Sequence[Cutting]) -> Iterator[list[int]]:
+        """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
+        width = self.model.get_input_embeddings().weight.shape[1]
+        per_cut = 2 * self.targets.numel() * width * _bytes(self.model)
+        most = max(1, self.memory // SHARES // per_cut)
+        time, mixers = self.ids.shape[1], self.hooks.mixers
+        per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
+        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * _bytes(self.model))
+        sets = max(1, room - 1)  # the untouched state is one more
+        group: list[int] = []
+        inside: set[int] = set()
+        for number in sorted(range(len(cuts)), key=lambda number: cuts[number].source):
+            source = cuts[number].source
+            if group and (len(group) == most or (source not in inside and len(inside) >= sets)):
+                yield group
+                group, inside = [], set()
+            group.append(number)
+            inside.add(source)
+        if group:
+            yield group
+
+
+class _Walk:
+    """One base pass with the rows of some cuts beside it."""
+
+    def __init__(self, replay: Replay, cuts: Sequence[Cutting]) -> None:
+        self.replay, self.model = replay, replay.model
+        used = sorted({cut.source for cut in cuts} - {0})
+        number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
+        sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
+        self.base = Base(replay.first, replay.targets, sources)
+        # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
+        order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: min(cuts[i].layers))
+        self.cuts = [UNCUT, *(cuts[i]._replace(source=number[cuts[i].source]) for i in order)]
+        row = {i: row for row, i in enumerate(order, 1)}
+        self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
+        """Row of each cut, in the order in which they were given."""
+        self.hidden: Tensor | None = None
+        self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
+        self.memories: dict[Mixer, list[Any]] = {}
+        self.in_rows = False
+
+    def run(self) -> Tensor:
+        """Hidden states behind the layers at the last position [batch, cuts, width], in the order of the cuts."""
+        mixers = self.replay.hooks.mixers
+        for mixer in mixers:
+            starts = (min(cut.layers) for cut in self.cuts)
+            mixer.expect(sum(start <= mixer.layer for start in starts) * self.replay.targets.numel())
+        with ExitStack() as stack:
+            for mixer in mixers:
+                self.memories[mixer] = stack.enter_context(mixer.remembering(self.base))
+            for number, layer in enumerate(self.replay.layers):
+                stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
+            self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
+        assert self.hidden is not None
+        hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
+        at = (self.replay.last - self.replay.first).to(hidden.device)
+        hidden = hidden[torch.arange(len(at), device=hidden.device), :, at]
+        return hidden[:, self.rows.to(hidden.device)]
+
+    def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
+        """A hook behind a layer of the base pass: the rows go through it too."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if self.in_rows:
+                return
+            given = bound(module, args, kwargs)
+            names = list(given)
+            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.in_rows = True
+            try:
+                self._through(number, layer, given[names[1]], {name: given[name] for name in names[2:]})
+            finally:
+                self.in_rows = False
+
+        return hook
+
+    def _through(self, number: int, layer: nn.Module, base: Tensor, kwargs: dict[str, Any]) -> None:
+        """Rows join before a layer, and go through it."""
+        joined = [cut for cut in self.cuts if min(cut.layers) <= number]
+        new = sum(min(cut.layers) == number for cut in joined)
+        length = self.base.length
+        if self.hidden is None:
+            hidden = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
+        else:
+            hidden = self.hidden.to(base.device)
+            hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
+        here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
+        memories = [self.memories[mixer].pop() for mixer in here]
+        widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
+        per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
+        size = max(1, self.replay.memory // SHARES // per_cut)
+        size = min([size, *(memory.most_cuts for memory in memories)])
+        parts = []
+        of_base = self.base.to(base.device)
+        for begin in range(0, len(joined), size):
+            cuts = joined[begin : begin + size]
+            given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
+            with ExitStack() as stack:
+                for mixer, memory in zip(here, memories, strict=True):
+                    stack.enter_context(mixer.resuming(memory, self.base, _rows(cuts, mixer)))
+                part = hidden[:, begin * length : (begin + len(cuts)) * length]
+                parts.append(_hidden(layer(part, **given)))
+        self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """What the model's own code behind its layers makes of rows [rows, 1, width]."""
+
+        def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
+            result = hidden if beside is None else (hidden, *beside)
+            return lambda original: lambda *_, **__: result
+
+        with ExitStack() as stack:
+            for layer, beside in zip(self.replay.layers, self.beside, strict=True):
+                stack.callback(replace_forward(layer, hand_on(beside)))
+            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, 0]
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _rows(cuts: Sequence[Cutting], mixer: Mixer) -> Rows:
+    """What is cut of each row in one mixer."""
+    inside = torch.tensor([mixer in cut.features for cut in cuts])
+    source = torch.tensor([cut.source for cut in cuts]) * inside
+    main = torch.tensor([cut.main for cut in cuts]) & inside
+    conv = torch.tensor([cut.conv for cut in cuts]) & inside & mixer.has_conv
+    masks = [cut.features.get(mixer) for cut in cuts]
+    features = None
+    if any(mask is not None for mask in masks):
+        everything = torch.ones(mixer.n_features, dtype=torch.bool)
+        features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
+    return Rows(source, main, conv, features)
+
+
+def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:
+    """How many prompts of so many positions, with so many source sets, a base pass may take."""
+    model = hooks.model
+    widest = max((max(p.shape) for layer in hooks.layers for p in layer.parameters() if p.ndim == 2), default=1)
+    width = model.get_input_embeddings().weight.shape[1]
+    numbers = 4 * time * (widest + width) + max(mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers)
+    return max(1, memory // SHARES // (numbers * _bytes(model)))
+
+
+def can_replay(hooks: HookManager) -> bool:
+    """Whether the engine can walk the model: no knockout is running, without which rows would resume."""
+    return not hooks.cutting
+
+
+def _hidden(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _bytes(model: Any) -> int:
+    """Bytes of a number in a pass; scans take float32 whatever the model's dtype."""
+    return max(4, model.dtype.itemsize)

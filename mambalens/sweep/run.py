@@ -1,0 +1,116 @@
+"""The sweep: one knockout for every source, window, group of features and path, over many facts, block by block."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mambalens.defaults import BLOCK
+from mambalens.facts.fact import Facts
+from mambalens.hooks.errors import MambalensError
+from mambalens.model import LoadedModel
+from mambalens.sweep.block import Work
+from mambalens.sweep.plan import Plan
+from mambalens.system import processes
+from mambalens.system.events import tell
+from mambalens.system.progress import tqdm
+
+if TYPE_CHECKING:
+    from mambalens.runs.data import SweepData
+    from mambalens.runs.folder import RunFolder
+
+POLL = 0.5
+"""Seconds between looks at blocks that another process is at."""
+
+
+def run(
+    lens: LoadedModel,
+    facts: Facts,
+    plan: Plan,
+    batch_size: int | None = None,
+    progress: bool = True,
+    memory: int | str | None = None,
+    replay: bool = True,
+    out: str | Path | None = None,
+    block_size: int = BLOCK,
+) -> SweepData:
+    """Run a plan, block of facts by block of facts.
+
+    Args:
+        lens: model and tokenizer.
+        facts: facts to sweep.
+        plan: what to knock out.
+        batch_size: prompts a batch at most; fewer where the memory needs it.
+        progress: show a progress bar.
+        memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+        replay: answer knockouts by the replay engine (`mambalens.sweep.replay`) wherever it reproduces the model;
+            otherwise by one hooked forward pass for every knockout.
+        out: folder to keep finished blocks in (see `mambalens.runs.folder`); those that are there already are not
+            computed again, and those that another process is at are left to it.
+        block_size: facts a block.
+    """
+    import pandas as pd
+
+    from mambalens.runs.data import SweepData, with_unusable
+
+    if block_size < 1:
+        raise MambalensError(f"block_size={block_size}: give 1 or more facts.")
+    blocks = [facts[begin : begin + block_size] for begin in range(0, len(facts), block_size)]
+    bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
+    with bar:
+        work = Work(lens, facts, plan, batch_size, memory, replay, bar)
+        if out is None:
+            found = [work.block(block) for block in blocks]
+            tables, skipped = [table for table, _ in found], [skip for _, skip in found]
+            missing = with_unusable(pd.concat(skipped, ignore_index=True), [work.config])
+            table = pd.concat(tables, ignore_index=True)
+            return SweepData(table, missing, facts.table, [work.config], prompts=work.tokens)
+        _fill(out, work, blocks, block_size)
+    return SweepData.load(out)
+
+
+def _fill(out: str | Path, work: Work, blocks: list[Facts], block_size: int) -> None:
+    """Compute the blocks that a folder lacks, those that nobody else is at first."""
+    from mambalens.runs.folder import Interrupts, RunFolder
+
+    about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
+    folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table, work.tokens)
+    begin = processes.rank() * len(blocks) // processes.count()
+    left = [*range(begin, len(blocks)), *range(begin)]
+    counted: set[int] = set()
+    with Interrupts() as interrupts:
+        while left:
+            waiting = []
+            for number in left:
+                interrupts.look()
+                if not folder.finished(number):
+                    with folder.claim(number) as mine:
+                        if not mine:
+                            waiting.append(number)
+                            continue
+                        if not folder.finished(number):
+                            _compute(folder, work, number, blocks)
+                            counted.add(number)
+                if number not in counted:
+                    counted.add(number)
+                    tell("block already there", model=work.lens.name, folder=str(out), block=number, blocks=len(blocks))
+                    work.pass_over(blocks[number])
+            if len(waiting) == len(left):
+                time.sleep(POLL)
+            left = waiting
+
+
+def _compute(folder: RunFolder, work: Work, number: int, blocks: list[Facts]) -> None:
+    """Compute a block and keep it."""
+    started = time.perf_counter()
+    table, skipped = work.block(blocks[number])
+    folder.write(number, table, skipped)
+    about = {"model": work.lens.name, "folder": str(folder.path), "block": number, "blocks": len(blocks)}
+    tell("block", **about, rows=len(table), seconds=round(time.perf_counter() - started, 3))
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("mambalens", "torch", "transformers")}

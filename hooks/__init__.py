@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mambalens.hooks.errors import MambalensError
     from mambalens.hooks.groups import GROUPS, decay_norm, group_mask
-    from mambalens.hooks.knockout import PATHS, Cut, Knockout
+    from mambalens.hooks.knockout import PATHS, Knockout
     from mambalens.hooks.manager import HookManager
+    from mambalens.hooks.masks import Cut
     from mambalens.hooks.mixer import Mixer
     from mambalens.hooks.token_mixing import TokenMixing
 
@@ -20,7 +21,7 @@ _HOMES = {
     "decay_norm": "groups",
     "group_mask": "groups",
     "PATHS": "knockout",
-    "Cut": "knockout",
+    "Cut": "masks",
     "Knockout": "knockout",
     "HookManager": "manager",
     "Mixer": "mixer",

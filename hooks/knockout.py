@@ -1,7 +1,12 @@
-"""What a knockout cuts: sources, targets, layers, features and path, and which columns of a forward pass they are."""
+"""What a knockout cuts: as the user says it (`Knockout`), looked up in a model (`Cutting`), and as columns of a pass.
+
+A knockout is `alpha[t, s, f] = 0` for its edges s -> t, in its features f, on its paths. Sources x targets is the short
+way to say edges. What is cut of one mixer in one forward pass is a `masks.Cut`.
+"""
 
 from __future__ import annotations
 
+import enum
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +20,29 @@ from mambalens.hooks.errors import MambalensError, choose
 Path = Literal["main", "conv", "both"]
 PATHS: tuple[str, ...] = get_args(Path)
 
+
+class Paths(enum.Flag):
+    """Ways from position to position inside a token mixer, together."""
+
+    NONE = 0
+    MAIN = enum.auto()
+    """The scan or attention."""
+    CONV = enum.auto()
+    """The taps of the causal convolution before the scan."""
+    BOTH = MAIN | CONV
+
+    @classmethod
+    def named(cls, path: str) -> Paths:
+        """The ways that a path's name stands for.
+
+        Raises:
+            MambalensError: if there is no such path.
+        """
+        if path not in PATHS:
+            raise MambalensError(f"path={path!r} is not a path between positions: {choose(path, PATHS)}.")
+        return cls[path.upper()]
+
+
 Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 """Columns of `input_ids`: one int, a list for all rows, a list for each row, or a boolean mask `[T]` or `[batch, T]`.
 Negative positions count from the end of the prompt."""
@@ -24,13 +52,13 @@ Features = str | int | Sequence[int] | Sequence[Any] | Mapping[int, Any] | Tenso
 layer (a dict by layer, such as a `Selection`; a list over the model's layers or over the knockout's)."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Knockout:
     """`alpha[t, s, f] = 0` for targets t, sources s and features f, in every one of some layers (Geva et al. 2023)."""
 
-    sources: Positions
+    sources: Positions | None = None
     """Positions whose information is blocked."""
-    targets: Positions
+    targets: Positions | None = None
     """Positions that are not to receive it."""
     layers: Sequence[int] | int | str | None = None
     """Layer numbers, or a kind of mixer ('attention': those mixers, in every layer). None: every layer."""
@@ -40,10 +68,61 @@ class Knockout:
     """The scan or attention ('main'), the causal convolution before the scan ('conv'), or 'both'."""
     mixers: str | None = None
     """Only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several; None: all."""
+    edges: Tensor | None = None
+    """Instead of sources and targets: which edges are cut, a boolean mask [T, T] or [batch, T, T], targets in rows and
+    sources in columns. What lies above the diagonal says nothing: no position reads a later one."""
 
     def __post_init__(self) -> None:
-        if self.path not in PATHS:
-            raise MambalensError(f"path={self.path!r} is not a path between positions: {choose(self.path, PATHS)}.")
+        Paths.named(self.path)
+        if (self.edges is None) == (self.sources is None and self.targets is None):
+            raise MambalensError("Give a knockout sources and targets, or edges.")
+        if self.edges is None and (self.sources is None or self.targets is None):
+            missing = "sources" if self.sources is None else "targets"
+            raise MambalensError(f"A knockout of sources and targets needs both: {missing} is missing.")
+        edges = self.edges
+        if edges is None:
+            return
+        if not isinstance(edges, Tensor) or edges.dtype != torch.bool:
+            what = f"{edges.dtype} numbers" if isinstance(edges, Tensor) else type(edges).__name__
+            raise MambalensError(f"edges are {what}: give a boolean mask [T, T] or [batch, T, T].")
+        if edges.ndim not in (2, 3) or edges.shape[-1] != edges.shape[-2]:
+            raise MambalensError(f"edges is a mask of shape {list(edges.shape)}: give [T, T] or [batch, T, T].")
+
+
+@dataclass(frozen=True, eq=False)
+class Cutting:
+    """A knockout looked up in a model, whatever its positions: which mixers, which of their features, which paths."""
+
+    features: Mapping[Any, Tensor | None]
+    """Mask [features] of every mixer that is cut; None for every feature."""
+    paths: Paths
+
+    @property
+    def start(self) -> int:
+        """The first layer that it changes; 0 where it cuts nothing."""
+        return min((mixer.layer for mixer in self.features), default=0)
+
+
+def edge_mask(edges: Tensor, batch: int, prompt: int, length: int) -> tuple[Tensor, list[int], bool]:
+    """Edges over the first `length` columns.
+
+    Returns:
+        A mask [batch, length, length]; targets past `length` (they may be generated later); whether any target lies
+        past the prompt.
+    """
+    given = edges.cpu().expand(batch, -1, -1) if edges.ndim == 2 else edges.cpu()
+    if given.shape[0] != batch or given.shape[1] < prompt:
+        raise MambalensError(
+            f"edges is a mask of shape {list(edges.shape)}, but the input has shape [{batch}, {prompt}]: give "
+            f"[{prompt}, {prompt}] or [{batch}, {prompt}, {prompt}]."
+        )
+    given = given.tril()
+    columns = min(given.shape[1], length)
+    mask = torch.zeros(batch, length, length, dtype=torch.bool)
+    mask[:, :columns, :columns] = given[:, :columns, :columns]
+    targets = given.any(2).any(0)  # [T]
+    beyond = [int(p) for p in targets[length:].nonzero().flatten() + length]
+    return mask, beyond, bool(targets[prompt:].any())
 
 
 def position_mask(
@@ -120,23 +199,3 @@ def _as_int(value: Any) -> int:
     if isinstance(value, bool):
         raise TypeError
     return operator.index(value)
-
-
-@dataclass(frozen=True)
-class Cut:
-    """One knockout in one layer of one forward pass, as masks.
-
-    `sources` and `targets` [batch, past + T] cover all columns so far, also those that a cache holds; `features` [F] is
-    None for every feature.
-    """
-
-    sources: Tensor
-    targets: Tensor
-    features: Tensor | None
-    main: bool
-    conv: bool
-
-    def to(self, device: torch.device) -> Cut:
-        """The same cut on a device."""
-        features = None if self.features is None else self.features.to(device)
-        return Cut(self.sources.to(device), self.targets.to(device), features, self.main, self.conv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,7 +16,17 @@ from mambalens.hooks.calls import cache_among
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.groups import explicit_mask, for_layer, group_mask, parse_group
 from mambalens.hooks.kernels import backend
-from mambalens.hooks.knockout import Cut, Features, Knockout, Path, Positions, position_mask
+from mambalens.hooks.knockout import (
+    Cutting,
+    Features,
+    Knockout,
+    Path,
+    Paths,
+    Positions,
+    edge_mask,
+    position_mask,
+)
+from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Captured, Mixer, Pass
 from mambalens.hooks.token_mixing import TokenMixing
 
@@ -25,16 +35,27 @@ PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 
 
 @dataclass(eq=False)
-class _Active:
-    """A knockout whose block is running, with its layers and features looked up."""
+class _Block:
+    """A knockout whose `with` block is running."""
 
     knockout: Knockout
-    features: dict[Mixer, Tensor | None]
-    """Mask of every mixer that is cut; None for every feature."""
+    cutting: Cutting
     reached: int = 0
     """Columns that the longest input so far had."""
     wanted: int = 0
     """Columns that its farthest position needs."""
+
+    def masks(self, batch: int, running: Pass) -> tuple[Cut, list[int], bool]:
+        """What is cut in a pass, of every feature; positions that it does not reach; whether any is generated."""
+        given, columns = self.knockout, (batch, running.prompt, running.length)
+        if given.edges is not None:
+            mask, later, generated = edge_mask(given.edges, *columns)
+            return Cut.of_edges(mask), later, generated
+        assert given.sources is not None and given.targets is not None
+        sources, later_s, _ = position_mask(given.sources, "sources", *columns)
+        targets, later_t, generated = position_mask(given.targets, "targets", *columns)
+        # A target without a source at or left of it loses nothing, and keeps the module's output exactly.
+        return Cut.of(sources, targets & (sources.long().cumsum(1) > 0)), later_s + later_t, generated
 
 
 class HookManager:
@@ -53,9 +74,8 @@ class HookManager:
     def __init__(self, model: nn.Module, check: bool = False) -> None:
         self.model: Any = model
         self.trunk, self.layers, self.mixers = find_mixers(model)
-        self._active: list[_Active] = []
+        self._blocks: list[_Block] = []
         self._pass: Pass | None = None
-        self._cuts: dict[Mixer, list[Cut]] = {}
         self._prompts: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()  # cache -> prompt, columns so far
         if check or not all(mixer.familiar for mixer in self.mixers):
             self.check()
@@ -82,17 +102,18 @@ class HookManager:
     @property
     def cutting(self) -> bool:
         """Whether a knockout block is running."""
-        return bool(self._active)
+        return bool(self._blocks)
 
     @contextmanager
     def knockout(
         self,
-        sources: Positions,
-        targets: Positions,
+        sources: Positions | None = None,
+        targets: Positions | None = None,
         layers: Sequence[int] | int | str | None = None,
         features: Features = "all",
         path: Path = "main",
         mixers: str | None = None,
+        edges: Tensor | None = None,
     ) -> Iterator[Knockout]:
         """Block what `sources` hand to `targets` while the block runs (Geva et al. 2023; Endy et al. 2025, eq. 5).
 
@@ -107,34 +128,52 @@ class HookManager:
                 layer (such as a `Selection`).
             path: 'main' (the scan or attention), 'conv' (the convolution's taps from source to target) or 'both'.
             mixers: only mixers of this kind, in models that have several kinds; None: all.
+            edges: instead of sources and targets, any set of edges: a boolean mask [T, T] or [batch, T, T], targets in
+                rows, sources in columns. What lies above the diagonal says nothing.
 
         Knockouts nest: what any of them blocks is blocked. Leaving the block restores the model bit for bit.
 
         Raises:
             MambalensError: for a layer, position, feature or path that does not exist, quoting it.
         """
-        with self.apply(Knockout(sources, targets, layers, features, path, mixers)) as knockout:
+        with self.apply(Knockout(sources, targets, layers, features, path, mixers, edges)) as knockout:
             yield knockout
 
-    @contextmanager
-    def apply(self, knockout: Knockout) -> Iterator[Knockout]:
-        """`knockout(...)` with its arguments in one object."""
-        chosen = self.mixers_of(knockout.layers, knockout.mixers)
-        if knockout.path == "conv" and chosen and not any(mixer.has_conv for mixer in chosen):
+    def resolve(
+        self,
+        layers: Sequence[int] | int | str | None = None,
+        features: Features = "all",
+        path: Path = "main",
+        mixers: str | None = None,
+    ) -> Cutting:
+        """A knockout looked up in the model, whatever its positions; arguments as for `knockout`."""
+        paths, chosen = Paths.named(path), self.mixers_of(layers, mixers)
+        if paths == Paths.CONV and chosen and not any(mixer.has_conv for mixer in chosen):
             kinds = sorted({mixer.kind for mixer in chosen})
             raise MambalensError(f"path='conv', but none of the layers has a convolution: they are {', '.join(kinds)}.")
-        features = self.feature_masks(knockout.features, knockout.layers, knockout.mixers)
-        active = _Active(knockout, features)
+        return Cutting(self.feature_masks(features, layers, mixers), paths)
+
+    @contextmanager
+    def apply(self, knockout: Knockout, cutting: Cutting | None = None) -> Iterator[Knockout]:
+        """`knockout(...)` with its arguments in one object.
+
+        Args:
+            knockout: what is cut.
+            cutting: the same looked up already, in whose place layers, features, path and mixers are not asked for.
+        """
+        if cutting is None:
+            cutting = self.resolve(knockout.layers, knockout.features, knockout.path, knockout.mixers)
+        block = _Block(knockout, cutting)
         with ExitStack() as stack:
-            if not self._active:
+            if not self._blocks:
                 stack.enter_context(self._attached())
-            self._active.append(active)
-            stack.callback(self._active.remove, active)
+            self._blocks.append(block)
+            stack.callback(self._blocks.remove, block)
             yield knockout
-            if 0 < active.reached < active.wanted:
+            if 0 < block.reached < block.wanted:
                 raise MambalensError(
-                    f"Position {active.wanted - 1} is out of range: the longest input had {active.reached} "
-                    f"tokens (positions {-active.reached} to {active.reached - 1})."
+                    f"Position {block.wanted - 1} is out of range: the longest input had {block.reached} "
+                    f"tokens (positions {-block.reached} to {block.reached - 1})."
                 )
 
     def layer_numbers(self, layers: Sequence[int] | int | str | None) -> list[int]:
@@ -186,22 +225,19 @@ class HookManager:
             stack.callback(self.trunk.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
             stack.callback(self.trunk.register_forward_hook(self._after_pass, with_kwargs=True).remove)
             for mixer in self.mixers:
-                stack.callback(mixer.attach(self._cuts_of, self._current))
+                stack.callback(mixer.attach(self._current))
             stack.callback(self._forget)
             yield
 
     def _forget(self) -> None:
         """Nothing of a finished or broken-off block is left."""
         self._prompts.clear()
-        self._cuts, self._pass = {}, None
+        self._pass = None
 
     def _current(self) -> Pass:
         if self._pass is None:
             raise MambalensError("A layer was called on its own inside a knockout: call the model.")
         return self._pass
-
-    def _cuts_of(self, mixer: Mixer) -> list[Cut]:
-        return self._cuts.get(mixer, [])
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Work out which columns of this pass the positions of the running knockouts are."""
@@ -213,41 +249,31 @@ class HookManager:
         prompt, past = self._prompts.get(cache, (time, 0)) if cache is not None else (time, 0)
         if cache is not None and not past and _holds_tokens(cache):
             raise MambalensError("The cache was filled before the knockout began: run the prompt inside the block.")
-        length = past + time
+        running = Pass(prompt, past, past + time)
         keep_history = False
-        self._cuts = {}
-        for active in self._active:
-            knockout = active.knockout
-            sources, later_s, _ = position_mask(knockout.sources, "sources", batch, prompt, length)
-            targets, later_t, generated = position_mask(knockout.targets, "targets", batch, prompt, length)
-            if (later_s or later_t) and kwargs.get("use_cache") is False and cache is None:
+        cuts: dict[Mixer, list[Cut]] = {}
+        for block in self._blocks:
+            cut, later, generated = block.masks(batch, running)
+            if later and kwargs.get("use_cache") is False and cache is None:
                 raise MambalensError(
-                    f"Position {max(later_s + later_t)} is out of range: the input has {length} tokens (positions "
-                    f"{-length} to {length - 1})."
+                    f"Position {max(later)} is out of range: the input has {running.length} tokens (positions "
+                    f"{-running.length} to {running.length - 1})."
                 )
-            active.reached = max(active.reached, length)
-            active.wanted = max(active.wanted, *(p + 1 for p in later_s + later_t), 0)
+            block.reached = max(block.reached, running.length)
+            block.wanted = max(block.wanted, *(position + 1 for position in later), 0)
             keep_history |= generated
-            # A target without a source at or left of it loses nothing, and keeps the module's output exactly.
-            targets = targets & (sources.long().cumsum(1) > 0)
-            for mixer in self.mixers:
-                mask = active.features.get(mixer)
-                if mixer not in active.features or (mask is not None and not mask.any()):
-                    continue
-                main = knockout.path != "conv"
-                conv = knockout.path != "main" and mixer.has_conv
-                if main or conv:
-                    cut = Cut(sources, targets, mask, main, conv)
-                    self._cuts.setdefault(mixer, []).append(cut)
-        self._pass = Pass(past, keep_history)
-        self._prompt, self._length = prompt, length
+            for mixer, features in block.cutting.features.items():
+                paths = block.cutting.paths & mixer.paths
+                if paths and (features is None or features.any()):
+                    cuts.setdefault(mixer, []).append(replace(cut, features=features, paths=paths))
+        self._pass = replace(running, keep_history=keep_history, cuts=cuts)
 
     def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache = cache_among((*args, *kwargs.values()))
         if cache is None:
             cache = cache_among(output.values()) if isinstance(output, Mapping) else None
-        if cache is not None:
-            self._prompts[cache] = (self._prompt, self._length)
+        if cache is not None and self._pass is not None:
+            self._prompts[cache] = (self._pass.prompt, self._pass.length)
         self._pass = None
 
     @torch.no_grad()
@@ -327,7 +353,7 @@ class HookManager:
         """
 
         def show(mixer: Mixer, call: Captured) -> None:
-            see(mixer, mixer.token_mixing(call, self._cuts_of(mixer) if self._active else ()))
+            see(mixer, mixer.token_mixing(call, self._current().cuts.get(mixer, []) if self._blocks else ()))
 
         self._capture(self.mixers_of(layers), input_ids, attention_mask, show)
 

@@ -6,29 +6,40 @@ An adapter is one file `mixer_<name>.py` in this folder with one subclass of `Mi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Cut
+from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut, on
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.token_mixing import TokenMixing
 
 
-class Pass(NamedTuple):
-    """One forward pass of the model, as far as mixers have to know it."""
+@dataclass(frozen=True, eq=False)
+class Pass:
+    """One forward pass of the model under running knockouts, as far as mixers have to know it."""
 
+    prompt: int
+    """Columns of the prompt, from which negative positions count."""
     past: int
     """Columns that a cache holds from earlier passes of the same prompt."""
-    keep_history: bool
+    length: int
+    """All columns so far, those of this pass included."""
+    keep_history: bool = False
     """Whether a target lies in columns that are yet to be generated."""
+    cuts: Mapping[Mixer, list[Cut]] = field(default_factory=dict)
+    """What is cut in each mixer that is cut."""
 
-
-CutsOf = Callable[["Mixer"], list[Cut]]
+    def cuts_of(self, mixer: Mixer, path: Paths = Paths.BOTH) -> list[Cut]:
+        """What is cut of one mixer on a path, where it changes anything in this pass."""
+        found = on(path, self.cuts.get(mixer, []))
+        return [cut for cut in found if bool(cut.targets[:, self.past :].any())]
 
 
 class Captured(NamedTuple):
@@ -82,6 +93,11 @@ class Mixer(ABC):
     def n_features(self) -> int:
         """Channels in Mamba-1, heads in Mamba-2 and attention."""
 
+    @property
+    def paths(self) -> Paths:
+        """The ways by which it carries information between positions."""
+        return Paths.BOTH if self.has_conv else Paths.MAIN
+
     def decay_norm(self) -> Tensor:
         """Decay norm of every feature [features], see `features.decay_norm`."""
         raise MambalensError(
@@ -90,12 +106,11 @@ class Mixer(ABC):
         )
 
     @abstractmethod
-    def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
+    def attach(self, current: Callable[[], Pass]) -> Callable[[], None]:
         """Make the module apply the cuts of the running pass until the returned function is called.
 
         Args:
-            cuts: asked at every forward pass of the module for what is cut in it.
-            current: the running pass.
+            current: asked at every forward pass of the module for the running pass.
         """
 
     @abstractmethod
@@ -107,7 +122,7 @@ class Mixer(ABC):
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
 
     @abstractmethod
-    def remembering(self, base: Base) -> AbstractContextManager[list[Any]]:
+    def keeping(self, base: Base) -> AbstractContextManager[list[Any]]:
         """Around the base pass; after the module's call the list has, at its end, what rows have to know of it.
 
         The module may run other code than its own meanwhile, as long as it gives the same left of what is replayed;
@@ -117,24 +132,24 @@ class Mixer(ABC):
             base: which positions are replayed, and the source sets. Prompts have no padding on the left.
 
         Returns:
-            Memories: anything with `most_cuts`, how many cuts may resume from it at once.
+            What is kept: anything with `most_cuts`, how many cuts may resume from it at once.
         """
 
     @abstractmethod
-    def resuming(self, memory: Any, base: Base, rows: Rows) -> AbstractContextManager[None]:
+    def resuming(self, kept: Any, base: Base, rows: Rows) -> AbstractContextManager[None]:
         """While the block runs, the module takes rows [batch, cuts x length, width] that continue the base pass.
 
         Arguments of the layer that belong to positions are the rows' already; masks and caches are the adapter's part.
 
         Args:
-            memory: from `remembering`.
+            kept: from `keeping`.
             base: which positions are replayed, and the source sets.
             rows: what is cut in each.
         """
 
     @abstractmethod
     def kept_numbers(self, time: int, sets: int) -> int:
-        """How many numbers a memory has for a prompt of so many positions and so many source sets, to plan batches."""
+        """How many numbers are kept of a prompt of so many positions and so many source sets, to plan batches."""
 
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from mambalens.hooks.calls import cache_argument, signature_of
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Cut
-from mambalens.hooks.mixer import Captured, CutsOf, Mixer, Pass
+from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut, blocked_entries, on
+from mambalens.hooks.mixer import Captured, Mixer, Pass
 from mambalens.hooks.resume import Base, Rows
-from mambalens.hooks.ssm import blocked_entries
 from mambalens.hooks.token_mixing import TokenMixing
 
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
@@ -48,7 +48,7 @@ class AttentionMixer(Mixer):
         """Whether masks are boolean (sdpa), and not added to the scores."""
         return getattr(getattr(self.module, "config", None), "_attn_implementation", "eager") == "sdpa"
 
-    def attach(self, cuts: CutsOf, current: Callable[[], Pass]) -> Callable[[], None]:
+    def attach(self, current: Callable[[], Pass]) -> Callable[[], None]:
         signature = signature_of(type(self.module))
         projection = _output_projection(self.module)
         assert projection is not None
@@ -57,8 +57,8 @@ class AttentionMixer(Mixer):
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             silent[0] = None
             running = current()
-            active = [cut for cut in cuts(self) if cut.main and cut.targets[:, running.past :].any()]
-            if not active or not any(cut.sources.any() for cut in active):
+            active = running.cuts_of(self, Paths.MAIN)
+            if not active:
                 return None
             bound = signature.bind(module, *args, **kwargs)
             hidden = next(v for v in bound.arguments.values() if isinstance(v, Tensor))
@@ -174,7 +174,7 @@ class AttentionMixer(Mixer):
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         """Weights come from the module's own eager code."""
         alpha = call.output[1]  # [B, H, T, T]
-        main = [cut.to(alpha.device) for cut in cuts if cut.main]
+        main = [cut.to(alpha.device) for cut in on(Paths.MAIN, cuts)]
         if main:
             # Exact zeros, also in the rows that have no source left, which the module computed uncut.
             alpha = alpha.masked_fill(blocked_entries(main), 0.0)
@@ -186,8 +186,8 @@ class AttentionMixer(Mixer):
         return TokenMixing(values, skip, output, diagonal, lambda features: alpha[:, features], None)
 
     @contextmanager
-    def remembering(self, base: Base) -> Iterator[list[Memory]]:
-        kept: list[Memory] = []
+    def keeping(self, base: Base) -> Iterator[list[Kept]]:
+        kept: list[Kept] = []
         seen = _Probe()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -205,7 +205,7 @@ class AttentionMixer(Mixer):
                     bias = mask.masked_fill(~allowed, 0.0)
             # Rows of a prompt see their own tokens only: many at once would be mostly mask.
             most = max(1, max(time, 256) // here.length)
-            kept.append(Memory(seen.keys, seen.values, allowed, bias, given.get("alibi"), most))
+            kept.append(Kept(seen.keys, seen.values, allowed, bias, given.get("alibi"), most))
             del seen.keys, seen.values
             caching.close()  # rows come next
             handle.remove()
@@ -222,19 +222,19 @@ class AttentionMixer(Mixer):
         return 4 * time * self.n_features * int(getattr(self.module, "head_dim", 64))
 
     @contextmanager
-    def resuming(self, memory: Memory, base: Base, rows: Rows) -> Iterator[None]:
-        here, cuts = base.to(memory.keys.device), rows.to(memory.keys.device)
-        mask, silent = _mask_of_rows(memory, here, cuts)
-        if memory.bias is not None or not self._takes_booleans:
-            low = torch.finfo(memory.keys.dtype).min
-            added = mask.new_zeros((), dtype=memory.keys.dtype) if memory.bias is None else memory.bias
-            added = added if memory.bias is None else _with_own_keys(added, here, len(rows)).repeat(1, 1, len(rows), 1)
+    def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
+        here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
+        mask, silent = _mask_of_rows(kept, here, cuts)
+        if kept.bias is not None or not self._takes_booleans:
+            low = torch.finfo(kept.keys.dtype).min
+            added = mask.new_zeros((), dtype=kept.keys.dtype) if kept.bias is None else kept.bias
+            added = added if kept.bias is None else _with_own_keys(added, here, len(rows)).repeat(1, 1, len(rows), 1)
             mask = torch.where(mask, added, low)
         arguments = {"attention_mask": mask}
-        if memory.alibi is not None:
-            bias = memory.alibi.reshape(len(here.first), -1, 1, memory.alibi.shape[-1])  # [B, H, 1, T]
+        if kept.alibi is not None:
+            bias = kept.alibi.reshape(len(here.first), -1, 1, kept.alibi.shape[-1])  # [B, H, 1, T]
             bias = _with_own_keys(bias, here, len(rows))
-            arguments["alibi"] = bias if memory.alibi.ndim == 4 else bias.flatten(0, 1)
+            arguments["alibi"] = bias if kept.alibi.ndim == 4 else bias.flatten(0, 1)
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, R L, H, width]
@@ -244,7 +244,7 @@ class AttentionMixer(Mixer):
         assert projection is not None
         handle = projection.register_forward_pre_hook(silence) if silent.any() else None
         try:
-            with self._with_cache(_RowCache(memory), **arguments):
+            with self._with_cache(_RowCache(kept), **arguments):
                 yield
         finally:
             if handle is not None:
@@ -256,7 +256,7 @@ class AttentionMixer(Mixer):
         return float((ours - mixing.output).abs().max() / mixing.output.abs().max().clamp_min(1e-30))
 
 
-class Memory(NamedTuple):
+class Kept(NamedTuple):
     """What rows resume from in an attention layer."""
 
     keys: Tensor
@@ -270,21 +270,21 @@ class Memory(NamedTuple):
     alibi: Tensor | None
     """Bias for every key [batch x heads, 1, T] or [batch, heads, 1, T], in models with ALiBi."""
     most_cuts: int
-    """See `Mixer.remembering`."""
+    """See `Mixer.keeping`."""
 
 
 class _RowCache:
     """Stands in for a cache: the rows of a prompt see its keys and values once, then their own."""
 
-    def __init__(self, memory: Memory) -> None:
-        self.memory = memory
+    def __init__(self, kept: Kept) -> None:
+        self.kept = kept
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keys and values [batch, heads, T + cuts x length, width]."""
-        return torch.cat([self.memory.keys, keys], 2), torch.cat([self.memory.values, values], 2)
+        return torch.cat([self.kept.keys, keys], 2), torch.cat([self.kept.values, values], 2)
 
 
-def _mask_of_rows(memory: Memory, base: Base, rows: Rows) -> tuple[Tensor, Tensor]:
+def _mask_of_rows(kept: Kept, base: Base, rows: Rows) -> tuple[Tensor, Tensor]:
     """Which keys the rows may read: the base's left of the replayed positions, and their own.
 
     Returns:
@@ -292,11 +292,14 @@ def _mask_of_rows(memory: Memory, base: Base, rows: Rows) -> tuple[Tensor, Tenso
         source [batch, 1 or heads, cuts x length]; their mask is as without the cut.
     """
     cuts, length = len(rows), base.length
-    source = base.sources[torch.where(rows.main, rows.source, 0)].transpose(0, 1)  # [B, R, T]
-    blocked = (base.targets[:, None, :, None] & source[:, :, None])[:, None]  # [B, 1, R, L, T]
+    blocked = torch.zeros((), dtype=torch.bool, device=kept.keys.device)
+    for source, target in zip(rows.on_main, rows.target, strict=True):
+        read = base.sources[source].transpose(0, 1)  # [B, R, T]
+        at = base.targets[target].transpose(0, 1)  # [B, R, L]
+        blocked = blocked | (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]
     if rows.features is not None:
         blocked = blocked & rows.features.T[None, :, :, None, None]
-    allowed = memory.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
+    allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
     free = allowed & ~blocked
     silent = ~free.any(-1)  # [B, 1 or H, R, L]
     free = torch.where(silent[..., None], allowed, free)

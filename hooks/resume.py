@@ -1,6 +1,6 @@
 """Rows of a replay: ends of prompts that resume from a base pass, each under its own cut or none.
 
-The contract between the replay engine and the mixers (see `Mixer.remembering` and `Mixer.resuming`). A knockout changes
+The contract between the replay engine and the mixers (see `Mixer.keeping` and `Mixer.resuming`). A knockout changes
 nothing to the left of its first target, so a row is the prompt from there on: one token where the target is the last.
 The rows of one prompt lie side by side, `[batch, cuts x length, width]`: layers work on each token alone, and an
 attention layer reads the prompt's keys for all of its rows at once.
@@ -23,14 +23,14 @@ class Base:
     first: Tensor
     """First position that is replayed, of every prompt [batch]."""
     targets: Tensor
-    """Which of the replayed positions are targets [batch, length]."""
+    """Which of the replayed positions are targets, target set by target set [target sets, batch, length]."""
     sources: Tensor
     """Source sets [sets, batch, T]; set 0 is empty."""
 
     @property
     def length(self) -> int:
         """Positions of a row."""
-        return self.targets.shape[1]
+        return self.targets.shape[2]
 
     @cached_property
     def columns(self) -> Tensor:
@@ -60,7 +60,7 @@ class Base:
 
     @cached_property
     def all_targets(self) -> bool:
-        """Whether every replayed position is a target."""
+        """Whether every replayed position is a target in every target set."""
         return bool(self.targets.all())
 
     def at_rows(self, value: Any, cuts: int) -> Any:
@@ -86,10 +86,16 @@ class Base:
 
 @dataclass(frozen=True)
 class Rows:
-    """The cuts of rows in one layer; every cut has a row for every prompt."""
+    """The cuts of rows in one layer; every cut has a row for every prompt.
+
+    A row loses what one or several source sets hand to a target set each: sources x targets is one such pair, edges are
+    as many as they have different rows.
+    """
 
     source: Tensor
-    """Source set that is cut in this layer, 0 for none [cuts]."""
+    """Source set of every pair in this layer, 0 for none [pairs, cuts]."""
+    target: Tensor
+    """Target set of every pair [pairs, cuts]."""
     main: Tensor
     """Whether the scan or attention is cut [cuts]."""
     conv: Tensor
@@ -98,14 +104,17 @@ class Rows:
     """Which features are cut [cuts, features]; None for all."""
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.main)
 
-    def part(self, cuts: slice) -> Rows:
-        """Some of the cuts."""
-        features = None if self.features is None else self.features[cuts]
-        return Rows(self.source[cuts], self.main[cuts], self.conv[cuts], features)
+    @property
+    def on_main(self) -> Tensor:
+        """Source set of every pair in the scan or attention, 0 where that is not cut [pairs, cuts]."""
+        return torch.where(self.main, self.source, 0)
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""
+        if device == self.main.device:
+            return self
         features = None if self.features is None else self.features.to(device)
-        return Rows(self.source.to(device), self.main.to(device), self.conv.to(device), features)
+        source, target, main, conv = (t.to(device) for t in (self.source, self.target, self.main, self.conv))
+        return Rows(source, target, main, conv, features)

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
 from mambalens.hooks.mixer import Mixer
-from mambalens.sweep.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.replay import UNCUT, Replay, Row
 
 README = Path(__file__).parent.parent / "README.md"
 CONSTRAINTS = README.with_name("constraints.txt")
@@ -109,8 +109,8 @@ def replays(
     """Replaying gives behind the last token what hooked passes gave."""
     last = torch.full((BATCH,), TIME - 1)
     for knockout, logits in zip(asked, found, strict=True):
-        features = hooks.feature_masks(knockout.features, knockout.layers, knockout.mixers)
-        cut = Cutting(knockout.layers, 1, knockout.path != "conv", knockout.path != "main", features)
+        cutting = hooks.resolve(knockout.layers, knockout.features, knockout.path, knockout.mixers)
+        cut = Row(cutting, ((1, 0),))
         replay = Replay(hooks, ids, last, knockout.sources[None], knockout.targets)
         answers = dict(replay.logits([UNCUT, cut]))
         assert (answers[0] - model(ids).logits[:, -1]).abs().max() < TOLERANCE

@@ -11,7 +11,8 @@ from models import CONFIGS, LAYERS, ROTARY, SSM, TRANSFORMERS, tiny, token_ids
 from torch import Tensor
 
 from mambalens.hooks import GROUPS, HookManager, MambalensError
-from mambalens.hooks.knockout import Cut
+from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut
 
 MODELS = {(name, kind): tiny(name, attention=kind) for name in CONFIGS for kind in ("sdpa", "eager")
           if name in TRANSFORMERS or kind == "sdpa"}  # fmt: skip
@@ -121,7 +122,7 @@ def test_a_state_space_mixer_alone_equals_its_explicit_form(name: str, data: st.
     features = case["features"]
     features = features if isinstance(features, Tensor) else plain_group(mixer.module.A_log, features)
     main, conv = case["path"] != "conv", case["path"] != "main"
-    cut = Cut(case["sources"], case["targets"], features, main, conv)
+    cut = Cut.of(case["sources"], case["targets"], features, Paths.named(case["path"]))
     entries = blocked(case["sources"], case["targets"], features)
     none = torch.zeros_like(entries)
     arguments = (mixer.module, hidden, case["padding"], entries if main else none, entries if conv else none)

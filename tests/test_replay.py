@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import CONFIGS, LAYERS, SSM, TRANSFORMERS, tiny, token_ids
 
 from mambalens.hooks import GROUPS, HookManager
-from mambalens.sweep.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.replay import UNCUT, Replay, Row
 
 MODELS = {
     (name, kind): tiny(name, attention=kind)
@@ -55,8 +55,7 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
         path = data.draw(st.sampled_from(["main", "conv", "both"] if name in SSM else ["main", "both"]))
         group = data.draw(st.sampled_from(["mask", *(GROUPS if name in SSM else ["all"])]))
         features = torch.rand(hooks.mixers[0].n_features, generator=generator) < 0.5 if group == "mask" else group
-        masks = hooks.feature_masks(features, layers)
-        cuts.append(Cutting(layers, source + 1, path != "conv", path != "main", masks))
+        cuts.append(Row(hooks.resolve(layers, features, path), ((source + 1, 0),)))
         arguments.append((sources[source], targets, layers, features, path))
     memory = data.draw(st.sampled_from([2**30, 2**14, 1]))  # down to one knockout and one source set at a time
     with torch.no_grad():
@@ -81,13 +80,10 @@ def test_replay_in_float32(name: str, targets: list[int] | None) -> None:
         target_mask = torch.zeros(2, 8, dtype=torch.bool)
         target_mask[:, targets] = True
         target_mask[1, 6] = False
-    cuts = [
-        Cutting([start, start + 1], 1, True, True, hooks.feature_masks("all", [start, start + 1]))
-        for start in range(LAYERS - 1)
-    ]
+    cuts = [Row(hooks.resolve([start, start + 1], path="both"), ((1, 0),)) for start in range(LAYERS - 1)]
     with torch.no_grad():
         for number, logits in Replay(hooks, ids, last, sources, target_mask).logits(cuts):
-            expected = eager(model, hooks, ids, last, (sources[0], target_mask, cuts[number].layers, "all", "both"))
+            expected = eager(model, hooks, ids, last, (sources[0], target_mask, [number, number + 1], "all", "both"))
             assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -101,7 +97,7 @@ def test_rows_see_no_column_behind_their_prompt(name: str) -> None:
     targets = torch.zeros(3, 9, dtype=torch.bool)
     targets[:, 1:3] = True
     other = torch.where(torch.arange(9) <= last[:, None], ids, token_ids(3, 9, seed=5))
-    cuts = [UNCUT, Cutting([0, 1], 1, True, True, hooks.feature_masks("all", [0, 1]))]
+    cuts = [UNCUT, Row(hooks.resolve([0, 1], path="both"), ((1, 0),))]
     one, two = (dict(Replay(hooks, tokens, last, sources, targets).logits(cuts)) for tokens in (ids, other))
     for number in one:
         assert (one[number] - two[number]).abs().max() < 1e-12

@@ -14,7 +14,7 @@ from mambalens.facts.prompts import Skip, none_usable, read_facts
 from mambalens.facts.roles import check_role
 from mambalens.features.measures import MEASURED, feature_table
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.knockout import Knockout, Path
+from mambalens.hooks.knockout import Path
 from mambalens.model import LoadedModel
 from mambalens.runs.intervals import LEVEL, RESAMPLES
 from mambalens.sweep.answers import Asked, Engine
@@ -121,8 +121,7 @@ def causal_features(
     if block < 1:
         raise MambalensError(f"block={block}: give 1 or more features to knock out together.")
     chosen = {(mixer.layer, mixer.kind) for mixer in lens.hooks.mixers_of(layers)}
-    with lens.hooks.apply(Knockout([0], [0], layers, "all", path)):
-        pass  # a path that these layers do not have is refused before any long work
+    lens.hooks.resolve(layers, "all", path)  # a path that these layers do not have is refused before any long work
     room = budget(memory, lens.device)
     prompts, skipped = read_facts(facts, lens.tokenizer)
     usable = []
@@ -138,6 +137,10 @@ def causal_features(
     measured = feature_table(lens, Facts([prompt.fact for prompt in usable]), batch_size, progress)
     table = _blocks(measured[[key in chosen for key in zip(measured.layer, measured.kind, strict=True)]], block)
     engine = Engine(lens, room)
+    asked = [
+        Asked(lens.hooks.resolve([layer], list(features), path, kind), 0)
+        for layer, kind, features in zip(table.layer, table.kind, table.features, strict=True)
+    ]
     order = {id(prompt): row for row, prompt in enumerate(usable)}
     drops = np.full((len(usable), len(table)), np.nan)
     bar = tqdm(total=drops.size, desc=f"knock out features of {lens.name}", unit="prompt", disable=not progress)
@@ -145,12 +148,8 @@ def causal_features(
         for batch in lens.batches(usable, batch_size, functools.partial(engine.prompts_at_once, [source])):
             targets = [prompt.positions(target) for prompt in batch.prompts]
             sources = [p.positions(source, t) for p, t in zip(batch.prompts, targets, strict=True)]
-            asked = [
-                Asked([layer], list(features), "", path, source, sources, kind)
-                for layer, kind, features in zip(table.layer, table.kind, table.features, strict=True)
-            ]
             rows = [order[id(prompt)] for prompt in batch.prompts]
-            answers = engine.answers(batch, asked, targets)
+            answers = engine.answers(batch, asked, [sources], targets)
             base = target_probability(next(answers)[1], batch.targets)
             for number, logits in answers:
                 drop = 100 * (base - target_probability(logits, batch.targets)) / base

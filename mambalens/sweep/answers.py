@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.hooks.knockout import Cutting, Knockout
 from mambalens.model import LoadedModel
 from mambalens.system.memory import exhausted
 
@@ -23,17 +23,13 @@ UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
 class Asked(NamedTuple):
     """One knockout of a batch."""
 
-    layers: list[int]
-    features: Features
-    name: str
-    """What the table calls the features."""
-    path: Path
-    source: str
-    positions: list[list[int]]
-    """The source's positions in every prompt."""
-    mixers: str | None = None
-    """Only mixers of this kind."""
+    cutting: Cutting
+    source: int
+    """Which of the batch's sources it blocks."""
 
+
+Positions = Sequence[Sequence[int]]
+"""Positions in every prompt of a batch."""
 
 Answers = Iterator[tuple[int, Tensor]]
 """Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
@@ -63,45 +59,41 @@ class Engine:
         sets = len(sources) + ("each" in sources) * (time - 1)
         return prompts_at_once(self.lens.hooks, time, sets, self.memory)
 
-    def answers(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers:
+    def answers(
+        self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Positions], targets: Positions
+    ) -> Answers:
         """Predictions of a batch without a knockout and under each.
 
         Args:
             batch: prompts.
             knockouts: what to knock out of them, each on its own.
-            targets: target positions in every prompt.
+            sources: what they may block.
+            targets: what is not to read it.
         """
-        replayed = self._replayed(batch, knockouts, targets)
-        return replayed if replayed is not None else self._eager(batch, knockouts, targets)
+        masks, target = [batch.mask(positions) for positions in sources], batch.mask(targets)
+        replayed = self._replayed(batch, knockouts, masks, target)
+        return replayed if replayed is not None else self._eager(batch, knockouts, masks, target)
 
     @torch.no_grad()
-    def _eager(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers:
+    def _eager(self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Tensor], targets: Tensor) -> Answers:
         """One hooked forward pass for every knockout."""
         lens = self.lens
         yield -1, lens.last_logits(batch)
         for number, asked in enumerate(knockouts):
-            sources = batch.mask(asked.positions)
-            cut = Knockout(sources, batch.mask(targets), asked.layers, asked.features, asked.path, asked.mixers)
-            with lens.hooks.apply(cut):
+            with lens.hooks.apply(Knockout(sources[asked.source], targets), asked.cutting):
                 yield number, lens.last_logits(batch)
 
-    def _replayed(self, batch: Batch, knockouts: Sequence[Asked], targets: list[list[int]]) -> Answers | None:
+    def _replayed(
+        self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Tensor], targets: Tensor
+    ) -> Answers | None:
         """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
-        from mambalens.sweep.replay import UNCUT, Cutting, Replay
+        from mambalens.sweep.replay import UNCUT, Replay, Row
 
         if not self.works or not knockouts:
             return None
-        hooks = self.lens.hooks
-        sets = {knockout.source: knockout.positions for knockout in knockouts}
-        numbers = {source: number for number, source in enumerate(sets, 1)}
-        sources = torch.stack([batch.mask(positions) for positions in sets.values()])
-        cuts = [UNCUT]
-        for knockout in knockouts:
-            features = hooks.feature_masks(knockout.features, knockout.layers, knockout.mixers)
-            main, conv = knockout.path != "conv", knockout.path != "main"
-            cuts.append(Cutting(knockout.layers, numbers[knockout.source], main, conv, features))
-        replay = Replay(hooks, batch.ids, batch.last, sources, batch.mask(targets), self.memory)
-        found = ((number - 1, logits) for number, logits in replay.logits(cuts))
+        rows = [UNCUT, *(Row(asked.cutting, ((asked.source + 1, 0),)) for asked in knockouts)]
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, torch.stack(list(sources)), targets, self.memory)
+        found = ((number - 1, logits) for number, logits in replay.logits(rows))
         try:
             first = next(found)
         except MambalensError:

@@ -67,7 +67,11 @@ class Work:
             raise none_usable(facts, self.unusable)
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
         groups = list(zip(plan.features, plan.names, strict=True))
-        self.combinations = list(product(self.windows, groups, plan.paths))
+        self.combinations = [
+            (lens.hooks.resolve(layers, features, path, plan.mixers), (name, path, min(layers), len(layers)))
+            for layers, (features, name), path in product(self.windows, groups, plan.paths)
+        ]
+        """Every window, group of features and path, looked up, and what the table calls it."""
         roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
         self.per_prompt = roles * len(self.combinations)
         bar.reset(total=len(prompts) * self.per_prompt)
@@ -133,23 +137,20 @@ class Work:
             for prompt, found in zip(batch.prompts, positions, strict=True)
             if not found and not role.startswith("each:")
         ]
-        knockouts = [
-            Asked(layers, features, name, path, source, positions, plan.mixers)
-            for layers, (features, name), path in self.combinations
-            for source, positions in sources
-            if any(positions)
-        ]
-        answers = self.engine.answers(batch, knockouts, targets)
+        sources = [(role, positions) for role, positions in sources if any(positions)]
+        knockouts, labels = [], []
+        for (cutting, label), (number, (role, _)) in product(self.combinations, enumerate(sources)):
+            knockouts.append(Asked(cutting, number))
+            labels.append((lens.name, role, plan.target, *label))
+        answers = self.engine.answers(batch, knockouts, [positions for _, positions in sources], targets)
         base = Prediction.of(next(answers)[1], batch.targets)
         probs = base.log_probs.exp()
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for number, logits in answers:
             now = Prediction.of(logits, batch.targets)
-            asked = knockouts[number]
-            window = (min(asked.layers), len(asked.layers))
-            labels = (lens.name, asked.source, plan.target, asked.name, asked.path, *window)
+            _, positions = sources[knockouts[number].source]
             kl = kl_divergence(base.log_probs, now.log_probs, probs)
-            rows[number] = list(_rows(batch, asked.positions, labels, base, now, kl, lens.tokenizer))
+            rows[number] = list(_rows(batch, positions, labels[number], base, now, kl, lens.tokenizer))
             self.bar.update(len(batch.prompts))
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mambalens import defaults
 from mambalens.facts.roles import check_role
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Knockout, Path
+from mambalens.hooks.knockout import Features, Path
 
 if TYPE_CHECKING:
     from mambalens.hooks import HookManager
@@ -71,8 +71,7 @@ class Plan:
         for features in self.features:
             for path in self.paths:
                 for layers in windows:
-                    with hooks.apply(Knockout([0], [0], layers, features, path, self.mixers)):
-                        pass
+                    hooks.resolve(layers, features, path, self.mixers)
         return windows
 
 

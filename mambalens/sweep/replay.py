@@ -4,7 +4,7 @@ A knockout whose first target is at position t, in a window that starts at layer
 left of t. So the base runs once, layer by layer, and beside it a row that nothing is cut from goes on from t. Before
 layer l, a copy of that row joins for every knockout whose window starts there; then all joined rows go through the
 layer in one call and resume from what the base has just left there. The layers' norms, MLPs and residuals stay the
-model's own code; what mixers keep and how rows resume is the adapters' part (`Mixer.remembering`, `Mixer.resuming`).
+model's own code; what mixers keep and how rows resume is the adapters' part (`Mixer.keeping`, `Mixer.resuming`).
 
 Memory is bounded: of the base only the running layer is kept, rows go through a layer and through the head in tiles,
 and where even their hidden states are too many, a few knockouts at a time get a base pass of their own.
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.calls import bound
+from mambalens.hooks.knockout import Cutting, Paths
+from mambalens.hooks.masks import distinct_rows
 from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.resume import Base, Rows
 
@@ -28,20 +30,40 @@ SHARES = 4
 """Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
 
 
-class Cutting(NamedTuple):
-    """One knockout for every prompt of a batch, whose sources are one of the batch's source sets."""
+class Row(NamedTuple):
+    """One knockout of every prompt of a batch."""
 
-    layers: Sequence[int]
-    source: int
-    """Number of the source set, from 1; 0 cuts nothing."""
-    main: bool
-    conv: bool
-    features: dict[Mixer, Tensor | None]
-    """Mask of every mixer that is cut; None for every feature."""
+    cutting: Cutting
+    pairs: tuple[tuple[int, int], ...]
+    """What it blocks: number of a source set (from 1; 0 blocks nothing) and of the target set that does without it."""
+
+    @property
+    def start(self) -> int:
+        """The layer before which it joins."""
+        return self.cutting.start
 
 
-UNCUT = Cutting([0], 0, False, False, {})
+UNCUT = Row(Cutting({}, Paths.NONE), ((0, 0),))
 """Replays the prompts as they are."""
+
+
+def edge_sets(edges: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[tuple[int, int], ...]]]:
+    """Masks of edges [batch, T, T] as source sets and target sets: one pair for every different row of a mask.
+
+    Returns:
+        Source sets [sets, batch, T], target sets [sets, batch, T], and the pairs of every mask, for `Row`.
+    """
+    sources, targets, pairs = [], [], []
+    for mask in edges:
+        code, rows = distinct_rows(mask.tril())
+        of_mask = []
+        for number in range(1, len(rows)):
+            sources.append(rows[number])
+            targets.append(code == number)
+            of_mask.append((len(sources), len(targets) - 1))
+        pairs.append(tuple(of_mask) or UNCUT.pairs)
+    none = torch.zeros(1, *edges[0].shape[:2], dtype=torch.bool)
+    return torch.stack(sources or [none[0]]), torch.stack(targets or [none[0]]), pairs
 
 
 class Replay:
@@ -51,8 +73,8 @@ class Replay:
         hooks: the model's hook manager.
         ids: [batch, T].
         last: last position of every prompt, behind which the prediction is asked for [batch].
-        targets: target positions [batch, T]; the last positions by default.
         sources: source sets [sets, batch, T].
+        targets: target positions [batch, T], or target sets [target sets, batch, T]; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
     """
 
@@ -69,13 +91,15 @@ class Replay:
         if targets is None:
             targets = every == self.last[:, None]
         targets = targets.to(device) & (every <= self.last[:, None])
-        first = torch.where(targets, every, time).amin(1).minimum(self.last)
+        targets = targets[None] if targets.ndim == 2 else targets
+        first = torch.where(targets.any(0), every, time).amin(1).minimum(self.last)
         length = int((self.last - first).max()) + 1
         self.first = first.clamp_max(time - length)  # rows of equal length, none of them past the last column
-        self.targets = targets.gather(1, self.first[:, None] + torch.arange(length, device=device))
+        columns = self.first[:, None] + torch.arange(length, device=device)
+        self.targets = targets.gather(2, columns.expand(len(targets), -1, -1))  # [target sets, B, L]
 
     @torch.no_grad()
-    def logits(self, cuts: Sequence[Cutting]) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, cuts: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
         """Logits behind the last token under every cut, by source set: what cuts nothing comes first.
 
         Yields:
@@ -92,10 +116,10 @@ class Replay:
                 logits = walk.head(part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
                 yield from zip(group[begin : begin + at_once], logits, strict=True)
 
-    def _groups(self, cuts: Sequence[Cutting]) -> Iterator[list[int]]:
+    def _groups(self, cuts: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
         width = self.model.get_input_embeddings().weight.shape[1]
-        per_cut = 2 * self.targets.numel() * width * _bytes(self.model)
+        per_cut = 2 * self.targets[0].numel() * width * _bytes(self.model)
         most = max(1, self.memory // SHARES // per_cut)
         time, mixers = self.ids.shape[1], self.hooks.mixers
         per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
@@ -103,13 +127,14 @@ class Replay:
         sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
         inside: set[int] = set()
-        for number in sorted(range(len(cuts)), key=lambda number: cuts[number].source):
-            source = cuts[number].source
-            if group and (len(group) == most or (source not in inside and len(inside) >= sets)):
+        of = [tuple(source for source, _ in cut.pairs) for cut in cuts]
+        for number in sorted(range(len(cuts)), key=of.__getitem__):
+            added = inside.union(of[number])
+            if group and (len(group) == most or (len(added) > len(inside) and len(added) > sets)):
                 yield group
-                group, inside = [], set()
+                group, added = [], set(of[number])
             group.append(number)
-            inside.add(source)
+            inside = added
         if group:
             yield group
 
@@ -117,32 +142,33 @@ class Replay:
 class _Walk:
     """One base pass with the rows of some cuts beside it."""
 
-    def __init__(self, replay: Replay, cuts: Sequence[Cutting]) -> None:
+    def __init__(self, replay: Replay, cuts: Sequence[Row]) -> None:
         self.replay, self.model = replay, replay.model
-        used = sorted({cut.source for cut in cuts} - {0})
+        used = sorted({source for cut in cuts for source, _ in cut.pairs} - {0})
         number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
         sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
         self.base = Base(replay.first, replay.targets, sources)
         # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
-        order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: min(cuts[i].layers))
-        self.cuts = [UNCUT, *(cuts[i]._replace(source=number[cuts[i].source]) for i in order)]
+        order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: cuts[i].start)
+        numbered = [tuple((number[source], target) for source, target in cuts[i].pairs) for i in order]
+        self.cuts = [UNCUT, *(cuts[i]._replace(pairs=pairs) for i, pairs in zip(order, numbered, strict=True))]
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
         self.hidden: Tensor | None = None
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
-        self.memories: dict[Mixer, list[Any]] = {}
+        self.kept: dict[Mixer, list[Any]] = {}
         self.in_rows = False
 
     def run(self) -> Tensor:
         """Hidden states behind the layers at the last position [batch, cuts, width], in the order of the cuts."""
         mixers = self.replay.hooks.mixers
         for mixer in mixers:
-            starts = (min(cut.layers) for cut in self.cuts)
-            mixer.expect(sum(start <= mixer.layer for start in starts) * self.replay.targets.numel())
+            joined = sum(cut.start <= mixer.layer for cut in self.cuts)
+            mixer.expect(joined * self.replay.targets[0].numel())
         with ExitStack() as stack:
             for mixer in mixers:
-                self.memories[mixer] = stack.enter_context(mixer.remembering(self.base))
+                self.kept[mixer] = stack.enter_context(mixer.keeping(self.base))
             for number, layer in enumerate(self.replay.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
             self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
@@ -171,8 +197,8 @@ class _Walk:
 
     def _through(self, number: int, layer: nn.Module, base: Tensor, kwargs: dict[str, Any]) -> None:
         """Rows join before a layer, and go through it."""
-        joined = [cut for cut in self.cuts if min(cut.layers) <= number]
-        new = sum(min(cut.layers) == number for cut in joined)
+        joined = [cut for cut in self.cuts if cut.start <= number]
+        new = sum(cut.start == number for cut in joined)
         length = self.base.length
         if self.hidden is None:
             hidden = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
@@ -180,19 +206,19 @@ class _Walk:
             hidden = self.hidden.to(base.device)
             hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
-        memories = [self.memories[mixer].pop() for mixer in here]
+        kept = [self.kept[mixer].pop() for mixer in here]
         widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
         per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
-        size = min([size, *(memory.most_cuts for memory in memories)])
+        size = min([size, *(of_mixer.most_cuts for of_mixer in kept)])
         parts = []
         of_base = self.base.to(base.device)
         for begin in range(0, len(joined), size):
             cuts = joined[begin : begin + size]
             given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
             with ExitStack() as stack:
-                for mixer, memory in zip(here, memories, strict=True):
-                    stack.enter_context(mixer.resuming(memory, self.base, _rows(cuts, mixer)))
+                for mixer, of_mixer in zip(here, kept, strict=True):
+                    stack.enter_context(mixer.resuming(of_mixer, self.base, _rows(cuts, mixer)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
                 parts.append(_hidden(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -212,18 +238,21 @@ class _Walk:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _rows(cuts: Sequence[Cutting], mixer: Mixer) -> Rows:
+def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
     """What is cut of each row in one mixer."""
-    inside = torch.tensor([mixer in cut.features for cut in cuts])
-    source = torch.tensor([cut.source for cut in cuts]) * inside
-    main = torch.tensor([cut.main for cut in cuts]) & inside
-    conv = torch.tensor([cut.conv for cut in cuts]) & inside & mixer.has_conv
-    masks = [cut.features.get(mixer) for cut in cuts]
+    inside = torch.tensor([mixer in cut.cutting.features for cut in cuts])
+    most = max(len(cut.pairs) for cut in cuts)
+    pairs = torch.tensor([(*cut.pairs, *((0, 0),) * (most - len(cut.pairs))) for cut in cuts])  # [cuts, pairs, 2]
+    main, conv = (
+        torch.tensor([path in cut.cutting.paths & mixer.paths for cut in cuts]) & inside
+        for path in (Paths.MAIN, Paths.CONV)
+    )
+    masks = [cut.cutting.features.get(mixer) for cut in cuts]
     features = None
     if any(mask is not None for mask in masks):
         everything = torch.ones(mixer.n_features, dtype=torch.bool)
         features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
-    return Rows(source, main, conv, features)
+    return Rows(pairs[..., 0].T * inside, pairs[..., 1].T, main, conv, features)
 
 
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:

@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
 from mambalens.sweep.prediction import Prediction, kl_divergence
-from mambalens.sweep.replay import UNCUT, Cutting, Replay
+from mambalens.sweep.replay import UNCUT, Replay, Row
 from mambalens.system.memory import budget
 
 PROMPTS, SOURCES, WINDOW = 16, 4, 9
@@ -126,13 +126,8 @@ class Sweep:
         self.targets = torch.arange(columns) == self.last[:, None]
         self.sources = (torch.rand(SOURCES, count, columns) < 0.3) & (torch.arange(columns) < self.last[:, None])
         self.starts = range(self.hooks.n_layers - window + 1)
-        windows = [range(start, start + window) for start in self.starts]
-        masks = [self.hooks.feature_masks("all", layers) for layers in windows]
-        self.cuts = [
-            Cutting(layers, source + 1, True, False, features)
-            for layers, features in zip(windows, masks, strict=True)
-            for source in range(SOURCES)
-        ]
+        windows = [self.hooks.resolve(range(start, start + window)) for start in self.starts]
+        self.cuts = [Row(cutting, ((source + 1, 0),)) for cutting in windows for source in range(SOURCES)]
 
     def plain(self) -> None:
         """One forward pass."""
@@ -157,7 +152,7 @@ class Sweep:
 
     def row_layers(self) -> int:
         """Layers that rows go through, over all rows."""
-        starts = [0, *(min(cut.layers) for cut in self.cuts)]
+        starts = [0, *(cut.start for cut in self.cuts)]
         return sum(self.hooks.n_layers - start for start in starts) * len(self.ids)
 
     def bound(self) -> tuple[float, float]:

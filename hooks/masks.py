@@ -1,0 +1,157 @@
+"""What is cut in one mixer of one forward pass, as masks, and their algebra.
+
+A cut says of every target which sources it reads without. Targets that read without the same ones share a row of
+sources: sources x targets has one such row, edges as many as differ. A scan costs one more scan for every row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from mambalens.hooks.knockout import Paths
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """One knockout in one mixer of one forward pass, over all columns so far, also those that a cache holds."""
+
+    code: Int[Tensor, "batch time"]
+    """Number of the row of sources that each target reads without; 0 where nothing is cut."""
+    rows: Bool[Tensor, "row batch source"]
+    """Rows of sources; row 0 is empty."""
+    features: Bool[Tensor, " feature"] | None
+    """Which features are cut; None for every one."""
+    paths: Paths
+
+    @classmethod
+    def of(
+        cls,
+        sources: Bool[Tensor, "batch time"],
+        targets: Bool[Tensor, "batch time"],
+        features: Bool[Tensor, " feature"] | None = None,
+        paths: Paths = Paths.MAIN,
+    ) -> Cut:
+        """Every edge from a source to a target."""
+        return cls(targets.long(), torch.stack([torch.zeros_like(sources), sources]), features, paths)
+
+    @classmethod
+    def of_edges(
+        cls,
+        edges: Bool[Tensor, "batch time source"],
+        features: Bool[Tensor, " feature"] | None = None,
+        paths: Paths = Paths.MAIN,
+    ) -> Cut:
+        """Every edge of a mask, targets in its rows."""
+        return cls(*distinct_rows(edges.tril()), features, paths)
+
+    @property
+    def targets(self) -> Bool[Tensor, "batch time"]:
+        """Positions that lose something."""
+        return self.code != 0
+
+    def __contains__(self, path: Paths) -> bool:
+        return bool(self.paths & path)
+
+    def to(self, device: torch.device) -> Cut:
+        """The same cut on a device."""
+        features = None if self.features is None else self.features.to(device)
+        return Cut(self.code.to(device), self.rows.to(device), features, self.paths)
+
+
+def distinct_rows(
+    edges: Bool[Tensor, "batch time source"],
+) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "row batch source"]]:
+    """The different rows of every prompt's edges, numbered, the empty one first.
+
+    Returns:
+        Number of each target's row, and the rows; a prompt with fewer rows than another has empty ones behind its own.
+    """
+    codes, rows = [], []
+    for of_prompt in edges:
+        with_empty = torch.cat([torch.zeros_like(of_prompt[:1]), of_prompt])
+        distinct, code = torch.unique(with_empty, dim=0, return_inverse=True)  # sorted: the empty row comes first
+        codes.append(code[1:])
+        rows.append(distinct)
+    most = max(len(distinct) for distinct in rows)
+    return torch.stack(codes), torch.stack([F.pad(row, (0, 0, 0, most - len(row))) for row in rows], 1)
+
+
+def on(path: Paths, cuts: Sequence[Cut]) -> list[Cut]:
+    """Those of the cuts that cut a path."""
+    return [cut for cut in cuts if path in cut]
+
+
+def patterns(cuts: Sequence[Cut]) -> Int[Tensor, "pattern cut"]:
+    """The different ways in which targets are cut: a row's number for each cut, without the way that cuts nothing."""
+    codes = torch.stack([cut.code for cut in cuts], -1).flatten(0, -2)  # [B T, cuts]
+    found = torch.unique(codes, dim=0)
+    return found[found.any(1)]
+
+
+def in_patterns(
+    cuts: Sequence[Cut], found: Int[Tensor, "pattern cut"]
+) -> Iterator[tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch source feature"]]]:
+    """Pattern by pattern.
+
+    Yields:
+        The targets that are cut in this way, and 1 where what they read keeps a source [batch, source, features or 1].
+    """
+    codes = torch.stack([cut.code for cut in cuts], -1)  # [B, T, cuts]
+    for pattern in found:
+        dropped = torch.zeros((*cuts[0].rows.shape[1:], 1), dtype=torch.bool, device=codes.device)
+        for cut, row in zip(cuts, pattern.tolist(), strict=True):
+            if row:
+                dropped = dropped | by_feature(cut.rows[row], cut.features)
+        yield (codes == pattern).all(-1), ~dropped
+
+
+def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time feature"]] | None:
+    """For every distance k, 1 where the tap from t-k to t stays [batch, T, features or 1]; None if all do."""
+    if not cuts:
+        return None
+    keep = []
+    for k in range(kernel):
+        dropped = torch.zeros((*cuts[0].code.shape, 1), dtype=torch.bool, device=cuts[0].code.device)
+        for cut in cuts:
+            time = cut.rows.shape[2]
+            reached = F.pad(cut.rows[..., : max(time - k, 0)], (min(k, time), 0))  # rows[t-k] at t
+            dropped = dropped | by_feature(reached.gather(0, cut.code[None])[0], cut.features)
+        keep.append(~dropped)
+    return keep
+
+
+def blocked_entries(cuts: Sequence[Cut]) -> Bool[Tensor, "batch feature time source"]:
+    """Entries alpha[t, s] that the cuts block [batch, features or 1, T, S]."""
+    blocked = torch.zeros((), dtype=torch.bool, device=cuts[0].code.device)
+    for cut in cuts:
+        prompts = torch.arange(len(cut.code), device=cut.code.device)[:, None]
+        pair = cut.rows[cut.code, prompts][:, None]  # [B, 1, T, S]
+        blocked = blocked | (pair if cut.features is None else pair & cut.features[None, :, None, None])
+    return blocked
+
+
+def changed_positions(cuts: Sequence[Cut], kernel: int) -> Bool[Tensor, "batch time"]:
+    """Positions whose output the cuts can change [batch, T].
+
+    A cut of the scan changes its targets. A cut tap changes what the target writes into the state, so everything from
+    it on.
+    """
+    changed = torch.zeros_like(cuts[0].targets)
+    for cut in on(Paths.MAIN, cuts):
+        changed = changed | cut.targets
+    taps = kept_taps(on(Paths.CONV, cuts), kernel)
+    if taps is not None:
+        cut_here = torch.stack([(~keep).any(-1) for keep in taps]).any(0)
+        changed = changed | (cut_here.long().cumsum(1) > 0)
+    return changed
+
+
+def by_feature(mask: Tensor, features: Tensor | None) -> Tensor:
+    """A mask [batch, T] for the given features [batch, T, features], or for all of them [batch, T, 1]."""
+    return mask[..., None] if features is None else mask[..., None] & features

@@ -32,6 +32,46 @@ TILE = {"cpu": 2**21}
 """Numbers of a tile of positions x state x features; by device, 2**26 elsewhere."""
 
 
+def own_entry(
+    B: Float[Tensor, "*batch group state"], C: Float[Tensor, "*batch group state"], dt: Float[Tensor, "*batch feature"]
+) -> Float[Tensor, "*batch feature"]:
+    """What a position's own input adds to its output, feature by feature, without the skip.
+
+    Equation:
+        alpha[t, t] = (C_t . B_t) dt_t
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12, at s = t, where nothing has decayed yet
+
+    Args:
+        B, C: of every group; one group in Mamba-1.
+        dt: step sizes; a group's features lie side by side.
+    """
+    own = (B * C).sum(-1, keepdim=True)  # [..., G, 1]
+    return (own * dt.unflatten(-1, (B.shape[-2], -1))).flatten(-2)
+
+
+def add_skip(
+    y: Float[Tensor, "*batch feature width"],
+    D: Float[Tensor, " feature"],
+    x: Float[Tensor, "*batch feature width"],
+    in_place: bool = False,
+) -> Float[Tensor, "*batch feature width"]:
+    """A scan's output with the skip.
+
+    Equation:
+        y_t + D x_t
+
+        Source: Gu et al. 2022, arXiv:2111.00396, eq. 1, where the skip is D u
+
+    Args:
+        y: output of the scan.
+        D: the skip.
+        x: input of the scan.
+        in_place: whether y itself may be changed.
+    """
+    return (y.addcmul_ if in_place else y.addcmul)(D[:, None], x)
+
+
 def selective_scan(
     x: Float[Tensor, "batch time feature"],
     dt: Float[Tensor, "batch time feature"],
@@ -122,7 +162,7 @@ def selective_step(
     """
     batch = len(x)
     rate = _rate(A)
-    y = (B * C).sum(-1, keepdim=True) * dt
+    y = own_entry(B[..., None, :], C[..., None, :], dt)
     y *= x
     scratch = _Scratch(0, x)
     for index in number.unique().tolist():
@@ -219,8 +259,7 @@ def ssd_step(
         number: which of them each row resumes from.
     """
     features, groups = x.shape[2], C.shape[2]
-    own = (B * C).sum(-1).repeat_interleave(features // groups, 2) * dt  # [B, R, H]
-    y = own[..., None] * x
+    y = own_entry(B, C, dt)[..., None] * x
     decay = torch.exp(dt * A)[..., None]
     for index in number.unique().tolist():
         rows: Any = (number == index).nonzero().flatten() if (number != index).any() else slice(None)

@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Names and the thirds they are made of. The last two are what the paper's code runs under these names."""
 
 
-def decay_norm(A_log: Float[Tensor, feature * state]) -> Float[Tensor, " feature"]:
+def decay_norm(A_log: Float[Tensor, " feature *state"]) -> Float[Tensor, " feature"]:
     """`sum_n exp(-exp(A_log[f, n]))` (Endy et al. 2025): large means slow decay, a long memory.
 
     It is the L1 norm, over the state, of the decay that a step of size 1 applies. Computed in float64.

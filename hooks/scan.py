@@ -316,7 +316,7 @@ def causal_conv(
     inner: Float[Tensor, "*batch time channel"],
     weight: Float[Tensor, "channel kernel"],
     bias: Float[Tensor, " channel"] | None,
-    keep: list[Tensor] | None = None,
+    keep: list[Bool[Tensor, "*#batch #time #channel"]] | None = None,
     past: Float[Tensor, "*#batch before channel"] | None = None,
 ) -> Float[Tensor, "*batch time channel"]:
     """Depthwise causal convolution `sum_k weight[:, -1-k] inner[t-k] + bias`, some of its taps cut.
@@ -347,7 +347,13 @@ def causal_conv(
     return out
 
 
-def _cut_conv(inner: Tensor, weight: Tensor, bias: Tensor | None, keep: list[Tensor], past: Tensor | None) -> Tensor:
+def _cut_conv(
+    inner: Float[Tensor, "*batch time channel"],
+    weight: Float[Tensor, "channel kernel"],
+    bias: Float[Tensor, " channel"] | None,
+    keep: list[Bool[Tensor, "*#batch #time #channel"]],
+    past: Float[Tensor, "*#batch before channel"] | None,
+) -> Float[Tensor, "*batch time channel"]:
     """`causal_conv` with some taps cut."""
     kernel, time = weight.shape[1], inner.shape[-2]
     before = inner.new_zeros(*inner.shape[:-2], kernel - 1, inner.shape[-1])
@@ -366,7 +372,7 @@ def _rate(A: Float[Tensor, "feature state"]) -> Float[Tensor, "state feature"]:
     return (A * math.log2(math.e)).T.contiguous()
 
 
-def _tiles(rate: Tensor, batch: int, time: int) -> tuple[int, int]:
+def _tiles(rate: Float[Tensor, "state feature"], batch: int, time: int) -> tuple[int, int]:
     """How many prompts and positions make a tile."""
     fitting = max(1, TILE.get(rate.device.type, 2**26) // rate.numel())
     chunk = min(time, fitting)
@@ -383,7 +389,7 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, length, size)]
 
 
-def _as_slice(numbers: Tensor) -> slice | Tensor:
+def _as_slice(numbers: Int[Tensor, " rows"]) -> slice | Int[Tensor, " rows"]:
     """Ascending numbers as a slice where they are evenly spaced, which copies nothing; else as they are."""
     first, last, count = int(numbers[0]), int(numbers[-1]), len(numbers)
     step = (last - first) // (count - 1) if count > 1 else 1
@@ -402,10 +408,10 @@ class _Scratch:
         like: tensor whose device and dtype it takes.
     """
 
-    def __init__(self, slot: int, like: Tensor) -> None:
+    def __init__(self, slot: int, like: Float[Tensor, " ..."]) -> None:
         self.key, self.like = f"{slot} {like.device} {like.dtype}", like
 
-    def of(self, *shape: int) -> Tensor:
+    def of(self, *shape: int) -> Float[Tensor, " ..."]:
         """The memory in some shape; whatever was in it."""
         size, rooms = math.prod(shape), _kept.__dict__
         if self.key not in rooms or rooms[self.key].numel() < size:

@@ -152,7 +152,9 @@ def induction_score(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op
     return _mean_over_targets(weights(alpha)[..., targets, targets - (half - 1)], alpha[..., half:, :])
 
 
-def _mean_over_targets(values: Tensor, rows: Tensor) -> Tensor:
-    """Mean over targets [..., T] whose row of alpha [..., T, S] is not zero."""
+def _mean_over_targets(
+    values: Float[Tensor, "*op target"], rows: Float[Tensor, "*op target source"]
+) -> Float[Tensor, "*op"]:
+    """Mean over the targets whose row of alpha is not zero."""
     counts = (rows != 0).any(-1)
     return (values * counts).sum(-1) / counts.sum(-1)

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -47,7 +48,8 @@ def own_entry(
         dt: step sizes; a group's features lie side by side.
     """
     own = (B * C).sum(-1, keepdim=True)  # [..., G, 1]
-    return (own * dt.unflatten(-1, (B.shape[-2], -1))).flatten(-2)
+    own = own * rearrange(dt, "... (group head) -> ... group head", group=B.shape[-2])
+    return rearrange(own, "... group head -> ... (group head)")
 
 
 def add_skip(
@@ -207,18 +209,19 @@ def ssd_scan(
     outputs: list[Tensor] = []
     chunks = -(-x.shape[1] // CHUNK)
     for x_c, dt_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in (x, dt, B, C)), strict=True):
-        B_c, C_c = (t.transpose(1, 2) for t in (B_c, C_c))  # [B, G, L, N]
-        scores = (C_c @ B_c.mT).repeat_interleave(per_group, 1)  # [B, H, L, L]
-        decay = _decay_between((dt_c * A).transpose(1, 2))  # [B, H, L, L]
-        dtx = (dt_c[..., None] * x_c).transpose(1, 2)  # [B, H, L, P]
+        B_c, C_c = (rearrange(t, "batch time group state -> batch group time state") for t in (B_c, C_c))
+        scores = repeat(C_c @ B_c.mT, "batch group t s -> batch (group head) t s", head=per_group)
+        decay = _decay_between(rearrange(dt_c * A, "batch time feature -> batch feature time"))  # [B, H, L, L]
+        dtx = rearrange(dt_c[..., None] * x_c, "batch time feature width -> batch feature time width")
         y = (scores * decay) @ dtx  # [B, H, L, P]
         if h is not None:
-            since_start = torch.exp((dt_c * A).cumsum(1)).transpose(1, 2)[..., None]  # [B, H, L, 1]
-            y = torch.addcmul(y, since_start, C_c.repeat_interleave(per_group, 1) @ h)
+            since_start = rearrange(torch.exp((dt_c * A).cumsum(1)), "batch time feature -> batch feature time 1")
+            C_c = repeat(C_c, "batch group time state -> batch (group head) time state", head=per_group)
+            y = torch.addcmul(y, since_start, C_c @ h)
             h = since_start[:, :, -1, None] * h
-        outputs.append(y.transpose(1, 2))
+        outputs.append(rearrange(y, "batch feature time width -> batch time feature width"))
         if end or len(outputs) < chunks:
-            B_c = B_c.repeat_interleave(per_group, 1)
+            B_c = repeat(B_c, "batch group time state -> batch (group head) time state", head=per_group)
             written = (decay[:, :, -1, :, None] * B_c).mT @ dtx  # [B, H, N, P]
             h = written if h is None else h + written
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], h if end else None
@@ -237,8 +240,9 @@ def ssd_states(
         For every choice the state, a group's heads side by side: [batch, groups, state, heads of a group x width].
     """
     left = torch.exp(_sum_of_later(dt) * A) * dt  # [B, T, H]
-    left = (left[..., None] * x).unflatten(2, (B.shape[2], -1)).transpose(1, 2).flatten(3)  # [B, G, T, lanes]
-    writes = B.permute(0, 2, 3, 1)  # [B, G, N, T]
+    left = left[..., None] * x
+    left = rearrange(left, "batch time (group head) width -> batch group time (head width)", group=B.shape[2])
+    writes = rearrange(B, "batch time group state -> batch group state time")
     return [(writes * kept[:, None, None]) @ left for kept in keep]
 
 
@@ -266,9 +270,9 @@ def ssd_step(
         state = states[index]
         if state.shape[1] != groups:  # a state for each head, where each has its own C
             state = ssd_heads(state, features)
-        carried = C[:, rows].transpose(1, 2) @ state  # [B, G, R, lanes]
-        carried = carried.unflatten(-1, (features // groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        y[:, rows] += carried * decay[:, rows]
+        carried = rearrange(C[:, rows], "batch row group state -> batch group row state") @ state  # [B, G, R, lanes]
+        by_head = "batch group row (head width) -> batch row (group head) width"
+        y[:, rows] += rearrange(carried, by_head, head=features // groups) * decay[:, rows]
     return y
 
 
@@ -276,7 +280,8 @@ def ssd_heads(
     state: Float[Tensor, "batch group state lane"], features: int
 ) -> Float[Tensor, "batch feature state width"]:
     """A state of `ssd_states` head by head."""
-    return state.unflatten(-1, (features // state.shape[1], -1)).transpose(2, 3).flatten(1, 2)
+    by_head = "batch group state (head width) -> batch (group head) state width"
+    return rearrange(state, by_head, head=features // state.shape[1])
 
 
 def selective_attention(
@@ -306,9 +311,10 @@ def ssd_attention(
     C: Float[Tensor, "batch time group state"],
 ) -> Float[Tensor, "batch feature time time"]:
     """Effective attention alpha[t, s] of Mamba-2."""
-    steps = dt.transpose(1, 2)  # [B, H, T]
-    scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [B, G, T, T]
-    scores = scores.repeat_interleave(steps.shape[1] // scores.shape[1], 1)
+    steps = rearrange(dt, "batch time feature -> batch feature time")
+    C = rearrange(C, "batch time group state -> batch group time state")
+    scores = C @ rearrange(B, "batch time group state -> batch group state time")
+    scores = repeat(scores, "batch group t s -> batch (group head) t s", head=steps.shape[1] // scores.shape[1])
     return scores * _decay_between(steps * A[:, None]) * steps[:, :, None, :]
 
 

@@ -33,47 +33,6 @@ TILE = {"cpu": 2**21}
 """Numbers of a tile of positions x state x features; by device, 2**26 elsewhere."""
 
 
-def own_entry(
-    B: Float[Tensor, "*batch group state"], C: Float[Tensor, "*batch group state"], dt: Float[Tensor, "*batch feature"]
-) -> Float[Tensor, "*batch feature"]:
-    """What a position's own input adds to its output, feature by feature, without the skip.
-
-    Equation:
-        alpha[t, t] = (C_t . B_t) dt_t
-
-        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12, at s = t, where nothing has decayed yet
-
-    Args:
-        B, C: of every group; one group in Mamba-1.
-        dt: step sizes; a group's features lie side by side.
-    """
-    own = (B * C).sum(-1, keepdim=True)  # [..., G, 1]
-    own = own * rearrange(dt, "... (group head) -> ... group head", group=B.shape[-2])
-    return rearrange(own, "... group head -> ... (group head)")
-
-
-def add_skip(
-    y: Float[Tensor, "*batch feature width"],
-    D: Float[Tensor, " feature"],
-    x: Float[Tensor, "*batch feature width"],
-    in_place: bool = False,
-) -> Float[Tensor, "*batch feature width"]:
-    """A scan's output with the skip.
-
-    Equation:
-        y_t + D x_t
-
-        Source: Gu et al. 2022, arXiv:2111.00396, eq. 1, where the skip is D u
-
-    Args:
-        y: output of the scan.
-        D: the skip.
-        x: input of the scan.
-        in_place: whether y itself may be changed.
-    """
-    return (y.addcmul_ if in_place else y.addcmul)(D[:, None], x)
-
-
 def selective_scan(
     x: Float[Tensor, "batch time feature"],
     dt: Float[Tensor, "batch time feature"],
@@ -83,6 +42,14 @@ def selective_scan(
     start: Float[Tensor, "#batch state feature"] | None = None,
 ) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch state feature"]]:
     """Mamba-1's scan (S6) without the skip.
+
+    Equation: Recurrence
+        h_t[n] = exp(dt_t A[n]) h_{t-1}[n] + dt_t B_t[n] x_t
+        y_t = C_t . h_t
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, eq. 2, B discretized as dt_t B_t, as its code does
+
+        Of one channel of Mamba-1: x, dt and A[n] are its own, B and C are shared by all channels.
 
     Args:
         x, dt, A, B, C: as in the recurrence above.
@@ -130,6 +97,16 @@ def selective_states(
 
     The state is a sum over positions, `sum_s keep_s exp(A sum_{k>s} dt_k) dt_s B_s x_s`: what each position leaves is
     computed once, and one matrix product adds it up for all choices.
+
+    Equation: Knockout
+        alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
+        y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
+        h^-S_t = sum_{s<=t, s not in S} exp(A sum_{k=s+1..t} dt_k) dt_s B_s x_s
+
+        Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
+
+        T are the targets, S the sources, F the features. The state h^-S is that of the recurrence with x_s = 0 for the
+        sources, which is why a knockout needs no T x T matrix; the skip stays.
     """
     batch, time, _ = x.shape
     rate = _rate(A)
@@ -195,6 +172,15 @@ def ssd_scan(
     end: bool = True,
 ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature state width"] | None]:
     """Mamba-2's scan (SSD) without the skip: chunks of attention, a recurrence between them.
+
+    Equation: Recurrence
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
+        y_t = h_t^T C_t
+
+        Source: Dao & Gu 2024, arXiv:2405.21060, eq. 1; listing 1 for the chunks
+
+        Of one head of Mamba-2: A is one number, x_t and y_t are as wide as the head, h_t is a matrix, state x width; B
+        and C are shared by the heads of a group.
 
     Args:
         x, dt, A, B, C: as in the recurrence above.
@@ -290,7 +276,16 @@ def selective_attention(
     B: Float[Tensor, "batch time state"],
     C: Float[Tensor, "batch time state"],
 ) -> Float[Tensor, "batch feature time time"]:
-    """Effective attention alpha[t, s] of Mamba-1, one state index at a time: O(features T^2) memory."""
+    """Effective attention alpha[t, s] of Mamba-1, one state index at a time: O(features T^2) memory.
+
+    Equation: Effective attention
+        alpha[t, s] = sum_n C_t[n] exp(A[n] sum_{k=s+1..t} dt_k) dt_s B_s[n]    for s <= t, else 0
+        y_t = sum_{s<=t} alpha[t, s] x_s
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12
+
+        Of one channel of Mamba-1.
+    """
     steps = dt.transpose(1, 2)  # [B, D, T]
     # Sums of step sizes as differences of running sums; in float64, so that long prompts lose no digits to it.
     running = steps.double().cumsum(-1)
@@ -310,12 +305,61 @@ def ssd_attention(
     B: Float[Tensor, "batch time group state"],
     C: Float[Tensor, "batch time group state"],
 ) -> Float[Tensor, "batch feature time time"]:
-    """Effective attention alpha[t, s] of Mamba-2."""
+    """Effective attention alpha[t, s] of Mamba-2.
+
+    Equation: Effective attention
+        alpha[t, s] = (C_t . B_s) exp(A sum_{k=s+1..t} dt_k) dt_s    for s <= t, else 0
+
+        Source: Dao & Gu 2024, arXiv:2405.21060, eq. 16
+
+        Of one head of Mamba-2, the step size taken in: what it acts on is x_s.
+    """
     steps = rearrange(dt, "batch time feature -> batch feature time")
     C = rearrange(C, "batch time group state -> batch group time state")
     scores = C @ rearrange(B, "batch time group state -> batch group state time")
     scores = repeat(scores, "batch group t s -> batch (group head) t s", head=steps.shape[1] // scores.shape[1])
     return scores * _decay_between(steps * A[:, None]) * steps[:, :, None, :]
+
+
+def own_entry(
+    B: Float[Tensor, "*batch group state"], C: Float[Tensor, "*batch group state"], dt: Float[Tensor, "*batch feature"]
+) -> Float[Tensor, "*batch feature"]:
+    """What a position's own input adds to its output, feature by feature, without the skip.
+
+    Equation: Effective attention
+        alpha[t, t] = (C_t . B_t) dt_t
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12, at s = t, where nothing has decayed yet
+
+    Args:
+        B, C: of every group; one group in Mamba-1.
+        dt: step sizes; a group's features lie side by side.
+    """
+    own = (B * C).sum(-1, keepdim=True)  # [..., G, 1]
+    own = own * rearrange(dt, "... (group head) -> ... group head", group=B.shape[-2])
+    return rearrange(own, "... group head -> ... (group head)")
+
+
+def add_skip(
+    y: Float[Tensor, "*batch feature width"],
+    D: Float[Tensor, " feature"],
+    x: Float[Tensor, "*batch feature width"],
+    in_place: bool = False,
+) -> Float[Tensor, "*batch feature width"]:
+    """A scan's output with the skip.
+
+    Equation: Recurrence
+        y_t = C_t . h_t + D x_t
+
+        Source: Gu et al. 2022, arXiv:2111.00396, eq. 1, where the skip is D u
+
+    Args:
+        y: output of the scan.
+        D: the skip.
+        x: input of the scan.
+        in_place: whether y itself may be changed.
+    """
+    return (y.addcmul_ if in_place else y.addcmul)(D[:, None], x)
 
 
 def causal_conv(
@@ -325,7 +369,15 @@ def causal_conv(
     keep: list[Bool[Tensor, "*#batch #time #channel"]] | None = None,
     past: Float[Tensor, "*#batch before channel"] | None = None,
 ) -> Float[Tensor, "*batch time channel"]:
-    """Depthwise causal convolution `sum_k weight[:, -1-k] inner[t-k] + bias`, some of its taps cut.
+    """Depthwise causal convolution, some of its taps cut.
+
+    Equation: Convolution
+        out_t = sum_{k=0..K-1} keep_k[t] w[K-1-k] inner[t-k] + bias
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, section 3.4, the block's short convolution
+        Source: the cut of a tap, keep_k[t] = 0, is this package's
+
+        K taps w, the nearest last, of one channel; keep_k[t] is 0 where the tap from t-k to t is cut, else 1.
 
     Args:
         inner: input.

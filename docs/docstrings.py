@@ -1,4 +1,7 @@
-"""Makes docstrings, which are plain text first, safe as Markdown: `[T] [batch, T]` is no link, `>>>` no quotation."""
+"""Makes docstrings, which are plain text first, safe as Markdown.
+
+`[T] [batch, T]` is no link, `>>>` no quotation, and the lines of an equation are not run together.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from typing import Any
 import griffe
 
 CODE = re.compile(r"(`[^`]*`)")
+EQUATION = re.compile(r"^Equation: .*\n((?:    .+\n?)+)", re.MULTILINE)
+"""The head of a section, and the lines of the equation, which end at an empty one."""
 
 
 def as_markdown(text: str) -> str:
     """A docstring whose brackets stay brackets and whose examples are code."""
     lines: list[str] = []
     example = False
+    text = EQUATION.sub(lambda found: f"Equation:\n    ```text\n{found[1].rstrip()}\n    ```\n", text)
+    text = text.replace("\n    Source: ", "\n\n    Source: ")
     for line in text.split("\n"):
         begins = line.lstrip().startswith(">>>")
         if begins and not example:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from equations import collect
 from mkdocs.exceptions import PluginError
 
 ROOT = Path(__file__).parent.parent
@@ -139,6 +140,20 @@ def experiments(_: str) -> str:
     return "\n".join(lines)
 
 
+def equations(_: str) -> str:
+    """Every equation with its source, its letters and the function that computes it."""
+    parts, heading = [], None
+    for equation in collect(ROOT):
+        if equation.heading != heading:
+            heading = equation.heading
+            parts.append(f"## {heading}")
+        sources = "; ".join(equation.sources)
+        sources = sources[0].upper() + sources[1:]
+        about = f"{equation.letters.rstrip('.')}.\n\n" if equation.letters else ""
+        parts.append(f"```text\n{equation.lines}\n```\n\n{about}*{sources}.* Computed by `{equation.function}`.")
+    return "\n\n".join(parts)
+
+
 def constant(file: str, name: str) -> Any:
     """The value of a constant, read from its file: importing it could take torch."""
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
@@ -168,5 +183,6 @@ FILLS: dict[str, Callable[[str], str]] = {
     "metrics": metrics,
     "groups": groups,
     "experiments": experiments,
+    "equations": equations,
 }
 CHECKS: dict[str, Callable[[str, str], str]] = {"lists": lists}

@@ -1,13 +1,7 @@
 """How fast a state-space feature forgets, as the data makes it: half-lives in tokens.
 
-A write at s into feature f is `dt_s B_s x_s`; until t its state n shrinks by `exp(A[f, n] sum_{k=s+1..t} dt_k)`
-(Gu & Dao 2023, eq. 2). Its L1 norm over the state (Endy et al. sort features by the L1 norm of the decay,
-`features.decay_norm`) is then
-
-    r(tau) = sum_n |B_s[n]| exp(A[f, n] tau) / sum_n |B_s[n]|        tau = sum_{k=s+1..t} dt_k
-
-of what it was. The half-time is the tau with r = 1/2; the half-life is how many tokens it takes the step sizes to add
-up to it.
+The half-time is the sum of step sizes after which a write has halved; the half-life is how many tokens it takes the
+step sizes to add up to it.
 """
 
 from __future__ import annotations
@@ -27,6 +21,15 @@ def half_time(
     A: Float[Tensor, "feature state"], B: Float[Tensor, "batch time state"]
 ) -> Float[Tensor, "batch time feature"]:
     """Sum of step sizes until a write's L1 norm over the state has halved; a write of nothing spreads evenly.
+
+    Equation: Decay
+        r(tau) = sum_n |B_s[n]| exp(A[n] tau) / sum_n |B_s[n]|    tau = sum_{k=s+1..t} dt_k
+        r(half-time) = 1/2
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, eq. 2, for how a state shrinks
+        Source: the L1 norm over the state as Endy et al. 2025, arXiv:2505.24244, sort features
+
+        r is what is left at t of what was written at s, `dt_s B_s x_s`; A[n] is of one feature.
 
     Newton's method on log r, which is convex: from 0 it nears the solution from the left and does not overshoot. With
     one state it needs a single step, ln 2 / |A|.
@@ -56,6 +59,13 @@ def half_life(
     length: Int[Tensor, " batch"],
 ) -> Float[Tensor, "batch time feature"]:
     """Tokens after each position until its write has halved, a part of a token included.
+
+    Equation: Half-life
+        sum_{k=s+1..s+L} dt_k = half-time
+
+        Source: this package; see the equation of decay
+
+        L is the half-life of a write at s; the last token counts in part.
 
     Within a token the decay is spread evenly. Behind a prompt's end it goes on with the prompt's mean step size.
 

@@ -6,11 +6,13 @@ once a process at most; where it fails, or a call does not fit what was compiled
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 PAYS_FROM = 10**11
@@ -22,24 +24,31 @@ _compiled: Callable[..., Tensor] | None = None
 _tried = False
 
 
-def step_in_torch(dt: Tensor, rate: Tensor, C: Tensor, start: Tensor, scratch: Tensor | None = None) -> Tensor:
+def step_in_torch(
+    dt: Float[Tensor, "batch rows feature"],
+    rate: Float[Tensor, "state feature"],
+    C: Float[Tensor, "batch rows state"],
+    start: Float[Tensor, "batch state feature"],
+    scratch: Float[Tensor, "batch rows state feature"] | None = None,
+) -> Float[Tensor, "batch rows feature"]:
     """`C . (exp2(dt rate) start)`: what a position reads of the state before it.
 
     Args:
-        dt: [batch, rows, features].
-        rate: A in powers of two [state, features].
-        C: [batch, rows, state].
-        start: [batch, state, features].
-        scratch: memory to work in [batch, rows, state, features].
-
-    Returns:
-        [batch, rows, features].
+        dt, C: of every row.
+        rate: A in powers of two.
+        start: the state before the position.
+        scratch: memory to work in.
     """
     product = torch.mul(dt[..., None, :], rate, out=scratch)
     return product.exp2_().mul_(start[:, None]).mul_(C[..., None]).sum(-2)
 
 
-def step(dt: Tensor, rate: Tensor, C: Tensor, start: Tensor) -> Tensor | None:
+def step(
+    dt: Float[Tensor, "batch rows feature"],
+    rate: Float[Tensor, "state feature"],
+    C: Float[Tensor, "batch rows state"],
+    start: Float[Tensor, "batch state feature"],
+) -> Float[Tensor, "batch rows feature"] | None:
     """`step_in_torch` compiled; None where it is not, or does not fit these tensors."""
     global _compiled
     if _compiled is None or not _fits(dt, rate, C, start):
@@ -69,7 +78,7 @@ def compile_step(device: torch.device) -> bool:
     # Sizes that differ, and none of them 1: the compiler treats equal sizes as one, and ones as constants.
     sizes = {"batch": 2, "rows": 3, "state": 5, "features": 7}
 
-    def example(*names: str) -> Tensor:
+    def example(*names: str) -> Float[Tensor, " ..."]:
         return torch.rand([sizes[name] for name in names], device=device)
 
     arguments = (
@@ -79,7 +88,8 @@ def compile_step(device: torch.device) -> bool:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            function = torch.compile(step_in_torch, dynamic=True, fullgraph=True)
+            # Unwrapped: what checks shapes while the tests run does not compile.
+            function = torch.compile(inspect.unwrap(step_in_torch), dynamic=True, fullgraph=True)
             torch.testing.assert_close(function(*arguments), step_in_torch(*arguments))
         _compiled = function
     except Exception as error:  # no compiler, a broken one, a read-only cache folder: all the same here
@@ -92,7 +102,7 @@ def compiled() -> bool:
     return _compiled is not None
 
 
-def _fits(*tensors: Tensor) -> bool:
+def _fits(*tensors: Float[Tensor, " ..."]) -> bool:
     return not torch.is_grad_enabled() and all(t.dtype == torch.float32 and 1 not in t.shape for t in tensors)
 
 

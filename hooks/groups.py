@@ -22,10 +22,15 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """Names and the thirds they are made of. The last two are what the paper's code runs under these names."""
 
 
-def decay_norm(A_log: Float[Tensor, feature * state]) -> Float[Tensor, " feature"]:
-    """`sum_n exp(-exp(A_log[f, n]))` (Endy et al. 2025): large means slow decay, a long memory.
+def decay_norm(A_log: Float[Tensor, " feature *state"]) -> Float[Tensor, " feature"]:
+    """The L1 norm, over the state, of the decay that a step of size 1 applies: large means slow decay, a long memory.
 
-    It is the L1 norm, over the state, of the decay that a step of size 1 applies. Computed in float64.
+    Equation: Groups
+        norm[f] = sum_n exp(A[f, n]) = sum_n exp(-exp(A_log[f, n]))
+
+        Source: Endy et al. 2025, arXiv:2505.24244, which sorts features by it
+
+    Computed in float64.
     """
     return torch.exp(-torch.exp(A_log.detach().double())).reshape(len(A_log), -1).sum(1)
 
@@ -63,6 +68,14 @@ def group_mask(norm: Float[Tensor, " feature"], group: str) -> Bool[Tensor, " fe
     """Features of a named group: the slowest and the fastest floor(F/3), and the rest; ties go by index.
 
     'slow:0.1' and 'fast:0.1' are the slowest and fastest floor(0.1 F) instead.
+
+    Equation: Groups
+        slow = the floor(F/3) features of the largest norm, fast = the floor(F/3) of the smallest, middle = the rest
+        context-dependent = slow and middle, context-independent = middle and fast
+
+        Source: Endy et al. 2025, arXiv:2505.24244, as its code runs them
+
+        F is the number of a layer's features.
 
     >>> group_mask(torch.tensor([0.1, 0.9, 0.5]), "slow").tolist()
     [False, True, False]

@@ -10,6 +10,7 @@ from functools import cache
 from importlib.util import find_spec
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mambalens.hooks import fused, scan
@@ -33,7 +34,13 @@ def backend(device: torch.device) -> str:
     return ("mamba-ssm" if _on(device) else "torch") + ("+compile" if fused.compiled() else "")
 
 
-def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tuple[Tensor, Tensor]:
+def selective_scan(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    A: Float[Tensor, "feature state"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch state feature"]]:
     """`scan.selective_scan` by mamba-ssm's `selective_scan_fn` where it can."""
     if not _usable(x):
         return scan.selective_scan(x, dt, A, B, C)
@@ -44,7 +51,14 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor) -> tu
     return y.mT, state.mT
 
 
-def ssd_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, end: bool = True) -> tuple[Tensor, Tensor | None]:
+def ssd_scan(
+    x: Float[Tensor, "batch time feature width"],
+    dt: Float[Tensor, "batch time feature"],
+    A: Float[Tensor, " feature"],
+    B: Float[Tensor, "batch time group state"],
+    C: Float[Tensor, "batch time group state"],
+    end: bool = True,
+) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature state width"] | None]:
     """`scan.ssd_scan` by mamba-ssm's `mamba_chunk_scan_combined` where it can."""
     if not _usable(x):
         return scan.ssd_scan(x, dt, A, B, C, end=end)
@@ -60,6 +74,6 @@ def _on(device: torch.device) -> bool:
     return device.type == "cuda" and installed()
 
 
-def _usable(x: Tensor) -> bool:
+def _usable(x: Float[Tensor, " ..."]) -> bool:
     # The kernels have no float64.
     return _on(x.device) and x.dtype == torch.float32

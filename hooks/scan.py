@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -41,6 +42,14 @@ def selective_scan(
     start: Float[Tensor, "#batch state feature"] | None = None,
 ) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch state feature"]]:
     """Mamba-1's scan (S6) without the skip.
+
+    Equation: Recurrence
+        h_t[n] = exp(dt_t A[n]) h_{t-1}[n] + dt_t B_t[n] x_t
+        y_t = C_t . h_t
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, eq. 2, B discretized as dt_t B_t, as its code does
+
+        Of one channel of Mamba-1: x, dt and A[n] are its own, B and C are shared by all channels.
 
     Args:
         x, dt, A, B, C: as in the recurrence above.
@@ -88,6 +97,16 @@ def selective_states(
 
     The state is a sum over positions, `sum_s keep_s exp(A sum_{k>s} dt_k) dt_s B_s x_s`: what each position leaves is
     computed once, and one matrix product adds it up for all choices.
+
+    Equation: Knockout
+        alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
+        y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
+        h^-S_t = sum_{s<=t, s not in S} exp(A sum_{k=s+1..t} dt_k) dt_s B_s x_s
+
+        Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
+
+        T are the targets, S the sources, F the features. The state h^-S is that of the recurrence with x_s = 0 for the
+        sources, which is why a knockout needs no T x T matrix; the skip stays.
     """
     batch, time, _ = x.shape
     rate = _rate(A)
@@ -122,7 +141,7 @@ def selective_step(
     """
     batch = len(x)
     rate = _rate(A)
-    y = (B * C).sum(-1, keepdim=True) * dt
+    y = own_entry(B[..., None, :], C[..., None, :], dt)
     y *= x
     scratch = _Scratch(0, x)
     for index in number.unique().tolist():
@@ -154,6 +173,15 @@ def ssd_scan(
 ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature state width"] | None]:
     """Mamba-2's scan (SSD) without the skip: chunks of attention, a recurrence between them.
 
+    Equation: Recurrence
+        h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t^T
+        y_t = h_t^T C_t
+
+        Source: Dao & Gu 2024, arXiv:2405.21060, eq. 1; listing 1 for the chunks
+
+        Of one head of Mamba-2: A is one number, x_t and y_t are as wide as the head, h_t is a matrix, state x width; B
+        and C are shared by the heads of a group.
+
     Args:
         x, dt, A, B, C: as in the recurrence above.
         start: state before the first position; zero by default.
@@ -167,18 +195,19 @@ def ssd_scan(
     outputs: list[Tensor] = []
     chunks = -(-x.shape[1] // CHUNK)
     for x_c, dt_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in (x, dt, B, C)), strict=True):
-        B_c, C_c = (t.transpose(1, 2) for t in (B_c, C_c))  # [B, G, L, N]
-        scores = (C_c @ B_c.mT).repeat_interleave(per_group, 1)  # [B, H, L, L]
-        decay = _decay_between((dt_c * A).transpose(1, 2))  # [B, H, L, L]
-        dtx = (dt_c[..., None] * x_c).transpose(1, 2)  # [B, H, L, P]
+        B_c, C_c = (rearrange(t, "batch time group state -> batch group time state") for t in (B_c, C_c))
+        scores = repeat(C_c @ B_c.mT, "batch group t s -> batch (group head) t s", head=per_group)
+        decay = _decay_between(rearrange(dt_c * A, "batch time feature -> batch feature time"))  # [B, H, L, L]
+        dtx = rearrange(dt_c[..., None] * x_c, "batch time feature width -> batch feature time width")
         y = (scores * decay) @ dtx  # [B, H, L, P]
         if h is not None:
-            since_start = torch.exp((dt_c * A).cumsum(1)).transpose(1, 2)[..., None]  # [B, H, L, 1]
-            y = torch.addcmul(y, since_start, C_c.repeat_interleave(per_group, 1) @ h)
+            since_start = rearrange(torch.exp((dt_c * A).cumsum(1)), "batch time feature -> batch feature time 1")
+            C_c = repeat(C_c, "batch group time state -> batch (group head) time state", head=per_group)
+            y = torch.addcmul(y, since_start, C_c @ h)
             h = since_start[:, :, -1, None] * h
-        outputs.append(y.transpose(1, 2))
+        outputs.append(rearrange(y, "batch feature time width -> batch time feature width"))
         if end or len(outputs) < chunks:
-            B_c = B_c.repeat_interleave(per_group, 1)
+            B_c = repeat(B_c, "batch group time state -> batch (group head) time state", head=per_group)
             written = (decay[:, :, -1, :, None] * B_c).mT @ dtx  # [B, H, N, P]
             h = written if h is None else h + written
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], h if end else None
@@ -197,8 +226,9 @@ def ssd_states(
         For every choice the state, a group's heads side by side: [batch, groups, state, heads of a group x width].
     """
     left = torch.exp(_sum_of_later(dt) * A) * dt  # [B, T, H]
-    left = (left[..., None] * x).unflatten(2, (B.shape[2], -1)).transpose(1, 2).flatten(3)  # [B, G, T, lanes]
-    writes = B.permute(0, 2, 3, 1)  # [B, G, N, T]
+    left = left[..., None] * x
+    left = rearrange(left, "batch time (group head) width -> batch group time (head width)", group=B.shape[2])
+    writes = rearrange(B, "batch time group state -> batch group state time")
     return [(writes * kept[:, None, None]) @ left for kept in keep]
 
 
@@ -219,17 +249,16 @@ def ssd_step(
         number: which of them each row resumes from.
     """
     features, groups = x.shape[2], C.shape[2]
-    own = (B * C).sum(-1).repeat_interleave(features // groups, 2) * dt  # [B, R, H]
-    y = own[..., None] * x
+    y = own_entry(B, C, dt)[..., None] * x
     decay = torch.exp(dt * A)[..., None]
     for index in number.unique().tolist():
         rows: Any = (number == index).nonzero().flatten() if (number != index).any() else slice(None)
         state = states[index]
         if state.shape[1] != groups:  # a state for each head, where each has its own C
             state = ssd_heads(state, features)
-        carried = C[:, rows].transpose(1, 2) @ state  # [B, G, R, lanes]
-        carried = carried.unflatten(-1, (features // groups, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)
-        y[:, rows] += carried * decay[:, rows]
+        carried = rearrange(C[:, rows], "batch row group state -> batch group row state") @ state  # [B, G, R, lanes]
+        by_head = "batch group row (head width) -> batch row (group head) width"
+        y[:, rows] += rearrange(carried, by_head, head=features // groups) * decay[:, rows]
     return y
 
 
@@ -237,7 +266,8 @@ def ssd_heads(
     state: Float[Tensor, "batch group state lane"], features: int
 ) -> Float[Tensor, "batch feature state width"]:
     """A state of `ssd_states` head by head."""
-    return state.unflatten(-1, (features // state.shape[1], -1)).transpose(2, 3).flatten(1, 2)
+    by_head = "batch group state (head width) -> batch (group head) state width"
+    return rearrange(state, by_head, head=features // state.shape[1])
 
 
 def selective_attention(
@@ -246,7 +276,16 @@ def selective_attention(
     B: Float[Tensor, "batch time state"],
     C: Float[Tensor, "batch time state"],
 ) -> Float[Tensor, "batch feature time time"]:
-    """Effective attention alpha[t, s] of Mamba-1, one state index at a time: O(features T^2) memory."""
+    """Effective attention alpha[t, s] of Mamba-1, one state index at a time: O(features T^2) memory.
+
+    Equation: Effective attention
+        alpha[t, s] = sum_n C_t[n] exp(A[n] sum_{k=s+1..t} dt_k) dt_s B_s[n]    for s <= t, else 0
+        y_t = sum_{s<=t} alpha[t, s] x_s
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12
+
+        Of one channel of Mamba-1.
+    """
     steps = dt.transpose(1, 2)  # [B, D, T]
     # Sums of step sizes as differences of running sums; in float64, so that long prompts lose no digits to it.
     running = steps.double().cumsum(-1)
@@ -266,21 +305,79 @@ def ssd_attention(
     B: Float[Tensor, "batch time group state"],
     C: Float[Tensor, "batch time group state"],
 ) -> Float[Tensor, "batch feature time time"]:
-    """Effective attention alpha[t, s] of Mamba-2."""
-    steps = dt.transpose(1, 2)  # [B, H, T]
-    scores = C.transpose(1, 2) @ B.permute(0, 2, 3, 1)  # [B, G, T, T]
-    scores = scores.repeat_interleave(steps.shape[1] // scores.shape[1], 1)
+    """Effective attention alpha[t, s] of Mamba-2.
+
+    Equation: Effective attention
+        alpha[t, s] = (C_t . B_s) exp(A sum_{k=s+1..t} dt_k) dt_s    for s <= t, else 0
+
+        Source: Dao & Gu 2024, arXiv:2405.21060, eq. 16
+
+        Of one head of Mamba-2, the step size taken in: what it acts on is x_s.
+    """
+    steps = rearrange(dt, "batch time feature -> batch feature time")
+    C = rearrange(C, "batch time group state -> batch group time state")
+    scores = C @ rearrange(B, "batch time group state -> batch group state time")
+    scores = repeat(scores, "batch group t s -> batch (group head) t s", head=steps.shape[1] // scores.shape[1])
     return scores * _decay_between(steps * A[:, None]) * steps[:, :, None, :]
+
+
+def own_entry(
+    B: Float[Tensor, "*batch group state"], C: Float[Tensor, "*batch group state"], dt: Float[Tensor, "*batch feature"]
+) -> Float[Tensor, "*batch feature"]:
+    """What a position's own input adds to its output, feature by feature, without the skip.
+
+    Equation: Effective attention
+        alpha[t, t] = (C_t . B_t) dt_t
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12, at s = t, where nothing has decayed yet
+
+    Args:
+        B, C: of every group; one group in Mamba-1.
+        dt: step sizes; a group's features lie side by side.
+    """
+    own = (B * C).sum(-1, keepdim=True)  # [..., G, 1]
+    own = own * rearrange(dt, "... (group head) -> ... group head", group=B.shape[-2])
+    return rearrange(own, "... group head -> ... (group head)")
+
+
+def add_skip(
+    y: Float[Tensor, "*batch feature width"],
+    D: Float[Tensor, " feature"],
+    x: Float[Tensor, "*batch feature width"],
+    in_place: bool = False,
+) -> Float[Tensor, "*batch feature width"]:
+    """A scan's output with the skip.
+
+    Equation: Recurrence
+        y_t = C_t . h_t + D x_t
+
+        Source: Gu et al. 2022, arXiv:2111.00396, eq. 1, where the skip is D u
+
+    Args:
+        y: output of the scan.
+        D: the skip.
+        x: input of the scan.
+        in_place: whether y itself may be changed.
+    """
+    return (y.addcmul_ if in_place else y.addcmul)(D[:, None], x)
 
 
 def causal_conv(
     inner: Float[Tensor, "*batch time channel"],
     weight: Float[Tensor, "channel kernel"],
     bias: Float[Tensor, " channel"] | None,
-    keep: list[Tensor] | None = None,
+    keep: list[Bool[Tensor, "*#batch #time #channel"]] | None = None,
     past: Float[Tensor, "*#batch before channel"] | None = None,
 ) -> Float[Tensor, "*batch time channel"]:
-    """Depthwise causal convolution `sum_k weight[:, -1-k] inner[t-k] + bias`, some of its taps cut.
+    """Depthwise causal convolution, some of its taps cut.
+
+    Equation: Convolution
+        out_t = sum_{k=0..K-1} keep_k[t] w[K-1-k] inner[t-k] + bias
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, section 3.4, the block's short convolution
+        Source: the cut of a tap, keep_k[t] = 0, is this package's
+
+        K taps w, the nearest last, of one channel; keep_k[t] is 0 where the tap from t-k to t is cut, else 1.
 
     Args:
         inner: input.
@@ -308,7 +405,13 @@ def causal_conv(
     return out
 
 
-def _cut_conv(inner: Tensor, weight: Tensor, bias: Tensor | None, keep: list[Tensor], past: Tensor | None) -> Tensor:
+def _cut_conv(
+    inner: Float[Tensor, "*batch time channel"],
+    weight: Float[Tensor, "channel kernel"],
+    bias: Float[Tensor, " channel"] | None,
+    keep: list[Bool[Tensor, "*#batch #time #channel"]],
+    past: Float[Tensor, "*#batch before channel"] | None,
+) -> Float[Tensor, "*batch time channel"]:
     """`causal_conv` with some taps cut."""
     kernel, time = weight.shape[1], inner.shape[-2]
     before = inner.new_zeros(*inner.shape[:-2], kernel - 1, inner.shape[-1])
@@ -327,7 +430,7 @@ def _rate(A: Float[Tensor, "feature state"]) -> Float[Tensor, "state feature"]:
     return (A * math.log2(math.e)).T.contiguous()
 
 
-def _tiles(rate: Tensor, batch: int, time: int) -> tuple[int, int]:
+def _tiles(rate: Float[Tensor, "state feature"], batch: int, time: int) -> tuple[int, int]:
     """How many prompts and positions make a tile."""
     fitting = max(1, TILE.get(rate.device.type, 2**26) // rate.numel())
     chunk = min(time, fitting)
@@ -344,7 +447,7 @@ def _slices(length: int, size: int) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, length, size)]
 
 
-def _as_slice(numbers: Tensor) -> slice | Tensor:
+def _as_slice(numbers: Int[Tensor, " rows"]) -> slice | Int[Tensor, " rows"]:
     """Ascending numbers as a slice where they are evenly spaced, which copies nothing; else as they are."""
     first, last, count = int(numbers[0]), int(numbers[-1]), len(numbers)
     step = (last - first) // (count - 1) if count > 1 else 1
@@ -363,10 +466,10 @@ class _Scratch:
         like: tensor whose device and dtype it takes.
     """
 
-    def __init__(self, slot: int, like: Tensor) -> None:
+    def __init__(self, slot: int, like: Float[Tensor, " ..."]) -> None:
         self.key, self.like = f"{slot} {like.device} {like.dtype}", like
 
-    def of(self, *shape: int) -> Tensor:
+    def of(self, *shape: int) -> Float[Tensor, " ..."]:
         """The memory in some shape; whatever was in it."""
         size, rooms = math.prod(shape), _kept.__dict__
         if self.key not in rooms or rooms[self.key].numel() < size:

@@ -2,4 +2,4 @@
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["mambalens.hooks.scan", "mambalens.hooks.groups"], "beartype.beartype")
+install_import_hook(["mambalens.hooks", "mambalens.features"], "beartype.beartype")

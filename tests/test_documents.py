@@ -7,6 +7,7 @@ import importlib
 import json
 import pkgutil
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -16,6 +17,10 @@ import torch
 
 import mambalens
 import mambalens.hooks
+
+sys.path.append(str(Path(__file__).parent.parent / "docs"))
+
+import equations
 
 matplotlib.use("agg")
 
@@ -72,3 +77,39 @@ def test_the_readme_shows_a_fact() -> None:
 def test_the_examples_in_docstrings_hold(name: str) -> None:
     module = importlib.import_module(name)
     assert doctest.testmod(module, extraglobs={"torch": torch}).failed == 0
+
+
+def test_every_equation_names_a_function_that_there_is_and_its_source() -> None:
+    found = equations.collect(ROOT)
+    for equation in found:
+        module = next(name for name in sorted(MODULES, reverse=True) if equation.function.startswith(f"{name}."))
+        value = importlib.import_module(module)
+        for part in equation.function.removeprefix(f"{module}.").split("."):
+            value = getattr(value, part)
+        assert callable(value) and equation.lines and all(re.search(r"\d{4}|this package", s) for s in equation.sources)
+    by_function: dict[str, str] = {}
+    for equation in found:
+        name = equation.function.rpartition(".")[2]
+        by_function[name] = by_function.get(name, "") + "\n".join((equation.heading, equation.lines, *equation.sources))
+    for name, known in {
+        "selective_scan": ("y_t = C_t . h_t", "2312.00752, eq. 2"),
+        "ssd_attention": ("alpha[t, s] = (C_t . B_s)", "2405.21060, eq. 16"),
+        "add_skip": ("D x_t", "2111.00396, eq. 1"),
+        "decay_norm": ("sum_n exp(-exp(A_log[f, n]))", "2505.24244"),
+        "effective_rank": ("exp(-sum_i p_i log p_i)", "EUSIPCO, eq. 4"),
+    }.items():
+        assert all(part in by_function[name] for part in known), name
+    knockouts = [equation for equation in found if equation.heading == "Knockout"]
+    assert any("alpha[t, s, f] = 0" in e.lines and "2505.24244, eq. 5" in e.sources[0] for e in knockouts)
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("Equation: Decay\n    y = x\n", "has no 'Source: ...'"),
+        ("Equation: Sums\n    y = x\n\n    Source: a book\n", "'Equation: Sums' is under none of Recurrence"),
+    ],
+)
+def test_an_equation_without_source_or_under_an_unknown_heading_is_refused(section: str, message: str) -> None:
+    with pytest.raises(LookupError, match=message):
+        equations.read(f"What it does.\n\n{section}", "f")

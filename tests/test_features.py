@@ -10,13 +10,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import TypeCheckError
 from models import LAYERS, SSM, tiny, token_ids
 from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError, Selection
 from mambalens.data import checkpoints
+from mambalens.features import operators
 from mambalens.features.measures import MEASURED
-from mambalens.hooks import HookManager, group_mask
+from mambalens.hooks import HookManager, decay_norm, fused, group_mask
 
 TOKENIZER = AutoTokenizer.from_pretrained(next(iter(checkpoints().values())))
 FACTS = [
@@ -61,6 +63,16 @@ def test_the_table_of_features_is_what_single_prompts_give(name: str) -> None:
         third = len(rows) // 3
         assert rows.group.value_counts().reindex(["slow", "fast"]).tolist() == [third, third]
         assert rows[rows.group == "slow"].decay_norm.min() >= rows[rows.group == "middle"].decay_norm.max()
+
+
+def test_dtypes_and_shapes_in_signatures_hold_while_tests_run() -> None:
+    assert decay_norm(torch.zeros(3, 2)).shape == decay_norm(torch.zeros(3)).shape == (3,)
+    with pytest.raises(TypeCheckError, match="A_log"):
+        decay_norm(torch.zeros(3, 2, dtype=torch.long))
+    with pytest.raises(TypeCheckError, match="alpha"):
+        operators.sink_share(torch.zeros(3, 2))
+    with pytest.raises(TypeCheckError, match="start"):
+        fused.step_in_torch(torch.zeros(2, 3, 7), torch.zeros(5, 7), torch.zeros(2, 3, 5), torch.zeros(2, 7, 5))
 
 
 def test_without_facts_the_table_says_what_the_weights_say() -> None:

@@ -2,11 +2,9 @@
 
 All functions take effective attention `alpha` [..., T, T], targets in rows and sources in columns, lower triangular
 (`HookManager.effective_attention`), and give one value for each operator [...]. A scan's entries have signs and its
-rows do not add up to 1; where a diagnostic speaks of shares of attention it uses the row-normalized magnitudes
-
-    w[t, s] = |alpha[t, s]| / sum_s |alpha[t, s]|
-
-which for softmax attention are the weights themselves. A row of zeros (a cut or silent target) counts for nothing.
+rows do not add up to 1; where a diagnostic speaks of shares of attention it uses the row-normalized magnitudes w, which
+for softmax attention are the weights themselves (`weights`). A row of zeros (a cut or silent target) counts for
+nothing.
 """
 
 from __future__ import annotations
@@ -24,23 +22,41 @@ LAG_BINS = ((0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (16, None))
 
 
 def weights(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op time time"]:
-    """Row-normalized magnitudes w; rows of zeros stay zero."""
+    """Row-normalized magnitudes w; rows of zeros stay zero.
+
+    Equation: Operator diagnostics
+        w[t, s] = |alpha[t, s]| / sum_s |alpha[t, s]|
+
+        Source: this package; in softmax attention the weights themselves
+    """
     magnitude = alpha.abs()
     total = magnitude.sum(-1, keepdim=True)
     return magnitude / total.where(total > 0, 1)
 
 
 def sink_share(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"]:
-    """How much of what targets read comes from the first token: mean of `w[t, 0]` over t >= 1.
+    """How much of what targets read comes from the first token, an attention sink.
 
-    Attention sinks: Xiao et al. 2023, arXiv:2309.17453; measured as the mean weight on the first token as in Gu et al.
-    2024, arXiv:2410.10781. The first token itself has nothing else to read and is left out. NaN for one token alone.
+    Equation: Operator diagnostics
+        sink share = mean of w[t, 0] over t >= 1
+
+        Source: Xiao et al. 2023, arXiv:2309.17453, for attention sinks
+        Source: Gu et al. 2024, arXiv:2410.10781, for the mean weight on the first token
+
+    The first token itself has nothing else to read and is left out. NaN for one token alone.
     """
     return _mean_over_targets(weights(alpha)[..., 1:, 0], alpha[..., 1:, :])
 
 
 def effective_rank(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"]:
-    """Exponential of the entropy of the singular values, normalized to sum to 1 (Roy & Vetterli 2007, EUSIPCO, eq. 4).
+    """Exponential of the entropy of the singular values, normalized to sum to 1.
+
+    Equation: Operator diagnostics
+        effective rank = exp(-sum_i p_i log p_i)    p_i = sigma_i / sum_j sigma_j
+
+        Source: Roy & Vetterli 2007, EUSIPCO, eq. 4
+
+        sigma are the singular values of alpha.
 
     T for the identity, 1 for an operator in which every target reads the same; NaN for zero.
     """
@@ -50,7 +66,13 @@ def effective_rank(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"
 
 
 def by_lag(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op time"]:
-    """Mean entry at each distance: mean of `alpha[t, t - lag]` over targets t, for lag = 0 .. T-1."""
+    """Mean entry at each distance, for lag = 0 .. T-1.
+
+    Equation: Operator diagnostics
+        lags[lag] = mean of alpha[t, t - lag] over t >= lag
+
+        Source: this package; the lag operators of Ghodsi 2025, arXiv:2512.15115
+    """
     time = alpha.shape[-1]
     return torch.stack([alpha.diagonal(-lag, -2, -1).mean(-1) for lag in range(time)], -1)
 
@@ -60,8 +82,14 @@ def interaction_rank(lags: Float[Tensor, "feature lag"], tolerance: float = RANK
 
     The lag operator at a distance is diagonal over features, with the mean entries `by_lag` gives; the dimension of
     what all distances span is the number of attention heads that a linear recurrence with these lag operators needs
-    (Ghodsi 2025, arXiv:2512.15115, the head-count theorem). The numerical rank of the matrix features x lags, each
-    feature scaled to norm 1, so that a quiet feature counts as much as a loud one.
+    (the head-count theorem). Each feature is scaled to norm 1, so that a quiet one counts as much as a loud one.
+
+    Equation: Operator diagnostics
+        interaction rank = number of sigma_i > tolerance sigma_1 of M    M[f, lag] = lags_f[lag] / |lags_f|
+
+        Source: Ghodsi 2025, arXiv:2512.15115, the head-count theorem
+
+        sigma are the singular values of M, the largest first.
 
     Args:
         lags: mean entries by distance, from `by_lag`, of some features.
@@ -75,8 +103,13 @@ def interaction_rank(lags: Float[Tensor, "feature lag"], tolerance: float = RANK
 class PositionDependence:
     """Share of the variance of `alpha[t, s]` that the relative position t - s explains alone, over prompts.
 
-    1 where the operator is the same whatever the tokens (a convolution; a positional head in the sense of Voita et al.
-    2019, arXiv:1905.09418), 0 where distance says nothing of it. Sums are kept from prompt to prompt, in float64.
+    Equation: Operator diagnostics
+        position dependence = Var(E[alpha[t, s] | t - s]) / Var(alpha[t, s])    over s <= t and prompts
+
+        Source: this package; for positional heads Voita et al. 2019, arXiv:1905.09418
+
+    1 where the operator is the same whatever the tokens (a convolution, a positional head), 0 where distance says
+    nothing of it. Sums are kept from prompt to prompt, in float64.
 
     Args:
         features: how many operators.
@@ -111,10 +144,12 @@ class PositionDependence:
 
 
 def recency_profile(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op time"]:
-    """Where targets read, by distance: sum over targets of `w[t, t - lag]`, divided by the number of targets.
+    """Where targets read, by distance; adds up to 1.
 
-    Adds up to 1. The distances are those of Ali et al. 2024 (arXiv:2403.01590), who read Mamba's recency off the same
-    matrices.
+    Equation: Operator diagnostics
+        profile[lag] = sum_{t>=lag} w[t, t - lag] / sum_{t, s} w[t, s]
+
+        Source: this package; Ali et al. 2024, arXiv:2403.01590, read Mamba's recency off the same matrices
     """
     time, w = alpha.shape[-1], weights(alpha)
     total = torch.stack([w.diagonal(-lag, -2, -1).sum(-1) for lag in range(time)], -1)
@@ -131,7 +166,13 @@ def in_bins(profile: Float[Tensor, "*op time"]) -> dict[str, Float[Tensor, "*op"
 
 
 def mean_distance(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"]:
-    """Mean of `t - s` under w, over targets."""
+    """Mean of `t - s` under w, over targets.
+
+    Equation: Operator diagnostics
+        mean distance = sum_lag lag profile[lag]
+
+        Source: this package
+    """
     lags = torch.arange(alpha.shape[-1], device=alpha.device, dtype=alpha.dtype)
     return (recency_profile(alpha) * lags).sum(-1)
 
@@ -139,7 +180,10 @@ def mean_distance(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"]
 def induction_score(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op"]:
     """How much a token reads what followed its earlier occurrence, on a random sequence that stands there twice.
 
-    Mean of `w[t, t - (T/2 - 1)]` over the second half (Olsson et al. 2022, arXiv:2209.11895, prefix matching).
+    Equation: Operator diagnostics
+        induction score = mean of w[t, t - (T/2 - 1)] over t >= T/2
+
+        Source: Olsson et al. 2022, arXiv:2209.11895, prefix matching
 
     Raises:
         MambalensError: if T is odd.
@@ -152,7 +196,9 @@ def induction_score(alpha: Float[Tensor, "*op time time"]) -> Float[Tensor, "*op
     return _mean_over_targets(weights(alpha)[..., targets, targets - (half - 1)], alpha[..., half:, :])
 
 
-def _mean_over_targets(values: Tensor, rows: Tensor) -> Tensor:
-    """Mean over targets [..., T] whose row of alpha [..., T, S] is not zero."""
+def _mean_over_targets(
+    values: Float[Tensor, "*op target"], rows: Float[Tensor, "*op target source"]
+) -> Float[Tensor, "*op"]:
+    """Mean over the targets whose row of alpha is not zero."""
     counts = (rows != 0).any(-1)
     return (values * counts).sum(-1) / counts.sum(-1)

@@ -99,6 +99,11 @@ def in_patterns(
 ) -> Iterator[tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch source feature"]]]:
     """Pattern by pattern.
 
+    Equation: Knockout
+        x^-S_s = 0 if s in S, else x_s    h^-S_t = exp(dt_t A) h^-S_{t-1} + dt_t B_t x^-S_t
+
+        Source: Gu & Dao 2023, arXiv:2312.00752, eq. 2, which is linear in x
+
     Yields:
         The targets that are cut in this way, and 1 where what they read keeps a source [batch, source, features or 1].
     """
@@ -112,7 +117,15 @@ def in_patterns(
 
 
 def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time feature"]] | None:
-    """For every distance k, 1 where the tap from t-k to t stays [batch, T, features or 1]; None if all do."""
+    """For every distance k, 1 where the tap from t-k to t stays [batch, T, features or 1]; None if all do.
+
+    Equation: Convolution
+        keep_k[t] = 0 if t in T and t - k in S, else 1
+
+        Source: this package
+
+        A cut on the path 'conv' takes these taps out of the causal convolution.
+    """
     if not cuts:
         return None
     keep = []
@@ -127,7 +140,16 @@ def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time
 
 
 def blocked_entries(cuts: Sequence[Cut]) -> Bool[Tensor, "batch feature time source"]:
-    """Entries alpha[t, s] that the cuts block [batch, features or 1, T, S]."""
+    """Entries alpha[t, s] that the cuts block [batch, features or 1, T, S].
+
+    Equation: Knockout
+        blocked[t, s, f] = OR over cuts of (t in T) (s in S) (f in F)
+
+        Source: Geva et al. 2023, arXiv:2304.14767, section 4
+        Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
+
+        Knockouts that hold at the same time unite. Edges say T and S one by one.
+    """
     blocked = torch.zeros((), dtype=torch.bool, device=cuts[0].code.device)
     for cut in cuts:
         prompts = torch.arange(len(cut.code), device=cut.code.device)[:, None]

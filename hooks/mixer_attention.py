@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import cache_argument, signature_of
@@ -73,9 +74,7 @@ class AttentionMixer(Mixer):
         def before_projection(module: nn.Module, args: tuple[Any, ...]) -> Any:
             if silent[0] is None:
                 return None
-            heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, T, H, width]
-            gone = silent[0].transpose(1, 2)[..., None].to(heads.device)
-            return (heads.masked_fill(gone, 0).flatten(-2), *args[1:])
+            return (self._silenced(args[0], silent[0]), *args[1:])
 
         handles = [
             self.module.register_forward_pre_hook(before, with_kwargs=True),
@@ -90,6 +89,15 @@ class AttentionMixer(Mixer):
 
     def cut_mask(self, mask: Any, cuts: Sequence[Cut], hidden: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
         """The model's mask with the cuts added.
+
+        Equation: Attention knockout
+            scores^-S[t, s] = -inf    for t in T, s in S, in the heads F, in every layer of the window
+            alpha^-S[t, s] = exp(scores[t, s]) / sum_{r<=t, r not in S} exp(scores[t, r])    for s not in S, else 0
+            y_t = sum_s alpha^-S[t, s] v_s    0 if no source is left
+
+            Source: Geva et al. 2023, arXiv:2304.14767, section 4
+
+            Unlike in a scan the weights that are left grow, so that they add up to 1 again. v_s are the values.
 
         Args:
             mask: what the module was to get: None, or boolean or additive [batch, heads or 1, T, S].
@@ -171,6 +179,12 @@ class AttentionMixer(Mixer):
         finally:
             handle.remove()
 
+    def _silenced(self, heads: Tensor, silent: Tensor) -> Tensor:
+        """Outputs of the heads [batch, T, heads x width], zero at the targets without any source [batch, heads, T]."""
+        heads = rearrange(heads, "batch time (head width) -> batch time head width", head=self.n_features)
+        gone = rearrange(silent, "batch head time -> batch time head 1").to(heads.device)
+        return rearrange(heads.masked_fill(gone, 0), "batch time head width -> batch time (head width)")
+
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         """Weights come from the module's own eager code."""
         alpha = call.output[1]  # [B, H, T, T]
@@ -179,9 +193,10 @@ class AttentionMixer(Mixer):
             # Exact zeros, also in the rows that have no source left, which the module computed uncut.
             alpha = alpha.masked_fill(blocked_entries(main), 0.0)
         values = call.probe.values  # [B, key/value heads, T, width]
-        values = values.repeat_interleave(self.n_features // values.shape[1], 1).transpose(1, 2)
-        output = call.probe.output.unflatten(-1, (self.n_features, -1))
-        diagonal = alpha.diagonal(dim1=-2, dim2=-1).transpose(1, 2)
+        group = self.n_features // values.shape[1]  # query heads that read the same values
+        values = repeat(values, "batch group time width -> batch time (group head) width", head=group)
+        output = rearrange(call.probe.output, "batch time (head width) -> batch time head width", head=self.n_features)
+        diagonal = rearrange(alpha.diagonal(dim1=-2, dim2=-1), "batch head time -> batch time head")
         skip = output.new_zeros(self.n_features)
         return TokenMixing(values, skip, output, diagonal, lambda features: alpha[:, features], None)
 
@@ -232,13 +247,14 @@ class AttentionMixer(Mixer):
             mask = torch.where(mask, added, low)
         arguments = {"attention_mask": mask}
         if kept.alibi is not None:
-            bias = kept.alibi.reshape(len(here.first), -1, 1, kept.alibi.shape[-1])  # [B, H, 1, T]
+            bias = kept.alibi
+            if bias.ndim == 3:
+                bias = rearrange(bias, "(batch head) one time -> batch head one time", batch=len(here.first))
             bias = _with_own_keys(bias, here, len(rows))
             arguments["alibi"] = bias if kept.alibi.ndim == 4 else bias.flatten(0, 1)
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
-            heads = args[0].unflatten(-1, (self.n_features, -1))  # [B, R L, H, width]
-            return (heads.masked_fill(silent.transpose(1, 2)[..., None], 0).flatten(-2), *args[1:])
+            return (self._silenced(args[0], silent), *args[1:])
 
         projection = _output_projection(self.module)
         assert projection is not None

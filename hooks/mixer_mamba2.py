@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from mambalens.hooks import kernels, scan
@@ -50,15 +51,15 @@ class Mamba2Mixer(SSMMixer):
 
     def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
         mixer = self.module
-        batch, time, _ = convolved.shape
         x, B, C = convolved.tensor_split(
             [mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1
         )
         precise = torch.promote_types(convolved.dtype, torch.float32)
         assert dt is not None
         dt = F.softplus(dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
-        B, C = (t.reshape(batch, time, -1, mixer.ssm_state_size).to(precise) for t in (B, C))  # [B, T, groups, N]
-        x = x.reshape(batch, time, mixer.num_heads, mixer.head_dim).to(precise)
+        by_group = "batch time (group state) -> batch time group state"
+        B, C = (rearrange(t, by_group, state=mixer.ssm_state_size).to(precise) for t in (B, C))
+        x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
     def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -110,5 +111,5 @@ class Mamba2Mixer(SSMMixer):
         """The head that each of those channels belongs to."""
         mixer = self.module
         heads = torch.arange(mixer.num_heads, device=device)
-        state = heads.repeat_interleave(mixer.ssm_state_size)
-        return torch.cat([heads.repeat_interleave(mixer.head_dim), state, state])
+        state = repeat(heads, "head -> (head state)", state=mixer.ssm_state_size)
+        return torch.cat([repeat(heads, "head -> (head width)", width=mixer.head_dim), state, state])

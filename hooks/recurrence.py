@@ -14,6 +14,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mambalens.hooks import scan
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.mixer import Mixer, weights_at_hand
 from mambalens.hooks.token_mixing import Decay
@@ -136,6 +137,10 @@ class Recurrence(Mixer):
     def skip(self, inputs: ScanInputs) -> Tensor:
         """The skip D [features, 1]."""
         return self.module.D.to(inputs.x.dtype)[:, None]
+
+    def with_skip(self, y: Tensor, inputs: ScanInputs, in_place: bool = False) -> Tensor:
+        """The scan's output with the skip, see `scan.add_skip`."""
+        return scan.add_skip(y, self.skip(inputs)[:, 0], inputs.x, in_place)
 
     @property
     def state_width(self) -> int:

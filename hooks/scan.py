@@ -99,8 +99,6 @@ def selective_states(
     computed once, and one matrix product adds it up for all choices.
 
     Equation: Knockout
-        alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
-        y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
         h^-S_t = sum_{s<=t, s not in S} exp(A sum_{k=s+1..t} dt_k) dt_s B_s x_s
 
         Source: Endy et al. 2025, arXiv:2505.24244, eq. 5

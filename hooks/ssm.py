@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mambalens.hooks import scan
 from mambalens.hooks.calls import bound, cache_among, recurrent_state
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
@@ -64,12 +65,22 @@ class SSMMixer(Recurrence):
         """
         inputs, projected = self.inputs(hidden, padding, cuts)
         y, state = self.mix(inputs, cuts, base=bool(on(Paths.CONV, cuts)))
-        return self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype), state
+        return self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype), state
 
     def mix(
         self, inputs: ScanInputs, cuts: Sequence[Cut], base: bool, explicit: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """The scan under the cuts of the main path.
+
+        Equation: Knockout
+            alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
+            y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
+
+            Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
+            Source: Geva et al. 2023, arXiv:2304.14767, section 4, for the knockout of attention that it adapts
+
+            T are the targets, S the sources, F the features. h^-S is the state of the same recurrence with x_s = 0 for
+            s in S: one more scan for every distinct S, and no T x T matrix. The skip D x_t stays.
 
         One more scan for every different way in which targets are cut. Where these are many, as edges may be, the
         entries of effective attention themselves are set to zero instead: it costs what half as many scans as there
@@ -158,8 +169,7 @@ class SSMMixer(Recurrence):
             inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
             skip = self.skip(inputs)
         y, _ = self.mix(inputs, cuts, base=True)
-        per_group = inputs.dt.shape[2] // inputs.B.shape[2]
-        diagonal = (inputs.B * inputs.C).sum(-1).repeat_interleave(per_group, 2) * inputs.dt  # [B, T, F]
+        diagonal = scan.own_entry(inputs.B, inputs.C, inputs.dt)  # [B, T, F]
         main = on(Paths.MAIN, cuts)
         blocked = blocked_entries(main) if main else None  # [B, F or 1, T, T]
         if blocked is not None:
@@ -171,7 +181,7 @@ class SSMMixer(Recurrence):
                 return alpha
             return alpha.masked_fill_(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
 
-        output = y + skip * inputs.x
+        output = scan.add_skip(y, skip[:, 0], inputs.x)
         return TokenMixing(inputs.x, skip[:, 0], output, diagonal, alpha_of, self.decay(inputs))
 
     @contextmanager
@@ -212,7 +222,7 @@ class SSMMixer(Recurrence):
         with weights_at_hand(self.module):
             inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
             y, _ = self.mix(inputs, (), base=True)
-            ours = self.finish(y + self.skip(inputs) * inputs.x, projected.gate, hidden.dtype)
+            ours = self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype)
         return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
 
 

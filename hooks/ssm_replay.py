@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from mambalens.hooks.masks import by_feature
@@ -48,7 +49,7 @@ def keep(mixer: Recurrence, base: Base, hidden: Tensor) -> tuple[Tensor, Kept]:
     at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
     window = F.pad(inner, (0, 0, past, 0))
     window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
-    y = torch.addcmul(y, mixer.skip(inputs), inputs.x)[base.tokens][None]
+    y = mixer.with_skip(y, inputs)[base.tokens][None]
     out = mixer.finish(y, gate, hidden.dtype)
     return _spread(out, base.tokens, *hidden.shape[:2]), Kept(states, window, sys.maxsize)
 
@@ -56,14 +57,15 @@ def keep(mixer: Recurrence, base: Base, hidden: Tensor) -> tuple[Tensor, Kept]:
 def resume(mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Tensor) -> Tensor:
     """The mixer's output for rows [batch, cuts x length, width]."""
     projected = mixer.project(hidden)
-    inner = projected.inner.unflatten(1, (len(rows), base.length))  # [B, R, L, channels]
+    inner = _by_row(projected.inner, len(rows))
     keep = kept_taps_of_rows(base, rows, int(mixer.module.conv_kernel_size)) if rows.conv.any() else None
-    convolved = mixer.module.act(mixer.convolve(inner, keep, kept.window[:, None])).flatten(1, 2)
+    convolved = mixer.module.act(mixer.convolve(inner, keep, kept.window[:, None]))
+    convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
     inputs = mixer.scan_inputs(convolved, projected.dt)
-    x = inputs.x.unflatten(1, (len(rows), base.length))  # [B, R, L, F, P]
-    dt, B, C = (t.unflatten(1, (len(rows), base.length)) for t in (inputs.dt, inputs.B, inputs.C))
-    y = _cut_rows(mixer, ScanInputs(x, dt, inputs.A, B, C), kept, base, rows).flatten(1, 2)
-    return mixer.finish(y.addcmul_(mixer.skip(inputs), inputs.x), projected.gate, hidden.dtype)
+    x, dt, B, C = (_by_row(t, len(rows)) for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
+    y = _cut_rows(mixer, ScanInputs(x, dt, inputs.A, B, C), kept, base, rows)  # [B, R, L, F, P]
+    y = rearrange(y, "batch row time ... -> batch (row time) ...")
+    return mixer.finish(mixer.with_skip(y, inputs, in_place=True), projected.gate, hidden.dtype)
 
 
 def _cut_rows(mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, rows: Rows) -> Tensor:
@@ -80,9 +82,7 @@ def _cut_rows(mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, row
     y = mixer.resume_scan(inputs, inputs.x, kept.states, torch.zeros_like(rows.on_main[0]))
     for source, target in pairs:
         if source.any():
-            cut = (
-                base.targets[target] & (source > 0)[:, None, None]
-            )  # set 0 only fills up
+            cut = base.targets[target] & (source > 0)[:, None, None]  # set 0 only fills up
             cut = cut.transpose(0, 1)[..., None]  # [B, R, L, 1]
             if rows.features is not None:
                 cut = cut & rows.features[None, :, None]
@@ -102,6 +102,11 @@ def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Tensor]:
         cut = (cut & rows.conv[:, None, None]).transpose(0, 1)
         keep.append(~by_feature(cut, None if rows.features is None else rows.features[None, :, None]))
     return keep
+
+
+def _by_row(values: Tensor, rows: int) -> Tensor:
+    """What belongs to rows side by side, row by row [batch, rows, length, ...]."""
+    return rearrange(values, "batch (row time) ... -> batch row time ...", row=rows)
 
 
 def _spread(packed: Tensor, tokens: tuple[Tensor, Tensor], batch: int, time: int) -> Tensor:

@@ -36,7 +36,19 @@ class Decay(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class TokenMixing:
-    """One call of a token mixer, feature by feature."""
+    """One call of a token mixer, feature by feature.
+
+    Equation: Exchange and enrichment
+        y_t = exchange_t + enrichment_t
+        exchange_t = sum_{s<t} alpha[t, s] x_s
+        enrichment_t = (alpha[t, t] + D) x_t
+
+        Source: Ali et al. 2024, arXiv:2403.01590, eq. 12
+        Source: Dao & Gu 2024, arXiv:2405.21060, eq. 16
+        Source: the split is this package's
+
+        Of one feature. In attention x are the values and D is 0.
+    """
 
     values: Tensor
     """What positions offer [batch, T, features, width]; width is 1 in Mamba-1."""

@@ -18,7 +18,7 @@ from mambalens.hooks.knockout import Path
 from mambalens.model import LoadedModel
 from mambalens.runs.intervals import LEVEL, RESAMPLES
 from mambalens.sweep.answers import Asked, Engine
-from mambalens.sweep.prediction import target_probability
+from mambalens.sweep.prediction import change, target_probability
 from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
 
@@ -152,7 +152,7 @@ def causal_features(
             answers = engine.answers(batch, asked, [sources], targets)
             base = target_probability(next(answers)[1], batch.targets)
             for number, logits in answers:
-                drop = 100 * (base - target_probability(logits, batch.targets)) / base
+                drop = -change(base, target_probability(logits, batch.targets))
                 drops[rows, number] = drop.cpu().numpy()
                 bar.update(len(rows))
     result = CausalData(table, drops, pd.DataFrame(skipped, columns=list(Skip._fields)), source, target)

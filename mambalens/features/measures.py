@@ -99,6 +99,17 @@ class _Measure:
         self.writes += int(inside.sum())
 
     def columns(self) -> dict[str, list[float]]:
+        """The measures by name.
+
+        Equation: Measures
+            exchange share = sqrt(sum_t |exchange_t|^2 / sum_t |y_t|^2)
+            enrichment share = sqrt(sum_t |enrichment_t|^2 / sum_t |y_t|^2)
+            half-life of a feature = exp(mean_s log half-life_s)
+
+            Source: this package
+
+            Sums and means run over the positions of all prompts; in the columns `..._last`, over last tokens alone.
+        """
         found = {"half_life": (self.log_half_life / self.writes).exp().tolist()}
         for part in ("exchange", "enrichment"):
             for where in ("", "_last"):

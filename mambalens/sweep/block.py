@@ -19,7 +19,7 @@ from mambalens.model import LoadedModel
 from mambalens.runs.table import COLUMNS
 from mambalens.sweep.answers import Asked, Engine
 from mambalens.sweep.plan import Plan
-from mambalens.sweep.prediction import Prediction, kl_divergence
+from mambalens.sweep.prediction import Prediction, change, kl_divergence
 from mambalens.system.events import tell
 from mambalens.system.memory import budget, exhausted
 
@@ -234,14 +234,14 @@ def _rows(
     tokenizer: Any,
 ) -> Iterator[tuple[Any, ...]]:
     """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""
-    change = 100 * (now.prob - base.prob) / base.prob
+    changed = change(base.prob, now.prob)
     broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
     for i, prompt in enumerate(batch.prompts):
         if positions[i]:
             top, bad = int(now.top[i]), bool(broken[i])
             base_rank = 0 if bool(base.prob[i].isnan()) else int(base.rank[i])
             yield (
-                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(change[i]), base_rank,
+                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(changed[i]), base_rank,
                 0 if bad else int(now.rank[i]), not bad and top == prompt.target_id,
                 "" if bad else tokenizer.decode([top]), float(kl[i]),
             )  # fmt: skip

@@ -41,8 +41,29 @@ def target_probability(logits: Tensor, targets: Tensor) -> Tensor:
     return (target.double() - logits.logsumexp(-1)).exp()
 
 
+def change(base: Tensor, knocked_out: Tensor) -> Tensor:
+    """How much of a probability is lost or won, in % [batch].
+
+    Equation: Measures
+        change_pct = 100 (prob - base_prob) / base_prob
+
+        Source: Endy et al. 2025, arXiv:2505.24244, section 4
+
+    Args:
+        base, knocked_out: probabilities.
+    """
+    return 100 * (knocked_out - base) / base
+
+
 def kl_divergence(base: Tensor, knocked_out: Tensor, probs: Tensor | None = None) -> Tensor:
     """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative.
+
+    Equation: Measures
+        KL(base || knocked out) = sum_v p_v (log p_v - log q_v)
+
+        Source: Kullback & Leibler 1951, Annals of Mathematical Statistics 22
+
+        p are the base's probabilities of the tokens v, q those of the run with the knockout.
 
     Args:
         base, knocked_out: log-probabilities.

@@ -14,7 +14,7 @@ import explicit
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, VOCABULARY, tiny
+from models import ARCHITECTURES, VOCABULARY, architecture
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
@@ -68,7 +68,7 @@ def entries(hooks: HookManager, knockout: Knockout) -> dict[tuple[int, str], tor
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
 @torch.no_grad()
 def test_an_architecture(model_type: str) -> None:
-    model = tiny(model_type)
+    model = architecture(model_type)
     hooks = HookManager(model, check=True)
     ids = torch.randint(3, VOCABULARY, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
     base = model(ids).logits
@@ -88,7 +88,7 @@ def test_an_architecture(model_type: str) -> None:
     assert torch.equal(model(ids).logits, base)
     if "attention" in hooks.kinds and type(model)._supports_sdpa:
         implementations.append("sdpa")
-        other = tiny(model_type, "sdpa")
+        other = architecture(model_type, attention="sdpa")
         its_hooks = HookManager(other, check=model_type not in TWO_MODELS)
         same = float((other(ids).logits - base).abs().max()) < TOLERANCE
         assert same or model_type in TWO_MODELS
@@ -175,7 +175,7 @@ def test_what_is_not_supported_is_named(model_type: str, options: dict, named: s
 
 def test_a_mixer_that_only_looks_alike_is_refused() -> None:
     """A class that the tests do not know is compared with its own forward pass when the model is hooked."""
-    model = tiny("mamba2")
+    model = architecture("mamba2")
     twin = type("Mamba2Twin", (type(model.backbone.layers[0].mixer),), {})
     for layer in model.backbone.layers:
         layer.mixer.__class__ = twin
@@ -193,7 +193,7 @@ def test_a_mixer_that_only_looks_alike_is_refused() -> None:
 @pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "zamba2"])
 @torch.no_grad()
 def test_one_kind_of_mixer_alone_and_the_rest_together_are_all(model_type: str) -> None:
-    model = tiny(model_type)
+    model = architecture(model_type)
     hooks = HookManager(model)
     ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(2))
     state = next(kind for kind in hooks.kinds if kind != "attention")
@@ -212,20 +212,20 @@ def test_one_kind_of_mixer_alone_and_the_rest_together_are_all(model_type: str) 
 
 
 def test_a_layer_with_two_mixers_asks_which_one() -> None:
-    hooks = HookManager(tiny("falcon_h1"))
+    hooks = HookManager(architecture("falcon_h1"))
     ids = torch.randint(3, VOCABULARY, (1, TIME))
     with pytest.raises(MambalensError, match=r"layer 1 has mamba2, attention: name one"):
         hooks.effective_attention(ids, 1)
     assert hooks.effective_attention(ids, 1, mixers="attention").shape == (1, 4, TIME, TIME)
     assert hooks.effective_attention(ids, 1, mixers="mamba2").shape == (1, 6, TIME, TIME)
     with pytest.raises(MambalensError, match="no token mixer"):
-        HookManager(tiny("nemotron_h")).effective_attention(ids, 1)
+        HookManager(architecture("nemotron_h")).effective_attention(ids, 1)
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "nemotron_h", "bloom", "opt"])
 @torch.no_grad()
 def test_generation_under_a_knockout_is_what_repeated_passes_give(model_type: str) -> None:
-    model = tiny(model_type)
+    model = architecture(model_type)
     hooks = HookManager(model)
     ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(4))
     with hooks.knockout([1, 2], [4, 7], path="both"):

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny
+from models import architecture
 from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError, Selection
@@ -24,11 +24,7 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=["jamba", "falcon_h1", "nemotron_h"])
 def lens(request: pytest.FixtureRequest) -> Lens:
-    options = ARCHITECTURES[request.param][1]
-    before = options["vocab_size"]
-    options["vocab_size"] = len(TOKENIZER)
-    model = tiny(request.param)
-    options["vocab_size"] = before
+    model = architecture(request.param, vocabulary=len(TOKENIZER))
     return Lens(model, TOKENIZER, request.param)
 
 

@@ -408,8 +408,12 @@ def test_a_local_folder_is_loaded_with_options() -> None:
     lens = Lens.load(str(FOLDER), dtype=torch.bfloat16, device_map="cpu")
     assert lens.model.dtype == torch.bfloat16
     assert lens.name == FOLDER.name
-    with lens.knockout(load_facts("atlas")[0]):
-        assert len(lens.predict(load_facts("atlas")[0])) == 5
+    fact = load_facts("atlas")[0]
+    whole = lens.predict(fact)
+    with lens.knockout(fact):
+        cut = lens.predict(fact)
+    assert len(cut) == len(whole) == 5
+    assert cut.prob.tolist() != whole.prob.tolist()
 
 
 def test_the_whole_target_has_the_log_probability_of_its_tokens_one_after_the_other(lens: Lens) -> None:

@@ -1,11 +1,13 @@
-"""Tiny random models of every supported architecture, with decays that differ between features."""
+"""Tiny random models of every architecture, whose decays, gates, norms and biases differ between features."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -13,6 +15,7 @@ from transformers import (
     Mamba2Config,
     MambaConfig,
     MistralConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
 )
@@ -23,6 +26,7 @@ _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": LAY
            "bos_token_id": None, "eos_token_id": None}  # fmt: skip
 _ROTARY = _COMMON | {"num_attention_heads": 4, "intermediate_size": 40, "max_position_embeddings": 128}
 
+# The architectures that most tests are about, with nothing that ends a text.
 CONFIGS = {
     "mamba1": MambaConfig(**_COMMON, state_size=5, expand=2, conv_kernel=4, time_step_rank=3, use_bias=True),
     "mamba2": Mamba2Config(
@@ -41,31 +45,110 @@ SSM = ("mamba1", "mamba2")
 TRANSFORMERS = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2")
 ROTARY = ("gpt_neox", "llama", "mistral", "qwen2")
 
+_BASE = {"vocab_size": VOCABULARY, "hidden_size": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+_LLAMA = _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40,
+                  "max_position_embeddings": 128}  # fmt: skip
+_HYBRID = _LLAMA | {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_expand": 2,
+                    "mamba_chunk_size": 8}  # fmt: skip
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+
+# Every architecture that the documentation names: its type in transformers (and a variant) -> name in the documentation,
+# and options of its configuration.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mamba": ("Mamba", _BASE | {"num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3}),
+    "mamba2": ("Mamba-2", _BASE | {"num_hidden_layers": 3, "state_size": 6, "head_dim": 8, "num_heads": 6, "n_groups": 2,
+                                   "chunk_size": 8}),
+    "falcon_mamba": ("FalconMamba", _BASE | {"num_hidden_layers": 3, "state_size": 5, "time_step_rank": 3}),
+    "jamba": ("Jamba", _LLAMA | {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2,
+                                 "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1, "mamba_d_state": 5,
+                                 "mamba_dt_rank": 3}),
+    "zamba2": ("Zamba2", _LLAMA | {"num_hidden_layers": 4, "n_mamba_heads": 6, "mamba_headdim": 8, "mamba_ngroups": 2,
+                                   "mamba_d_state": 6, "mamba_expand": 2, "chunk_size": 8, "hybrid_layer_ids": [1, 3],
+                                   "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_mem_blocks": 1,
+                                   "num_key_value_heads": 4, "use_mem_rope": True, "adapter_rank": 4,
+                                   "use_shared_attention_adapter": False}),
+    "bamba": ("Bamba", _HYBRID | {"attn_layer_indices": [1], "attn_rotary_emb": 4}),
+    "falcon_h1": ("Falcon-H1", _HYBRID | {"mamba_d_ssm": 48, "ssm_in_multiplier": 0.7, "attention_in_multiplier": 1.2,
+                                          "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7], "mamba_rms_norm": False}),
+    "granitemoehybrid": ("Granite 4 hybrid", _HYBRID | _EXPERTS | {
+        "layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 16}),
+    "nemotron_h": ("Nemotron-H", _LLAMA | {
+        "hybrid_override_pattern": "M-*-M", "num_hidden_layers": 5, "mamba_num_heads": 6, "mamba_head_dim": 8,
+        "n_groups": 2, "ssm_state_size": 6, "chunk_size": 8, "head_dim": 6}),
+    "gpt2": ("GPT-2", {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128,
+                       "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": ("GPT-NeoX, Pythia", _LLAMA),
+    "gptj": ("GPT-J", {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "rotary_dim": 4,
+                       "n_positions": 128, "bos_token_id": 1, "eos_token_id": 2}),
+    "opt": ("OPT", _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "ffn_dim": 40,
+                            "max_position_embeddings": 128, "word_embed_proj_dim": 24}),
+    "bloom": ("BLOOM", _BASE | {"n_layer": 3, "n_head": 4}),
+    "falcon": ("Falcon", _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "multi_query": True,
+                                  "new_decoder_architecture": False, "alibi": False}),
+    "falcon-alibi": ("Falcon with ALiBi", _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "multi_query": False,
+                                                   "new_decoder_architecture": False, "alibi": True}),
+    "llama": ("Llama", _LLAMA),
+    "mistral": ("Mistral", _LLAMA | {"sliding_window": 5}),
+    "qwen2": ("Qwen2", _LLAMA),
+    "qwen3": ("Qwen3", _LLAMA | {"head_dim": 6}),
+    "gemma2": ("Gemma 2", _LLAMA | {"head_dim": 6, "sliding_window": 5, "attn_logit_softcapping": 2.0,
+                                    "query_pre_attn_scalar": 6}),
+    "gemma3_text": ("Gemma 3", _LLAMA | {"head_dim": 6, "sliding_window": 5, "query_pre_attn_scalar": 6}),
+    "phi3": ("Phi-3", _LLAMA),
+    "olmo2": ("OLMo 2", _LLAMA),
+    "cohere": ("Cohere", _LLAMA),
+    "stablelm": ("StableLM", _LLAMA),
+    "smollm3": ("SmolLM3", _LLAMA | {"no_rope_layers": [1, 1, 0]}),
+    "gpt_oss": ("gpt-oss", _LLAMA | _EXPERTS | {"head_dim": 6, "sliding_window": 5}),
+}  # fmt: skip
+
 
 def tiny(
     name: str, dtype: torch.dtype = torch.float64, attention: str = "sdpa", vocabulary: int = VOCABULARY
 ) -> PreTrainedModel:
-    """A random model in eval mode."""
+    """A random model of `CONFIGS` in eval mode."""
+    return _random(copy.deepcopy(CONFIGS[name]), dtype, None if name in SSM else attention, vocabulary)
+
+
+def architecture(
+    model_type: str, dtype: torch.dtype = torch.float64, attention: str = "eager", vocabulary: int = VOCABULARY
+) -> PreTrainedModel:
+    """A random model of `ARCHITECTURES` in eval mode."""
+    options = ARCHITECTURES[model_type][1]
+    experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in options else {}
+    config = AutoConfig.for_model(model_type.partition("-")[0], **options)
+    return _random(config, dtype, attention, vocabulary, **experts)
+
+
+def _random(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, vocabulary: int, **options: Any
+) -> PreTrainedModel:
     torch.manual_seed(0)
-    config = copy.deepcopy(CONFIGS[name])
     config.vocab_size = vocabulary
-    implementation = None if name in SSM else attention
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=implementation).eval()
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("A_log"):
-                # The default gives every feature the same decay, which hides errors.
-                parameter.uniform_(-2.0, 1.5)
-            elif parameter_name.endswith(("dt_bias", "dt_proj.bias")):
-                parameter.uniform_(-1.5, 0.5)
-            elif parameter_name.endswith(".D"):
-                parameter.uniform_(-1.0, 1.0)
-            elif parameter.ndim >= 2:
-                # The default scale leaves all logits equal to three digits.
-                parameter.normal_(std=0.25)
-            elif "norm" not in parameter_name and "ln_" not in parameter_name:
-                parameter.normal_(std=0.2)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options).eval()
+    _set_weights(model)
     return model.to(dtype)
+
+
+@torch.no_grad()
+def _set_weights(model: PreTrainedModel) -> None:
+    """Random weights on the scale of trained ones."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            # The default gives every feature the same decay, which hides errors.
+            parameter.uniform_(-2.0, 1.5)
+        elif name.endswith(("dt_bias", "dt_proj.bias")):
+            parameter.uniform_(-1.5, 0.5)
+        elif name.endswith(".D"):
+            parameter.uniform_(-1.0, 1.0)
+        elif parameter.ndim >= 2:
+            # The default scale leaves all logits equal to three digits.
+            parameter.normal_(std=0.25)
+        elif name.endswith("bias") or "sinks" in name:
+            parameter.normal_(std=0.2)
+        else:
+            # Weights of norms are ones by default, which hides whether they are applied.
+            parameter.uniform_(0.7, 1.3)
 
 
 def token_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import os
 import re
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import explicit
 import pytest
 import torch
 import transformers
-from architectures import ARCHITECTURES, VOCABULARY, tiny
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from models import ARCHITECTURES, VOCABULARY, architecture
+from replays import Replayed, replayed
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
 from mambalens.hooks.mixer import Mixer
-from mambalens.sweep.replay import UNCUT, Replay, Row
 
 README = Path(__file__).parent.parent / "README.md"
 CONSTRAINTS = README.with_name("constraints.txt")
@@ -28,7 +30,76 @@ CASES, BATCH, TIME = 12, 2, 8
 TWO_MODELS = ("falcon-alibi", "gemma2")
 """Whose eager and sdpa code differ by themselves in some release: ALiBi added twice by the one, no soft-capping in the
 other."""
-_rows: dict[str, str] = {}
+STATE_SPACE = ("mamba", "mamba2", "falcon_mamba")
+"""Without attention."""
+
+
+def implementations(model_type: str) -> list[str]:
+    """Attention code that the installed transformers has for an architecture; a model without attention has one."""
+    config = AutoConfig.for_model(model_type.partition("-")[0], **ARCHITECTURES[model_type][1])
+    both = model_type not in STATE_SPACE and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]._supports_sdpa
+    return ["eager", "sdpa"] if both else ["eager"]
+
+
+WITH_CODE = [(model_type, attention) for model_type in ARCHITECTURES for attention in implementations(model_type)]
+WITH_BOTH = [model_type for model_type, attention in WITH_CODE if attention == "sdpa"]
+
+
+class Case(NamedTuple):
+    """A hooked model, what is asked of it, and what it was before."""
+
+    model: Any
+    hooks: HookManager
+    ids: Tensor
+    base: Tensor
+    """Its logits before any knockout [batch, T, vocabulary]."""
+    knockouts: list[Knockout]
+    attributes: list[tuple[str, list[str]]]
+    """Names of what every module held before any knockout."""
+
+
+@cache
+@torch.no_grad()
+def case(model_type: str, attention: str = "eager") -> Case:
+    """Made once for all tests that leave the model as it is."""
+    model = architecture(model_type, attention=attention)
+    before = attributes(model)
+    hooks = HookManager(model, check=attention == "eager" or model_type not in TWO_MODELS)
+    ids = torch.randint(3, VOCABULARY, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
+    return Case(model, hooks, ids, model(ids).logits, knockouts(hooks), before)
+
+
+@cache
+@torch.no_grad()
+def hooked(model_type: str, attention: str = "eager") -> list[Tensor]:
+    """Logits under every knockout, by one hooked pass each [batch, T, vocabulary]."""
+    model, hooks, ids, _, asked, _ = case(model_type, attention)
+    found = []
+    for knockout in asked:
+        with hooks.apply(knockout):
+            found.append(model(ids).logits)
+    return found
+
+
+@cache
+def replays(model_type: str, attention: str) -> list[tuple[Tensor, Tensor]]:
+    """Logits behind the last token by replaying nothing and every knockout, each in a replay of its own."""
+    _, hooks, ids, _, asked, _ = case(model_type, attention)
+    last = torch.full((BATCH,), TIME - 1)
+    found = []
+    for knockout in asked:
+        one = Replayed(0, knockout.layers, knockout.features, knockout.path, knockout.mixers)
+        answers = replayed(hooks, ids, last, knockout.sources[None], knockout.targets, [one])
+        found.append((answers[0], answers[1]))
+    return found
+
+
+def attributes(model: Any) -> list[tuple[str, list[str]]]:
+    return [(path, sorted(vars(module))) for path, module in model.named_modules()]
+
+
+def largest(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
 
 
 def knockouts(hooks: HookManager) -> list[Knockout]:
@@ -67,58 +138,56 @@ def entries(hooks: HookManager, knockout: Knockout) -> dict[tuple[int, str], tor
 
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
 @torch.no_grad()
-def test_an_architecture(model_type: str) -> None:
-    model = tiny(model_type)
-    hooks = HookManager(model, check=True)
-    ids = torch.randint(3, VOCABULARY, (BATCH, TIME), generator=torch.Generator().manual_seed(1))
-    base = model(ids).logits
-    asked = knockouts(hooks)
-    implementations = ["eager"]
-    found = []
-    for knockout in asked:
-        with hooks.apply(knockout):
-            found.append(model(ids).logits)
+def test_a_knockout_equals_its_explicit_form(model_type: str) -> None:
+    model, hooks, ids, _, asked, _ = case(model_type)
+    for knockout, logits in zip(asked, hooked(model_type), strict=True):
         blocked = entries(hooks, knockout)
         main = blocked if knockout.path != "conv" else {}
         conv = {key: value for key, value in blocked.items() if knockout.path != "main" and key[1] != "attention"}
         with explicit.blocked_everywhere(model, main, conv):
-            assert (found[-1] - model(ids).logits).abs().max() < TOLERANCE
-    assert max(float((logits - base).abs().max()) for logits in found) > 0.01
-    replays(model, hooks, ids, asked, found)
+            assert largest(logits, model(ids).logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(("model_type", "attention"), WITH_CODE)
+def test_a_knockout_of_every_kind_of_mixer_changes_the_prediction(model_type: str, attention: str) -> None:
+    _, hooks, _, base, asked, _ = case(model_type, attention)
+    changes: dict[str | None, float] = {}
+    for knockout, logits in zip(asked, hooked(model_type, attention), strict=True):
+        kind = knockout.mixers
+        changes[kind] = max(changes.get(kind, 0.0), largest(logits, base))
+    assert set(changes) == {None, *hooks.kinds}
+    assert min(changes.values()) > 0.01
+
+
+@pytest.mark.parametrize(("model_type", "attention"), WITH_CODE)
+def test_replay_equals_the_hooks(model_type: str, attention: str) -> None:
+    base = case(model_type, attention).base[:, -1]
+    for (uncut, cut), logits in zip(replays(model_type, attention), hooked(model_type, attention), strict=True):
+        assert largest(uncut, base) < TOLERANCE
+        assert largest(cut, logits[:, -1]) < TOLERANCE
+
+
+@pytest.mark.parametrize("model_type", WITH_BOTH)
+def test_eager_and_sdpa_agree(model_type: str) -> None:
+    if largest(case(model_type, "sdpa").base, case(model_type).base) >= TOLERANCE and model_type in TWO_MODELS:
+        pytest.skip("without a knockout they differ in this release of transformers")
+    assert largest(case(model_type, "sdpa").base, case(model_type).base) < TOLERANCE
+    for one, other in zip(hooked(model_type, "sdpa"), hooked(model_type), strict=True):
+        assert largest(one, other) < TOLERANCE
+
+
+@pytest.mark.parametrize(("model_type", "attention"), WITH_CODE)
+@torch.no_grad()
+def test_nothing_is_left_behind(model_type: str, attention: str) -> None:
+    model, _, ids, base, _, before = case(model_type, attention)
+    hooked(model_type, attention), replays(model_type, attention)
+    assert attributes(model) == before
     assert torch.equal(model(ids).logits, base)
-    if "attention" in hooks.kinds and type(model)._supports_sdpa:
-        implementations.append("sdpa")
-        other = tiny(model_type, "sdpa")
-        its_hooks = HookManager(other, check=model_type not in TWO_MODELS)
-        same = float((other(ids).logits - base).abs().max()) < TOLERANCE
-        assert same or model_type in TWO_MODELS
-        base = other(ids).logits
-        for number, knockout in enumerate(asked):
-            with its_hooks.apply(knockout):
-                logits = other(ids).logits
-            assert not same or (logits - found[number]).abs().max() < TOLERANCE
-            found[number] = logits
-        replays(other, its_hooks, ids, asked, found)
-        assert torch.equal(other(ids).logits, base)
-    _rows[model_type] = row(model_type, model, hooks, implementations)
 
 
-def replays(
-    model: Any, hooks: HookManager, ids: torch.Tensor, asked: list[Knockout], found: list[torch.Tensor]
-) -> None:
-    """Replaying gives behind the last token what hooked passes gave."""
-    last = torch.full((BATCH,), TIME - 1)
-    for knockout, logits in zip(asked, found, strict=True):
-        cutting = hooks.resolve(knockout.layers, knockout.features, knockout.path, knockout.mixers)
-        cut = Row(cutting, ((1, 0),))
-        replay = Replay(hooks, ids, last, knockout.sources[None], knockout.targets)
-        answers = dict(replay.logits([UNCUT, cut]))
-        assert (answers[0] - model(ids).logits[:, -1]).abs().max() < TOLERANCE
-        assert (answers[1] - logits[:, -1]).abs().max() < TOLERANCE
-
-
-def row(model_type: str, model: Any, hooks: HookManager, implementations: list[str]) -> str:
+def row(model_type: str) -> str:
     """A line of the README's table."""
+    model, hooks = case(model_type)[:2]
 
     def mixers_of(layer: int) -> str:
         return " + ".join(sorted({words(mixer) for mixer in hooks.mixers if mixer.layer == layer}))
@@ -128,19 +197,16 @@ def row(model_type: str, model: Any, hooks: HookManager, implementations: list[s
 
     kinds = list(dict.fromkeys(mixers_of(layer) or "neither" for layer in range(hooks.n_layers)))
     layers = kinds[0] if len(kinds) == 1 else " or ".join(kinds)
-    code = ", ".join(implementations) if "attention" in hooks.kinds else ""
+    code = ", ".join(implementations(model_type)) if "attention" in hooks.kinds else ""
     return f"| {ARCHITECTURES[model_type][0]} | `{type(model).__name__}` | {layers} | {code} |"
 
 
-def test_the_readme_shows_the_architectures_that_passed() -> None:
-    missing = set(ARCHITECTURES) - set(_rows)
-    if missing:
-        pytest.skip(f"not tested in this run: {', '.join(sorted(missing))}")
+def test_the_readme_shows_the_architectures() -> None:
     if f"transformers=={transformers.__version__}\n" not in CONSTRAINTS.read_text():
         pytest.skip("which attention code a model has differs from release to release; the table is of constraints.txt")
     table = "\n".join([
         "| architecture | class in transformers | a layer has | attention code |", "|---|---|---|---|",
-        *(_rows[model_type] for model_type in ARCHITECTURES),
+        *(row(model_type) for model_type in ARCHITECTURES),
     ])  # fmt: skip
     block = f"<!-- architectures -->\n{table}\n<!-- end -->"
     wanted, places = re.subn(
@@ -175,11 +241,15 @@ def test_what_is_not_supported_is_named(model_type: str, options: dict, named: s
 
 def test_a_mixer_that_only_looks_alike_is_refused() -> None:
     """A class that the tests do not know is compared with its own forward pass when the model is hooked."""
-    model = tiny("mamba2")
+    model = architecture("mamba2")
     twin = type("Mamba2Twin", (type(model.backbone.layers[0].mixer),), {})
     for layer in model.backbone.layers:
         layer.mixer.__class__ = twin
-    HookManager(model)  # the same arithmetic under another name
+    ids = torch.randint(3, VOCABULARY, (BATCH, TIME), generator=torch.Generator().manual_seed(3))
+    with torch.no_grad(), HookManager(model).knockout([1, 2], [-1], path="both"):
+        renamed = model(ids).logits
+    with torch.no_grad(), case("mamba2").hooks.knockout([1, 2], [-1], path="both"):
+        assert torch.equal(renamed, case("mamba2").model(ids).logits)
 
     def doubled(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         return 2 * twin.forward(self, hidden_states, *args, **kwargs)
@@ -193,7 +263,7 @@ def test_a_mixer_that_only_looks_alike_is_refused() -> None:
 @pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "zamba2"])
 @torch.no_grad()
 def test_one_kind_of_mixer_alone_and_the_rest_together_are_all(model_type: str) -> None:
-    model = tiny(model_type)
+    model = architecture(model_type)
     hooks = HookManager(model)
     ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(2))
     state = next(kind for kind in hooks.kinds if kind != "attention")
@@ -212,20 +282,20 @@ def test_one_kind_of_mixer_alone_and_the_rest_together_are_all(model_type: str) 
 
 
 def test_a_layer_with_two_mixers_asks_which_one() -> None:
-    hooks = HookManager(tiny("falcon_h1"))
+    hooks = HookManager(architecture("falcon_h1"))
     ids = torch.randint(3, VOCABULARY, (1, TIME))
     with pytest.raises(MambalensError, match=r"layer 1 has mamba2, attention: name one"):
         hooks.effective_attention(ids, 1)
     assert hooks.effective_attention(ids, 1, mixers="attention").shape == (1, 4, TIME, TIME)
     assert hooks.effective_attention(ids, 1, mixers="mamba2").shape == (1, 6, TIME, TIME)
     with pytest.raises(MambalensError, match="no token mixer"):
-        HookManager(tiny("nemotron_h")).effective_attention(ids, 1)
+        HookManager(architecture("nemotron_h")).effective_attention(ids, 1)
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "falcon_h1", "nemotron_h", "bloom", "opt"])
 @torch.no_grad()
 def test_generation_under_a_knockout_is_what_repeated_passes_give(model_type: str) -> None:
-    model = tiny(model_type)
+    model = architecture(model_type)
     hooks = HookManager(model)
     ids = torch.randint(3, VOCABULARY, (1, TIME), generator=torch.Generator().manual_seed(4))
     with hooks.knockout([1, 2], [4, 7], path="both"):

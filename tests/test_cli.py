@@ -58,7 +58,7 @@ def test_sweep_twice_gives_the_same_table_value_for_value(tmp_path: Path) -> Non
     assert tables[0].base_rank.eq(1).all()
     assert (tmp_path / "one" / "flow.png").stat().st_size > 10_000
     run("plot", str(tmp_path / "one"), "--x", "depth", "--metric", "kl", "--out", str(tmp_path / "kl.png"))
-    assert (tmp_path / "kl.png").exists()
+    assert (tmp_path / "kl.png").stat().st_size > 10_000
 
 
 def test_several_models_go_to_a_folder_each(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_several_models_go_to_a_folder_each(tmp_path: Path) -> None:
         "--window", "6", "--source", "subject",
     )  # fmt: skip
     assert SweepResult.load(tmp_path).models == names
-    assert (tmp_path / "flow.png").exists()
+    assert (tmp_path / "flow.png").stat().st_size > 10_000
 
 
 def test_a_persons_own_facts_from_a_file(tmp_path: Path) -> None:
@@ -78,7 +78,9 @@ def test_a_persons_own_facts_from_a_file(tmp_path: Path) -> None:
     text = run("evaluate", MODEL, "--facts", str(tmp_path / "mine.csv"), "--out", str(tmp_path / "answers.csv"))
     assert "capital" in text
     assert "skipped 1: the subject 'Chile' is not in the prompt" in text
-    assert len(pd.read_csv(tmp_path / "answers.csv")) == 2
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    assert answers.fact_id.tolist() == [0, 1]
+    assert answers.skipped.notna().tolist() == [False, True]
 
 
 def test_heatmap_models_and_facts(tmp_path: Path) -> None:

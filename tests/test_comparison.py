@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from mambalens import Lens, MambalensError, SweepResult, compare, known_to_all, load_facts
@@ -28,7 +29,9 @@ def test_compare_sweeps_every_model_over_the_same_facts(tmp_path: Path) -> None:
     lens = Lens.load(MODELS[1])
     alone = lens.sweep(known_to_all(MODELS, few, progress=False), "subject", window=6, progress=False).table
     assert result.table[result.table.model == MODELS[1]].prob.tolist() == alone.prob.tolist()
-    assert len(SweepResult.load(tmp_path).table) == len(result.table)
+    order = ["model", "fact_id", "window_start"]
+    kept, found = (each.table.sort_values(order, ignore_index=True) for each in (SweepResult.load(tmp_path), result))
+    pd.testing.assert_frame_equal(kept, found, check_exact=True)
     assert len(result.plot(columns="model", x="depth").axes) == 2
     own = compare([lens, MODELS[0]], few, common=False, sources="subject", window=6, progress=False)
     assert own.models == [MODELS[1], MODELS[0]]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +87,8 @@ def test_finished_blocks_are_not_computed_again(lens: Lens, expected: SweepResul
     assert [path.name for path in parts if parts[path] != after[path]] == ["00001.parquet"]
     assert again.unfinished == 0
     everything = pd.read_parquet(tmp_path / PARTS)  # also without this package
-    assert len(everything) == len(expected.table)
+    assert everything.fact_id.tolist() == expected.table.fact_id.tolist()
+    assert everything.prob.tolist() == expected.table.prob.tolist()
 
 
 @pytest.mark.parametrize("damage", ["cut off", "bit flipped", "empty", "foreign", "no parquet"])
@@ -126,6 +130,7 @@ def test_every_flipped_bit_of_a_part_is_noticed_or_harmless(lens: Lens, expected
     )
     from mambalens.runs.folder import BrokenPart, read_part
 
+    noticed = 0
     for place in torch.randint(0, len(whole), (150,), generator=generator).tolist():
         content = bytearray(whole)
         content[place] ^= 1 << place % 8
@@ -133,8 +138,10 @@ def test_every_flipped_bit_of_a_part_is_noticed_or_harmless(lens: Lens, expected
         try:
             table, _ = read_part(part, run.digest)
         except BrokenPart:
+            noticed += 1
             continue
         pd.testing.assert_frame_equal(table, rows, check_exact=True)
+    assert noticed > 75  # most of a part is numbers, of which every bit counts
 
 
 def test_another_sweep_in_the_same_folder_is_refused_with_the_difference(lens: Lens, tmp_path: Path) -> None:
@@ -176,7 +183,9 @@ def test_facts_whose_columns_mix_kinds_of_values_are_kept(lens: Lens, tmp_path: 
     ]))  # fmt: skip
     result = swept(lens, tmp_path / "run", facts=load_facts(tmp_path / "facts.json"))
     assert result.facts.note.tolist()[:3] == ["1", "two", "[3]"] and result.facts.n.tolist() == list(range(9))
-    assert len(result.table) == len(SweepResult.load(result.save(tmp_path / "saved")).table)
+    kept = SweepResult.load(result.save(tmp_path / "saved"))
+    pd.testing.assert_frame_equal(kept.table, result.table, check_exact=True)
+    pd.testing.assert_frame_equal(kept.facts, result.facts, check_exact=True)
 
 
 def test_a_lock_that_nobody_holds_stops_nobody(lens: Lens, expected: SweepResult, tmp_path: Path) -> None:
@@ -233,50 +242,59 @@ def test_accelerate_starts_processes_that_share_the_work(lens: Lens, tmp_path: P
     pd.testing.assert_frame_equal(two, one, check_exact=True)
 
 
-def test_a_batch_that_does_not_fit_is_halved_and_said(
-    lens: Lens, expected: SweepResult, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from mambalens.sweep.block import Work
+@contextmanager
+def full_memory(lens: Lens, is_too_much: Callable[[int], bool], error: Exception) -> Iterator[list[int]]:
+    """While the block runs, the model's first MLP refuses some batches; gives the sizes of those that it refused."""
+    refused: list[int] = []
 
-    whole, sizes = Work._batch, []
+    def hook(module: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        size = len(arguments[0])
+        if is_too_much(size):
+            refused.append(size)
+            raise error
 
-    def tight(self: Work, batch: Any) -> Any:
-        sizes.append(len(batch.prompts))
-        if len(batch.prompts) > 1:
-            raise torch.OutOfMemoryError("too much")
-        return whole(self, batch)
+    handle = lens.hooks.layers[0].mlp.register_forward_pre_hook(hook)
+    try:
+        yield refused
+    finally:
+        handle.remove()
 
-    monkeypatch.setattr(Work, "_batch", tight)
-    with pytest.warns(UserWarning, match="A batch of 3 prompts does not fit the memory") as seen:
+
+def test_a_batch_that_does_not_fit_is_halved_and_said(lens: Lens, expected: SweepResult) -> None:
+    with (
+        full_memory(lens, lambda size: size > 1, torch.OutOfMemoryError("too much")) as refused,
+        pytest.warns(UserWarning, match="A batch of 3 prompts does not fit the memory") as seen,
+    ):
         table = swept(lens, None).table
-    assert max(sizes[4:]) <= 2 and len(seen) == 1
+    assert refused == [3, 2]  # and never again, in the blocks that follow
+    assert len(seen) == 1
     assert (table.prob - expected.table.prob).abs().max() < 1e-5
     assert table.fact_id.tolist() == expected.table.fact_id.tolist()
 
-    found = []
 
-    def first_full(self: Any, *arguments: Any) -> Any:
-        found.append(1)
-        if len(found) == 1:
-            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
-        return logits(self, *arguments)
-
-    from mambalens.sweep.replay import Replay
-
-    monkeypatch.setattr(Work, "_batch", whole)
-    logits = Replay.logits
-    monkeypatch.setattr(Replay, "logits", first_full)
-    with pytest.warns(UserWarning, match="going on with smaller ones") as seen:  # and replay is not given up
+def test_memory_that_was_full_once_is_no_reason_to_give_up_replay(lens: Lens, expected: SweepResult) -> None:
+    error = RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 1 bytes")
+    calls = itertools.count()
+    with (
+        full_memory(lens, lambda _: next(calls) == 0, error) as refused,
+        pytest.warns(UserWarning, match="going on with smaller ones") as seen,
+    ):
         table = swept(lens, None, block_size=9).table
-    assert len(seen) == 1 and (table.prob - expected.table.prob).abs().max() < 1e-5
-    monkeypatch.undo()
+    assert len(refused) == len(seen) == 1
+    assert (table.prob - expected.table.prob).abs().max() < 1e-5
+    assert table.fact_id.tolist() == expected.table.fact_id.tolist()
 
-    def hopeless(self: Work, batch: Any) -> Any:
-        raise torch.OutOfMemoryError("far too much")
 
-    monkeypatch.setattr(Work, "_batch", hopeless)
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+def test_a_single_prompt_that_does_not_fit_ends_the_sweep(lens: Lens, expected: SweepResult) -> None:
+    error = torch.OutOfMemoryError("far too much")
+    with (
+        full_memory(lens, lambda _: True, error) as refused,
+        pytest.raises(torch.OutOfMemoryError, match="far too much"),
+        pytest.warns(UserWarning, match="A batch of 3 prompts"),
+    ):
         swept(lens, None)
+    assert refused == [3, 2, 1]
+    pd.testing.assert_frame_equal(swept(lens, None).table, expected.table, check_exact=True)  # the model is as before
 
 
 def test_ctrl_c_waits_for_the_block_and_twice_it_does_not(

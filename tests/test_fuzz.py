@@ -93,6 +93,9 @@ def test_any_selection(content: object, tmp_path: Path) -> None:
         assert "selection.csv" in str(error)
         return
     assert all(len(mask) for mask in chosen.values())
+    if not isinstance(content, str):
+        plain = {(layer, feature): selected != 0 for layer, feature, selected in content}  # type: ignore[attr-defined]
+        assert plain == {(k, f): on for k, mask in chosen.items() for f, on in enumerate(mask.tolist())}
 
 
 def test_deep_nesting_is_no_crash(tmp_path: Path) -> None:

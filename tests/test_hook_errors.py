@@ -36,11 +36,13 @@ from mambalens.hooks import HookManager, MambalensError
     ids=lambda value: str(value)[:30],
 )
 def test_a_knockout_of_what_is_not_there_quotes_it(arguments: dict, sentence: str) -> None:
-    model = tiny("mamba1")
+    model, ids = tiny("mamba1"), token_ids(2, 6)
+    base = model(ids).logits
     given = {"sources": [1], "targets": [-1]} | arguments
     for use_cache in (True, False):
         with pytest.raises(MambalensError, match=sentence), HookManager(model).knockout(**given):
-            model(token_ids(2, 6), use_cache=use_cache)
+            model(ids, use_cache=use_cache)
+        assert torch.equal(model(ids).logits, base)  # a refusal leaves nothing behind either
 
 
 def test_a_path_and_a_group_that_attention_does_not_have_are_refused() -> None:

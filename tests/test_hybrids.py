@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from architectures import ARCHITECTURES, tiny
+from models import architecture
 from transformers import AutoTokenizer
 
 from mambalens import Fact, Lens, MambalensError, Selection
@@ -24,11 +24,7 @@ FACTS = [
 
 @pytest.fixture(scope="module", params=["jamba", "falcon_h1", "nemotron_h"])
 def lens(request: pytest.FixtureRequest) -> Lens:
-    options = ARCHITECTURES[request.param][1]
-    before = options["vocab_size"]
-    options["vocab_size"] = len(TOKENIZER)
-    model = tiny(request.param)
-    options["vocab_size"] = before
+    model = architecture(request.param, vocabulary=len(TOKENIZER))
     return Lens(model, TOKENIZER, request.param)
 
 
@@ -78,8 +74,12 @@ def test_features_and_diagnostics_tell_the_kinds_apart(lens: Lens) -> None:
     if lens.name == "falcon_h1":
         with pytest.raises(MambalensError, match="two mixers"):
             Selection.by(table, "exchange_share", top=0.5)
-    with torch.no_grad(), lens.knockout(FACTS[0], layers=list(chosen), features=chosen, mixers=state.kind.iloc[0]):
-        lens.predict(FACTS[0])
+    kind, whole = state.kind.iloc[0], lens.predict(FACTS[0])
+    with lens.knockout(FACTS[0], layers=list(chosen), features=chosen, mixers=kind):
+        cut = lens.predict(FACTS[0])
+    assert not np.allclose(cut.prob, whole.prob, rtol=1e-3)
+    with lens.knockout(FACTS[0], layers=list(chosen), features={layer: [] for layer in chosen}, mixers=kind):
+        pd.testing.assert_frame_equal(lens.predict(FACTS[0]), whole, check_exact=True)
     diagnosed = lens.diagnose(FACTS, progress=False)
     assert set(zip(diagnosed.layer, diagnosed.kind, strict=True)) == set(zip(table.layer, table.kind, strict=True))
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import shutil
+from types import ModuleType
 
 import pytest
 import torch
@@ -53,25 +56,40 @@ def test_the_scan_has_the_gradient_of_the_recurrence() -> None:
         assert torch.allclose(one, other, atol=1e-12)
 
 
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """`fused` as a new process has it, in its place while the test runs: others go on without a compiled step."""
+    spec = importlib.util.find_spec(fused.__name__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for user in (scan, kernels):
+        monkeypatch.setattr(user, "fused", module)
+    return module
+
+
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
-def test_the_compiled_step_is_the_same_for_any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_compiled", "_tried"):
-        monkeypatch.setattr(fused, name, getattr(fused, name))  # other tests go on without
-    assert fused.compile_step(torch.device("cpu"))
-    assert kernels.backend(torch.device("cpu")) == "torch+compile"
+def test_the_compiled_step_is_the_same_for_any_size(fresh: ModuleType) -> None:
+    cpu = torch.device("cpu")
     with torch.no_grad():
+        steps = []
         for seed, (rows, batch, state, features) in enumerate([(3, 2, 4, 8), (5, 5, 5, 5), (40, 3, 16, 96)]):
             x, dt, A, B, C = random(seed, batch, rows, features, state, torch.float32)
             states = [torch.randn(batch, state, features) for _ in range(2)]
-            number = torch.arange(rows) % 2
-            got = fused.step(dt, scan._rate(A), C, states[0])
-            assert got is not None, "this size was compiled again, or refused"
+            steps.append((x, dt, A, B, C, states, torch.arange(rows) % 2))
+        slow = [scan.selective_step(*step) for step in steps]
+        assert kernels.backend(cpu) == "torch"
+        assert fresh.compile_step(cpu)
+        assert kernels.backend(cpu) == "torch+compile"
+        for (x, dt, A, B, C, states, number), expected in zip(steps, slow, strict=True):
+            rate = (A * math.log2(math.e)).T.contiguous()
+            read = fresh.step(dt, rate, C, states[0])
+            assert read is not None, "this size was compiled again, or refused"
+            plain = torch.einsum("brfs,bsf,brs->brf", torch.exp(dt[..., None] * A), states[0], C)
+            torch.testing.assert_close(read, plain, rtol=1e-5, atol=1e-5)
             fast = scan.selective_step(x, dt, A, B, C, states, number)
-            with monkeypatch.context() as without:
-                without.setattr(fused, "_compiled", None)
-                slow = scan.selective_step(x, dt, A, B, C, states, number)
-            torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
-        assert fused.compiled()
+            torch.testing.assert_close(fast, expected, rtol=1e-5, atol=1e-5)
+    assert fresh.compiled() and not fused.compiled()
 
 
 @pytest.mark.skipif(not kernels.installed(), reason="no CUDA GPU with mamba-ssm")

@@ -163,7 +163,14 @@ def test_an_original_checkpoint_gives_the_logits_of_a_plain_implementation(
             logits[row] - expected
         ).abs().max() < 1e-5 * expected.abs().max()  # transformers' norms round to float32
     fact = Fact("The capital of Peru is", "Peru", " Lima")
-    assert len(lens.sweep([fact], "subject", window=2, progress=False).table) == 2
+    table = lens.sweep([fact], "subject", window=2, progress=False).table
+    target = lens.tokenizer(fact.target)["input_ids"][0]
+    prompt = torch.tensor([lens.prompt(fact).ids])
+    for row in table.itertuples():
+        with torch.no_grad(), lens.knockout(fact, layers=range(row.window_start, row.window_start + 2)):
+            expected = lens.model(prompt).logits[0, -1].softmax(-1)[target]
+        assert row.prob == pytest.approx(float(expected), rel=1e-4)
+    assert table.window_start.tolist() == [0, 1]
     lens.hooks.check()
 
 

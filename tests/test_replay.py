@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import CONFIGS, LAYERS, SSM, TRANSFORMERS, tiny, token_ids
+from replays import Replayed, replayed
 
 from mambalens.hooks import GROUPS, HookManager
-from mambalens.sweep.replay import UNCUT, Replay, Row
 
 MODELS = {
     (name, kind): tiny(name, attention=kind)
@@ -48,22 +48,21 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
     targets = torch.nn.functional.one_hot(last, time).bool()
     if data.draw(st.booleans()):  # anywhere: also left of the last position, and not the last at all
         targets = positions([0.2, 0.6, 1.0], 1)[0]
-    cuts, arguments = [UNCUT], [([], [])]
+    knockouts, arguments = [], [([], [])]
     for _ in range(data.draw(st.integers(1, 4))):
         layers = data.draw(st.lists(st.integers(0, LAYERS - 1), min_size=1, max_size=LAYERS, unique=True))
         source = data.draw(st.integers(0, 1))
         path = data.draw(st.sampled_from(["main", "conv", "both"] if name in SSM else ["main", "both"]))
         group = data.draw(st.sampled_from(["mask", *(GROUPS if name in SSM else ["all"])]))
         features = torch.rand(hooks.mixers[0].n_features, generator=generator) < 0.5 if group == "mask" else group
-        cuts.append(Row(hooks.resolve(layers, features, path), ((source + 1, 0),)))
+        knockouts.append(Replayed(source, layers, features, path))
         arguments.append((sources[source], targets, layers, features, path))
     memory = data.draw(st.sampled_from([2**30, 2**14, 1]))  # down to one knockout and one source set at a time
     with torch.no_grad():
-        replayed = dict(Replay(hooks, ids, last, sources, targets, memory).logits(cuts))
-        assert sorted(replayed) == list(range(len(cuts)))
+        found = replayed(hooks, ids, last, sources, targets, knockouts, memory)
         base = model(ids).logits
         for number, given in enumerate(arguments):
-            assert (replayed[number] - eager(model, hooks, ids, last, given)).abs().max() < 1e-5
+            assert (found[number] - eager(model, hooks, ids, last, given)).abs().max() < 1e-5
         assert torch.equal(model(ids).logits, base)
 
 
@@ -80,10 +79,12 @@ def test_replay_in_float32(name: str, targets: list[int] | None) -> None:
         target_mask = torch.zeros(2, 8, dtype=torch.bool)
         target_mask[:, targets] = True
         target_mask[1, 6] = False
-    cuts = [Row(hooks.resolve([start, start + 1], path="both"), ((1, 0),)) for start in range(LAYERS - 1)]
+    windows = [[start, start + 1] for start in range(LAYERS - 1)]
+    knockouts = [Replayed(0, layers, path="both") for layers in windows]
     with torch.no_grad():
-        for number, logits in Replay(hooks, ids, last, sources, target_mask).logits(cuts):
-            expected = eager(model, hooks, ids, last, (sources[0], target_mask, [number, number + 1], "all", "both"))
+        for number, logits in replayed(hooks, ids, last, sources, target_mask, knockouts).items():
+            layers = windows[number - 1] if number else []
+            expected = eager(model, hooks, ids, last, (sources[0], target_mask, layers, "all", "both"))
             assert (logits - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
@@ -97,7 +98,7 @@ def test_rows_see_no_column_behind_their_prompt(name: str) -> None:
     targets = torch.zeros(3, 9, dtype=torch.bool)
     targets[:, 1:3] = True
     other = torch.where(torch.arange(9) <= last[:, None], ids, token_ids(3, 9, seed=5))
-    cuts = [UNCUT, Row(hooks.resolve([0, 1], path="both"), ((1, 0),))]
-    one, two = (dict(Replay(hooks, tokens, last, sources, targets).logits(cuts)) for tokens in (ids, other))
+    knockouts = [Replayed(0, [0, 1], path="both")]
+    one, two = (replayed(hooks, tokens, last, sources, targets, knockouts) for tokens in (ids, other))
     for number in one:
         assert (one[number] - two[number]).abs().max() < 1e-12

@@ -131,7 +131,9 @@ def test_details_are_kept_of_as_many_facts_as_asked_and_the_rest_is_said(runs: P
     details = found["details"][MODELS[0]]
     assert len(details["facts"]) == 3 and details["left_out"] == 12
     assert found["series"][0]["curves"]["all facts"]["n"][0] == 15
-    assert SweepResult.load(runs / "roles").report(runs / "none.html", details=0).exists()
+    none = curves_of(result.report(runs / "none.html", details=0))
+    assert none["details"][MODELS[0]]["facts"] == [] and none["details"][MODELS[0]]["left_out"] == 15
+    assert none["series"] == found["series"]
 
 
 def test_sweeps_that_contradict_each_other_are_refused(runs: Path) -> None:
@@ -139,7 +141,11 @@ def test_sweeps_that_contradict_each_other_are_refused(runs: Path) -> None:
     other = SweepResult(result.table.assign(prob=result.table.prob * 0.9), result.skipped, result.facts, result.configs)
     with pytest.raises(MambalensError, match="different numbers for the same knockouts of 'atlas-mamba2'"):
         SweepResult.concat([result, other]).report(runs / "x.html")
-    assert SweepResult.concat([result, result]).report(runs / "twice.html").exists()
+    once, twice = (
+        curves_of(each.report(runs / f"{name}.html"))
+        for name, each in (("once", result), ("twice", SweepResult.concat([result, result])))
+    )
+    assert twice["series"] == once["series"]
     mine = result.facts.assign(prompt="Another prompt")
     with pytest.raises(MambalensError, match="Different facts have the id"):
         SweepResult.concat([result, SweepResult(result.table, result.skipped, mine, result.configs)])

@@ -71,14 +71,12 @@ def readme() -> str:
 
 def verbs(_: str) -> str:
     """Every verb of the command line with its help, as it is now."""
-    import typer
-    from typer.testing import CliRunner
+    from click.testing import CliRunner
 
     from mambalens.cli.app import app
 
-    commands: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     table, parts = ["| verb | what it does |", "|---|---|"], []
-    for name, command in commands.items():
+    for name, command in app.commands.items():
         summary = " ".join((command.help or "").strip().split("\n\n")[0].split())
         table.append(f"| [`{name}`](#{name}) | {summary} |")
         shown = CliRunner().invoke(app, [name, "--help"], prog_name="mambalens", terminal_width=WIDTH)

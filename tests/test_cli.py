@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from mambalens import SweepResult
 from mambalens.cli.app import app
@@ -109,6 +109,24 @@ def test_bad_input_ends_in_one_sentence(arguments: list[str], sentence: str, tmp
     assert done.returncode == 2
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["plot"], "Missing argument 'DIR'"),
+        (["report"], "Missing argument 'DIR..."),
+        (["heatmap", MODEL], "Missing option '--prompt'"),
+        (["sweep", MODEL, "--limt", "3"], "Did you mean '--limit'?"),
+        (["sweep", MODEL, "--limit", "0"], "0 is not in the range x>=1"),
+        (["sweep", MODEL, "--window", "six"], "'six' is not a valid integer"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_command_that_cannot_be_read_is_quoted_beside_the_usage(arguments: list[str], sentence: str) -> None:
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert done.output.startswith("Usage:") and sentence in done.output
 
 
 def test_features_writes_tables_figures_and_a_selection_that_sweep_takes(tmp_path: Path) -> None:

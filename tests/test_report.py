@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from mambalens import Fact, Facts, Lens, MambalensError, SweepResult, load_facts
 from mambalens.cli.app import app

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from mambalens import Lens, MambalensError, SweepResult, known_to_all, load_facts
 from mambalens.cli.app import app

@@ -7,10 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_cli import run, typed
-from typer.testing import CliRunner
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.cli.app import app
@@ -38,6 +38,15 @@ def test_what_is_given_beside_a_file_goes_first(tmp_path: Path) -> None:
     read = SweepSettings.read(tmp_path / "s.toml", {"out": "here", "window": [4], "source": None, "where": []})
     assert (read.out, read.window, read.source) == ("here", (4,), ("subject",))
     assert read.where == ("wording=near", "relation=capital", "relation=language")
+
+
+def test_the_command_line_has_every_setting_and_leaves_to_a_file_what_it_was_not_given() -> None:
+    sweep = app.commands["sweep"]
+    given = sweep.make_context("sweep", []).params
+    assert set(given) == set(SweepSettings.__dataclass_fields__) | {"config", "dry_run", "as_json"}
+    assert all(given[name] in (None, ()) for name in SweepSettings.__dataclass_fields__)
+    given = sweep.make_context("sweep", ["m", "--all-facts", "--window", "3", "--window", "4", "--where", "a=b"]).params
+    assert (given["model"], given["all_facts"], given["window"], given["where"]) == (("m",), True, (3, 4), ("a=b",))
 
 
 def test_a_sweep_from_a_file_has_a_folder_for_every_model_target_and_window(tmp_path: Path) -> None:

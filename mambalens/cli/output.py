@@ -1,0 +1,128 @@
+"""What verbs print, and the tables and figures that they write beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import pandas as pd
+
+from mambalens.hooks.errors import MambalensError
+
+if TYPE_CHECKING:
+    from mambalens.cli.programs import Estimate
+    from mambalens.result import CausalFeatures, SweepResult
+
+
+def estimates(found: Iterable[Estimate]) -> None:
+    """Print what a dry run found."""
+    total = 0.0
+    click.echo(f"{'model':24}{'facts':>8}{'knockouts':>12}{'time':>12}{'memory':>12}")
+    for one in found:
+        total += one.seconds
+        memory = f"{one.peak_bytes / 1e6:,.0f} MB"
+        click.echo(f"{one.model:24}{one.facts:8,}{one.knockouts:12,}{_duration(one.seconds):>12}{memory:>12}")
+    click.echo(f"\nIn all about {_duration(total)} in one process; memory beside the model. Nothing was written.")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def swept(result: SweepResult, out: Path) -> None:
+    """What a sweep found, in short, and as a figure."""
+    flow = out / "flow.png"
+    try:
+        result.plot().savefig(flow, dpi=130)
+    except MambalensError as error:
+        click.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
+    worst = result.roles().dearest()
+    if len(worst):
+        click.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
+        click.echo(worst.to_string(index=False, float_format="{:.1f}".format))
+    if len(result.skipped):
+        reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
+        click.echo(f"\nSkipped (listed in result.skipped):\n{reasons.value_counts().to_string(header=False)}")
+    figure = " and flow.png" if flow.exists() else ""
+    click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
+
+
+def evaluated(table: pd.DataFrame) -> None:
+    """The part of the facts that each model knows, by relation, and the facts that were skipped."""
+    usable = table[table.skipped == ""].fillna({"relation": "(none)"})
+    by = usable.pivot_table(index="relation", columns="model", values="correct", aggfunc="mean", margins=True)
+    by = by.drop(columns="All", errors="ignore").rename(index={"All": "all"})
+    by.insert(0, "facts", usable.groupby("relation").fact_id.nunique().reindex(by.index))
+    by.loc["all", "facts"] = usable.fact_id.nunique()
+    click.echo(by.astype({"facts": int}).to_string(float_format="{:.1%}".format))
+    missing = table[table.skipped != ""].drop_duplicates("fact_id")
+    for row in missing.head(5).itertuples():
+        click.echo(f"skipped {row.fact_id}: {row.skipped}", err=True)
+    if len(missing) > 5:
+        click.echo(f"... {len(missing)} facts skipped in all", err=True)
+
+
+def measured(table: pd.DataFrame, out: Path, select: str | None, top: float) -> list[str]:
+    """Write what was measured of features, with its figures and a selection.
+
+    Returns:
+        The files' names.
+    """
+    from mambalens import figures
+    from mambalens.features.selection import Selection
+
+    table.to_csv(out / "features.csv", index=False)
+    written = ["features.csv"]
+    decays = [("decay_norm", "decay_norm.png"), ("half_life", "half_life.png")]
+    for measure, file in decays if table.decay_norm.notna().any() else []:
+        figures.decay_spectrum(table, measure).savefig(out / file, dpi=130)
+        written.append(file)
+    figures.shares_by_layer(table).savefig(out / "exchange_share.png", dpi=130)
+    written.append("exchange_share.png")
+    if select is not None:
+        Selection.by(table, select, top=top).save(out / f"{select}.csv")
+        written.append(f"{select}.csv")
+    return written
+
+
+def medians(table: pd.DataFrame, title: str) -> None:
+    """What features of a layer's groups have in the middle."""
+    columns = ["half_life", "exchange_share", "enrichment_share", "exchange_share_last", "enrichment_share_last"]
+    by_group = table.groupby(["layer", "group"], sort=False)[columns].median()
+    click.echo(f"{title}:\n")
+    click.echo(by_group.to_string(float_format="{:.3g}".format, na_rep=""))
+
+
+def causal(found: CausalFeatures, out: Path, pair: str) -> list[str]:
+    """Write and print what knocking out every feature alone found.
+
+    Returns:
+        The files' names.
+    """
+    shown = found.table.assign(features=[" ".join(map(str, numbers)) for numbers in found.table.features])
+    shown.to_csv(out / "causal.csv", index=False)
+    written = ["causal.csv"]
+    try:
+        found.plot().savefig(out / "causal.png", dpi=130)
+        written.append("causal.png")
+    except MambalensError as error:
+        click.echo(f"No figure: {error}", err=True)
+    dearest = shown.sort_values("drop_pct", ascending=False).head(10)
+    dearest = dearest[["layer", "features", "exchange_share_last", "drop_pct", "low", "high"]]
+    click.echo(f"\n{pair} knocked out, drop of the target's probability in % with 95 % intervals:\n")
+    click.echo(dearest.to_string(index=False, float_format="{:.3g}".format))
+    rho = found.correlation().iloc[0]
+    click.echo(f"\nRank correlation with the exchange share: {rho.rho:.2f} [{rho.low:.2f}, {rho.high:.2f}]")
+    return written
+
+
+def counted(table: pd.DataFrame, name: str) -> None:
+    """How many prompts there are of each relation."""
+    click.echo(f"{len(table)} prompts of {name}; columns: {', '.join(table.columns)}\n")
+    keys = ["relation", *(["wording"] if "wording" in table.columns else [])]
+    counts = table.fillna({"relation": "(none)"}).groupby(keys, sort=False).size().rename("prompts")
+    click.echo(counts.to_string() + "\n")

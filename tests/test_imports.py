@@ -56,9 +56,7 @@ def test_hooks_know_nothing_above_them() -> None:
 
 
 def test_no_body_imports_a_face() -> None:
-    wrong = {
-        (name, used) for name in MODULES if _is_in(name, BODIES) for used in GRAPH[name] if _is_in(used, FACES)
-    }
+    wrong = {(name, used) for name in MODULES if _is_in(name, BODIES) for used in GRAPH[name] if _is_in(used, FACES)}
     assert not wrong
 
 

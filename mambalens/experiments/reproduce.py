@@ -229,7 +229,7 @@ def _others(result: SweepResult) -> Iterator[str]:
 
 def _final(result: SweepResult) -> Iterator[str]:
     """Of relation and last: the lowest mean, and what the last window makes of it."""
-    kinds = {config["model"]: ", ".join(config["kinds"]) for config in result.configs}
+    kinds = {config.model: ", ".join(config.kinds) for config in result.configs}
     for model, points in _points(result.where(features="all").summary()).items():
         shown = []
         for source in ("relation", "last"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -77,8 +77,8 @@ def _whole(result: SweepData) -> SweepData:
     """
     layers: dict[str, int] = {}
     for config in result.configs:
-        if layers.setdefault(config["model"], config["n_layers"]) != config["n_layers"]:
-            raise MambalensError(f"Two different models are called {config['model']!r}: report them one by one.")
+        if layers.setdefault(config.model, config.n_layers) != config.n_layers:
+            raise MambalensError(f"Two different models are called {config.model!r}: report them one by one.")
     table = result.table
     twice = table.duplicated(_ROW, keep=False)
     if twice.any():
@@ -203,16 +203,15 @@ def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame
 
 def _about(result: SweepData, model: str) -> dict[str, Any]:
     """What was run on a model."""
-    configs = [config for config in result.configs if config["model"] == model]
+    configs = [config for config in result.configs if config.model == model]
     table = result.table[result.table.model == model]
     base = table.drop_duplicates("fact_id")
 
-    def words(key: str) -> str:
-        values = [config[key] for config in configs if config.get(key) is not None]
-        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        return ", ".join(dict.fromkeys("own lists" if isinstance(one, list) else str(one) for one in flat))
+    def words(values: Iterable[Any]) -> str:
+        flat = [one for value in values for one in (value if isinstance(value, tuple) else [value])]
+        texts = ["own lists" if isinstance(one, tuple) else str(one) for one in flat if one is not None]
+        return ", ".join(dict.fromkeys(texts))
 
-    answered = list({str(known): known for config in configs for known in config.get("answered", [])}.values())
     return {
         "name": model,
         "layers": result.n_layers[model],
@@ -220,15 +219,21 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
         "rows": len(table),
         "right": int((base.base_rank == 1).sum()),
         "median": float(base.base_prob.median()),
-        "answered": answered,
+        "answered": list(dict.fromkeys(known for config in configs for known in config.answered)),
         "settings": {
             name: text
-            for name, key in (
-                ("Facts from", "facts"), ("Token mixers", "kinds"), ("Sources", "sources"), ("Target", "target"),
-                ("Window", "window"), ("Features", "features"), ("Paths", "paths"), ("Only mixers", "mixers"),
-                ("Precision", "dtype"),
+            for name, values in (
+                ("Facts from", [config.facts for config in configs]),
+                ("Token mixers", [config.kinds for config in configs]),
+                ("Sources", [config.sources for config in configs]),
+                ("Target", [config.target for config in configs]),
+                ("Window", [config.window for config in configs]),
+                ("Features", [config.features for config in configs]),
+                ("Paths", [config.paths for config in configs]),
+                ("Only mixers", [config.mixers for config in configs]),
+                ("Precision", [config.dtype for config in configs]),
             )
-            if (text := words(key))
+            if (text := words(values))
         },
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.model import LoadedModel
+from mambalens.runs.config import RunConfig
 from mambalens.runs.table import COLUMNS
 from mambalens.sweep.answers import Asked, Engine
 from mambalens.sweep.plan import Plan
@@ -168,29 +169,29 @@ class Work:
         return pd.DataFrame(rows, columns=list(PROMPT))
 
     @property
-    def config(self) -> dict[str, Any]:
-        """What was run, to label tables and figures with."""
-        plan = self.plan
-        return {
-            "model": self.lens.name,
-            "n_layers": self.lens.n_layers,
-            "kinds": self.lens.hooks.kinds,
-            "facts": self.facts.name,
-            "n_facts": len(self.facts),
-            "answered": [answered._asdict() for answered in self.facts.answered],
-            "sources": list(plan.sources),
-            "target": plan.target,
-            "window": plan.window if isinstance(plan.window, int) else self.windows,
-            "features": list(plan.names),
-            "paths": list(plan.paths),
-            "mixers": plan.mixers,
-            "dtype": str(self.lens.model.dtype).removeprefix("torch."),
-        }
+    def config(self) -> RunConfig:
+        """What was run."""
+        lens, plan = self.lens, self.plan
+        return RunConfig(
+            model=lens.name,
+            n_layers=lens.n_layers,
+            kinds=tuple(lens.hooks.kinds),
+            facts=self.facts.name,
+            n_facts=len(self.facts),
+            answered=self.facts.answered,
+            sources=tuple(plan.sources),
+            target=plan.target,
+            window=plan.window if isinstance(plan.window, int) else tuple(map(tuple, self.windows)),
+            features=plan.names,
+            paths=tuple(plan.paths),
+            mixers=plan.mixers,
+            dtype=str(lens.model.dtype).removeprefix("torch."),
+        )
 
     @property
     def definition(self) -> dict[str, Any]:
         """Everything that the numbers depend on."""
-        config, model = self.config, self.lens.model
+        config, model = self.config.to_json(), self.lens.model
         masks = [
             None if isinstance(features, str) else [
                 [mixer.layer, mixer.kind, None if mask is None else mask.nonzero().flatten().tolist()]

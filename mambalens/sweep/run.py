@@ -74,7 +74,7 @@ def _fill(out: str | Path, work: Work, blocks: list[Facts], block_size: int) -> 
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
     from mambalens.runs.folder import Interrupts, RunFolder
 
-    about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
+    about = {"configs": [work.config.to_json()], "blocks": len(blocks), "versions": _versions()}
     folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table, work.tokens)
     begin = processes.rank() * len(blocks) // processes.count()
     left = [*range(begin, len(blocks)), *range(begin)]

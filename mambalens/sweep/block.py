@@ -1,47 +1,26 @@
-"""The work of a sweep: rows of its table for a block of facts, and what defines them."""
+"""The work of a sweep: rows of its table for a block of facts."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import warnings
 from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.model import LoadedModel
-from mambalens.runs.config import RunConfig
 from mambalens.runs.table import COLUMNS
 from mambalens.sweep.answers import Asked, Engine
+from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.prediction import Prediction, kl_divergence
-from mambalens.system.events import tell
-from mambalens.system.memory import budget, exhausted
+from mambalens.system.memory import budget
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-DEFINING = (
-    "model",
-    "n_layers",
-    "facts",
-    "n_facts",
-    "sources",
-    "target",
-    "window",
-    "features",
-    "paths",
-    "mixers",
-    "dtype",
-)
-"""Keys of a run's configuration that define it."""
 
 
 class Work:
@@ -57,8 +36,8 @@ class Work:
         replay: bool,
         bar: Any,
     ) -> None:
-        self.lens, self.facts, self.plan, self.batch_size, self.bar = lens, facts, plan, batch_size, bar
-        self.halved = False
+        self.lens, self.plan, self.bar = lens, plan, bar
+        self.halving = Halving(lens.name, batch_size, bar)
         self.windows = plan.check(lens.hooks)
         self.engine = Engine(lens, budget(memory, lens.device), replay)
         prompts, self.unusable = read_facts(facts, lens.tokenizer)
@@ -71,11 +50,10 @@ class Work:
         self.combinations = list(product(self.windows, groups, plan.paths))
         roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
         self.per_prompt = roles * len(self.combinations)
-        bar.reset(total=len(prompts) * self.per_prompt)
 
-    def pass_over(self, facts: Facts) -> None:
-        """A block is finished without this process's doing."""
-        self.bar.update(sum(fact.id in self.prompts for fact in facts) * self.per_prompt)
+    def size(self, facts: Facts) -> int:
+        """How far the progress bar goes for some facts: their prompts, once for every knockout."""
+        return sum(fact.id in self.prompts for fact in facts) * self.per_prompt
 
     def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The table's rows for some facts, and what is left out of them."""
@@ -86,8 +64,8 @@ class Work:
         skipped = [skip for skip in self.unusable if skip.fact_id in order]
         rows: list[tuple[Any, ...]] = []
         most = functools.partial(self.engine.prompts_at_once, self.plan.sources)
-        for batch in self.lens.batches(prompts, self.batch_size, most):
-            found, empty = self._halving(batch)
+        for batch in self.lens.batches(prompts, self.halving.batch_size, most):
+            found, empty = self.halving.run(self._batch, batch)
             rows += found
             skipped += empty
         table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -99,30 +77,6 @@ class Work:
             return frame.iloc[by_order.argsort(kind="stable")].reset_index(drop=True)
 
         return sort(table), sort(missing)
-
-    def _halving(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
-        """A batch; where it does not fit the memory after all, its halves."""
-        before = self.bar.n
-        try:
-            return self._batch(batch)
-        except (MemoryError, RuntimeError) as error:
-            if not exhausted(error) or len(batch.prompts) == 1:
-                raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not self.halved:
-            size = len(batch.prompts)
-            warnings.warn(
-                f"A batch of {size} prompts does not fit the memory: going on with smaller ones.", stacklevel=2
-            )
-        self.halved = True
-        tell("memory full", model=self.lens.name, prompts=len(batch.prompts))
-        self.bar.update(before - self.bar.n)
-        half = (len(batch.prompts) + 1) // 2
-        self.batch_size = half
-        parts = [batch.part(range(half)), batch.part(range(half, len(batch.prompts)))]
-        found = [self._halving(part.trimmed()) for part in parts]
-        return [row for rows, _ in found for row in rows], [skip for _, skips in found for skip in skips]
 
     def _batch(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
         plan, lens = self.plan, self.lens
@@ -154,74 +108,6 @@ class Work:
             self.bar.update(len(batch.prompts))
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped
-
-    @property
-    def tokens(self) -> pd.DataFrame:
-        """The prompts as the model reads them, with the columns of `folder.PROMPT`."""
-        import pandas as pd
-
-        from mambalens.runs.folder import PROMPT
-
-        rows = [
-            (self.lens.name, fact_id, prompt.tokens, prompt.positions("subject"))
-            for fact_id, prompt in self.prompts.items()
-        ]
-        return pd.DataFrame(rows, columns=list(PROMPT))
-
-    @property
-    def config(self) -> RunConfig:
-        """What was run."""
-        lens, plan = self.lens, self.plan
-        return RunConfig(
-            model=lens.name,
-            n_layers=lens.n_layers,
-            kinds=tuple(lens.hooks.kinds),
-            facts=self.facts.name,
-            n_facts=len(self.facts),
-            answered=self.facts.answered,
-            sources=tuple(plan.sources),
-            target=plan.target,
-            window=plan.window if isinstance(plan.window, int) else tuple(map(tuple, self.windows)),
-            features=plan.names,
-            paths=tuple(plan.paths),
-            mixers=plan.mixers,
-            dtype=str(lens.model.dtype).removeprefix("torch."),
-        )
-
-    @property
-    def definition(self) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
-        config, model = self.config.to_json(), self.lens.model
-        masks = [
-            None if isinstance(features, str) else [
-                [mixer.layer, mixer.kind, None if mask is None else mask.nonzero().flatten().tolist()]
-                for layers in self.windows
-                for mixer, mask in self.lens.hooks.feature_masks(features, layers, self.plan.mixers).items()
-            ]
-            for features in self.plan.features
-        ]  # fmt: skip
-        weights = [
-            (name, list(value.shape), str(value.dtype), _first_numbers(value))
-            for name, value in model.state_dict().items()
-        ]
-        asked = [(f.id, f.prompt, f.subject, f.target) for f in self.facts]
-        return {key: config[key] for key in DEFINING} | {
-            "windows": _digest(self.windows),
-            "feature masks": _digest(masks),
-            "model config": _digest(model.config.to_json_string()),
-            "weights": _digest(sorted(weights)),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "facts digest": _digest(asked),
-        }
-
-
-def _first_numbers(value: Tensor) -> list[float]:
-    """A few of a weight's numbers: another checkpoint of the same shape has others. None where they lie on disk."""
-    return [] if value.device.type == "meta" else value.flatten()[:8].double().tolist()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rows(

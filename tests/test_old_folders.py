@@ -12,6 +12,7 @@ from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.facts.fact import Answered
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PARTS, digest_of, write_part
+from mambalens.runs.table import COLUMNS, with_position
 
 FACTS = load_facts("atlas").where(wording="near").sample(5)
 SOURCES = ("subject", "each")
@@ -54,7 +55,7 @@ def old(new: Path, tmp_path: Path) -> Path:
     (tmp_path / "sweep.json").write_text(json.dumps(about))
     (tmp_path / "facts.parquet").write_bytes((new / "facts.parquet").read_bytes())
     for name in ("00000.parquet", "00001.parquet"):
-        table = pd.read_parquet(new / PARTS / name)
+        table = pd.read_parquet(new / PARTS / name).drop(columns="position")
         skipped = pd.DataFrame(columns=["fact_id", "source", "reason"])
         write_part(tmp_path / PARTS / name, table, skipped, digest_of(definition))
     return tmp_path
@@ -102,3 +103,17 @@ def test_a_configuration_is_the_same_after_json() -> None:
     ]  # fmt: skip
     assert config.to_json()["window"] == [[0, 2], [1, 3]]
     assert config["answered"][0]["unusable"] == [["a", "the subject is empty"]]
+
+
+def test_positions_are_those_of_single_tokens_and_minus_one_for_roles(old: Path, new: Path) -> None:
+    for table in (SweepResult.load(old).table, SweepResult.load(new).table):
+        assert table.position.dtype == "int64" and tuple(table.columns) == COLUMNS
+        assert table.source.tolist() == [
+            "subject" if position == -1 else f"each:{position}" for position in table.position
+        ]
+        assert set(table.position) >= {-1, 0, 1, 2}
+
+
+def test_a_part_without_rows_has_positions_too() -> None:
+    empty = with_position(pd.DataFrame(columns=[name for name in COLUMNS if name != "position"]))
+    assert tuple(empty.columns) == COLUMNS and empty.position.dtype == "int64"

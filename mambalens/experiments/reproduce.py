@@ -261,7 +261,7 @@ def _tokens(result: SweepResult) -> Iterator[str]:
     lines: dict[tuple[str, str], list[str]] = {}
     for row in lowest.to_dict("records"):
         key = (row["model"], row["fact_id"])
-        position = int(row["source"].removeprefix("each:"))
+        position = row["position"]
         role = "subject" if position in set(prompts[key]["subject"]) else "not subject"
         token = str(prompts[key]["tokens"][position]).strip()
         lines.setdefault(key, []).append(f"window {row['window_size']}: {token!r} ({role}) {row['change_pct']:+z.0f} %")

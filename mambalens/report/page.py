@@ -18,7 +18,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.runs.data import SweepData
 from mambalens.runs.folder import atomically, writing
-from mambalens.runs.table import GROUP, METRICS
+from mambalens.runs.table import GROUP, METRICS, SINGLE
 
 SKIPS = 200
 """Skipped facts that are listed one by one."""
@@ -49,6 +49,7 @@ def _page(result: SweepData, title: str, details: int) -> str:
     series = list(_series(roles))
     data = {
         "metrics": METRICS,
+        "single": SINGLE,
         "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
         "series": series,
         "details": {model: _details(result, model, details) for model in result.models},
@@ -124,7 +125,7 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
     """Facts of one model with the numbers of every knockout, as arrays that the page reads when it needs them."""
     table = result.table[result.table.model == model]
     every = table.fact_id.unique()
-    single = table.source.str.startswith("each:")
+    single = table.position >= 0
     with_tokens = set(table.fact_id[single])
     ids = sorted(every, key=lambda fact_id: fact_id not in with_tokens)[:most]  # stable: those with heatmaps go first
     table, single = table[table.fact_id.isin(ids)], single[table.fact_id.isin(ids)]
@@ -183,10 +184,9 @@ def _top(group: pd.DataFrame, change: np.ndarray, row: dict[str, int], starts: l
 
 def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For every features, path, target and window size: values [tokens of all facts, windows], fact by fact."""
-    positions = table.source.str.removeprefix("each:").astype(int)
     for key, group in table.groupby(["features", "path", "target", "window_size"], sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
-        facts, position = group.fact_id.map(row).to_numpy(int), positions[group.index].to_numpy()
+        facts, position = group.fact_id.map(row).to_numpy(int), group.position.to_numpy(int)
         length = np.zeros(len(row), int)
         np.maximum.at(length, facts, position + 1)
         offset = np.concatenate([[0], length.cumsum()])

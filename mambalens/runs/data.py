@@ -115,7 +115,7 @@ class SweepData:
     def roles(self) -> Self:
         """The part without sources of `each`: what is a mean over facts, where positions of prompts are not."""
         table = self.table
-        return self._with(table[~table.source.str.startswith("each:")], self.configs)
+        return self._with(table[table.position < 0], self.configs)
 
     def _with(self, table: pd.DataFrame, configs: list[RunConfig]) -> Self:
         """The same with other rows."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.model import LoadedModel
-from mambalens.runs.table import COLUMNS
+from mambalens.runs.table import COLUMNS, ROLE, single
 from mambalens.sweep.answers import Asked, Engine
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
@@ -84,16 +84,17 @@ class Work:
         sources = list(_sources(plan, batch, targets))
         skipped = [
             Skip(str(prompt.fact.id), role, f"the role {role!r} is empty")
-            for role, positions in sources
+            for role, at, positions in sources
             for prompt, found in zip(batch.prompts, positions, strict=True)
-            if not found and not role.startswith("each:")
+            if not found and at == ROLE
         ]
         knockouts = [
             Asked(layers, features, name, path, source, positions, plan.mixers)
             for layers, (features, name), path in self.combinations
-            for source, positions in sources
+            for source, _, positions in sources
             if any(positions)
         ]
+        position_of = {source: position for source, position, _ in sources}
         answers = self.engine.answers(batch, knockouts, targets)
         base = Prediction.of(next(answers)[1], batch.targets)
         probs = base.log_probs.exp()
@@ -102,7 +103,7 @@ class Work:
             now = Prediction.of(logits, batch.targets)
             asked = knockouts[number]
             window = (min(asked.layers), len(asked.layers))
-            labels = (lens.name, asked.source, plan.target, asked.name, asked.path, *window)
+            labels = (lens.name, asked.source, position_of[asked.source], plan.target, asked.name, asked.path, *window)
             kl = kl_divergence(base.log_probs, now.log_probs, probs)
             rows[number] = list(_rows(batch, asked.positions, labels, base, now, kl, lens.tokenizer))
             self.bar.update(len(batch.prompts))
@@ -140,11 +141,11 @@ def _split(prompts: list[Prompt], target: str) -> tuple[list[Prompt], list[Skip]
     return usable, [Skip(str(prompt.fact.id), "", f"the target role {target!r} is empty") for prompt in empty]
 
 
-def _sources(plan: Plan, batch: Batch, targets: list[list[int]]) -> Iterator[tuple[str, list[list[int]]]]:
-    """Name and positions for every row, of every source; 'each' becomes one source for every position."""
+def _sources(plan: Plan, batch: Batch, targets: list[list[int]]) -> Iterator[tuple[str, int, list[list[int]]]]:
+    """Name, own position (`ROLE` where it has none) and positions in every row, of every source; 'each' is many."""
     for role in plan.sources:
         if role != "each":
-            yield role, [p.positions(role, t) for p, t in zip(batch.prompts, targets, strict=True)]
+            yield role, ROLE, [p.positions(role, t) for p, t in zip(batch.prompts, targets, strict=True)]
             continue
         for position in range(batch.ids.shape[1]):
-            yield f"each:{position}", [[position] if position < len(p.ids) else [] for p in batch.prompts]
+            yield single(position), position, [[position] if position < len(p.ids) else [] for p in batch.prompts]

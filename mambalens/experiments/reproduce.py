@@ -20,6 +20,7 @@ from mambalens.facts.fact import Facts
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
+from mambalens.runs.data import dearest_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -230,11 +231,13 @@ def _others(result: SweepResult) -> Iterator[str]:
 def _final(result: SweepResult) -> Iterator[str]:
     """Of relation and last: the lowest mean, and what the last window makes of it."""
     kinds = {config.model: ", ".join(config.kinds) for config in result.configs}
-    for model, points in _points(result.where(features="all").summary()).items():
+    summary = result.where(features="all").summary()
+    dearest = _points(dearest_rows(summary, ["model", "source"]))
+    for model, points in _points(summary).items():
         shown = []
         for source in ("relation", "last"):
-            curve = [point for point in points if point.source == source]
-            lowest, final = min(curve, key=lambda p: p.mean), max(curve, key=lambda p: p.window_start)
+            (lowest,) = (point for point in dearest[model] if point.source == source)
+            final = max((point for point in points if point.source == source), key=lambda p: p.window_start)
             shown.append(f"{source} {lowest.change} in {lowest.layers}, {final.change} in the final {final.layers}")
         yield f"{model} ({kinds[model]}): {'; '.join(shown)}"
 
@@ -256,7 +259,7 @@ def _sizes(result: SweepResult) -> Iterator[str]:
 
 def _tokens(result: SweepResult) -> Iterator[str]:
     """Of every fact and window size: the token that costs most."""
-    lowest = result.table.loc[result.table.groupby(["model", "fact_id", "window_size"], sort=False).change_pct.idxmin()]
+    lowest = dearest_rows(result.table, ["model", "fact_id", "window_size"], "change_pct")
     prompts = {(row["model"], row["fact_id"]): row for row in result.prompts.to_dict("records")}
     lines: dict[tuple[str, str], list[str]] = {}
     for row in lowest.to_dict("records"):

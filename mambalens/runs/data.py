@@ -166,10 +166,8 @@ class SweepData:
         Returns:
             The lowest rows of `summary()`, in the order of the sweep.
         """
-        summary = self.summary()
         keys = [name for name in GROUP if name != "window_start"]
-        lowest = summary.assign(mean=summary["mean"].fillna(np.inf)).groupby(keys, sort=False)["mean"].idxmin()
-        return summary.loc[lowest.to_numpy(int)].reset_index(drop=True)
+        return dearest_rows(self.summary(), keys).reset_index(drop=True)
 
     def save(self, folder: str | Path) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.runs.folder`).
@@ -223,6 +221,21 @@ class SweepData:
         skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
         skipped = with_unusable(skipped, configs)
         return cls(table, skipped, facts, configs, missing, read_prompts(folder))
+
+
+def dearest_rows(rows: pd.DataFrame, keys: Sequence[str], value: str = "mean") -> pd.DataFrame:
+    """Of the rows that have the same in `keys`, the one that costs most: the first with the lowest value.
+
+    Args:
+        rows: a summary, or a sweep's table.
+        keys: columns that are kept apart.
+        value: column of the change. NaN counts as the highest.
+
+    Returns:
+        One row for every value of the keys, in their order in `rows`, under its old index.
+    """
+    known = rows.assign(**{value: rows[value].fillna(np.inf)})
+    return rows.loc[known.groupby(list(keys), sort=False)[value].idxmin().to_list()]
 
 
 def with_unusable(skipped: pd.DataFrame, configs: Sequence[RunConfig]) -> pd.DataFrame:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
+from mambalens.evaluation import accuracy_of_models
 from mambalens.runs.data import dearest_rows
 
 
@@ -23,3 +24,21 @@ def test_the_dearest_row_is_the_first_with_the_lowest_value_and_never_one_withou
     for row in dearest_rows(table, ["a", "b"], "cost").itertuples():
         assert row.cost == min(other.cost for other in table.itertuples() if (other.a, other.b) == (row.a, row.b))
     assert not len(dearest_rows(rows[:0], ["model"]))
+
+
+def test_accuracy_of_models_is_counted_by_relation_over_the_facts_that_can_be_asked() -> None:
+    rows = [
+        ("y", "1", "capital", True, ""), ("y", "2", "capital", False, ""), ("y", "3", None, True, ""),
+        ("y", "4", "odd", False, "why"),
+        ("x", "1", "capital", True, ""), ("x", "2", "capital", False, "why"), ("x", "3", None, False, ""),
+        ("x", "4", "odd", False, "why"),
+    ]  # fmt: skip
+    evaluated = pd.DataFrame(rows, columns=["model", "fact_id", "relation", "correct", "skipped"]).assign(
+        target_prob=0.5
+    )
+    table = accuracy_of_models(evaluated)
+    assert table.columns.tolist() == ["facts", "x", "y"] and table.columns.name == "model"
+    assert table.to_dict("index") == {
+        "(none)": {"facts": 1, "x": 0.0, "y": 1.0}, "capital": {"facts": 2, "x": 1.0, "y": 0.5},
+        "all": {"facts": 3, "x": 0.5, "y": 2 / 3},
+    }  # fmt: skip

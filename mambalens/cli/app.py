@@ -184,18 +184,15 @@ def evaluate(
     """
     import pandas as pd
 
+    from mambalens.evaluation import accuracy_of_models
+
     chosen = _facts(facts, where, limit)
     tables = []
     for model in models:
         lens = _lens(model, dtype, tokenizer)
         tables.append(lens.evaluate(chosen, batch_size).assign(model=lens.name))
     table = pd.concat(tables, ignore_index=True)
-    usable = table[table.skipped == ""].fillna({"relation": "(none)"})
-    by = usable.pivot_table(index="relation", columns="model", values="correct", aggfunc="mean", margins=True)
-    by = by.drop(columns="All", errors="ignore").rename(index={"All": "all"})
-    by.insert(0, "facts", usable.groupby("relation").fact_id.nunique().reindex(by.index))
-    by.loc["all", "facts"] = usable.fact_id.nunique()
-    typer.echo(by.astype({"facts": int}).to_string(float_format="{:.1%}".format))
+    typer.echo(accuracy_of_models(table).to_string(float_format="{:.1%}".format))
     missing = table[table.skipped != ""].drop_duplicates("fact_id")
     for row in missing.head(5).itertuples():
         typer.echo(f"skipped {row.fact_id}: {row.skipped}", err=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mambalens.cli.settings import SweepSettings
-from mambalens.defaults import DETAILS, WINDOW
+from mambalens.defaults import DETAILS, DTYPE, FACTS, GROUP, PATH, SOURCE, TARGET, WINDOW
 from mambalens.system import processes
 from mambalens.system.events import print_json, tell
 
@@ -170,11 +170,11 @@ def _report(result: SweepResult, out: Path) -> None:
 @app.command(short_help="Count the facts that a model knows.")
 def evaluate(
     models: Models,
-    facts: FactsFile = "atlas",
+    facts: FactsFile = FACTS,
     where: Where = [],  # noqa: B006
     limit: Limit = None,
     batch_size: BatchSize = None,
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write one row a fact to this .csv file.")] = None,
 ) -> None:
@@ -210,12 +210,12 @@ def heatmap(
     subject: Annotated[str, typer.Option("--subject", help="The subject, as spelled in the prompt.")],
     target: Annotated[str, typer.Option("--target", help="The continuation.")],
     window: Window = WINDOW,
-    path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = "main",
-    features: OneGroup = "all",
+    path: Annotated[str, typer.Option("--path", help="main, conv or both.")] = PATH,
+    features: OneGroup = GROUP,
     mixers: Mixers = None,
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("heatmap.png"),
     memory: Memory = None,
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Draw one prompt: each token as the source, each window.
@@ -236,7 +236,7 @@ def heatmap(
 def features(
     model: OneModel,
     out: Annotated[Path, typer.Option("--out", help="Folder for tables and figures.")],
-    facts: FactsFile = "atlas",
+    facts: FactsFile = FACTS,
     where: Where = [],  # noqa: B006
     limit: Limit = 200,
     select: Annotated[
@@ -247,12 +247,12 @@ def features(
         typer.Option("--top", help="Which part of each layer's features --select takes.", show_default="a third"),
     ] = 1 / 3,
     causal: Annotated[bool, typer.Option("--causal", help="Knock out every feature alone, too.")] = False,
-    source: Annotated[str, typer.Option("--source", help="Role that --causal knocks out.")] = "subject",
-    target: Target = "last",
+    source: Annotated[str, typer.Option("--source", help="Role that --causal knocks out.")] = SOURCE,
+    target: Target = TARGET,
     block: Annotated[int, typer.Option("--block", help="Features that --causal knocks out together.", min=1)] = 1,
     batch_size: BatchSize = None,
     memory: Memory = None,
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Which features carry information between tokens, and which enrich a token.
@@ -311,13 +311,13 @@ def attention(
     prompt: PromptText,
     layer: Annotated[int | None, typer.Option("--layer", help="By default the middle one.")] = None,
     subject: Annotated[str, typer.Option("--subject", help="Set in bold.")] = "",
-    features: OneGroup = "all",
+    features: OneGroup = GROUP,
     reduce: Annotated[
         str, typer.Option("--reduce", help="mean_abs or mean over the features; none for a single one.")
     ] = "mean_abs",
     mixers: Annotated[str | None, typer.Option("--mixers", help="Which kind, in layers that have two.")] = None,
     out: Annotated[Path, typer.Option("--out", help="Figure file.")] = Path("attention.png"),
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Draw a layer's effective attention for one prompt.
@@ -338,11 +338,11 @@ def attention(
 def diagnose(
     models: Models,
     out: Annotated[Path, typer.Option("--out", help="Folder for table and figure.")],
-    facts: FactsFile = "atlas",
+    facts: FactsFile = FACTS,
     where: Where = [],  # noqa: B006
     limit: Limit = 100,
     batch_size: BatchSize = None,
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
 ) -> None:
     """What kind of operator each layer is: sinks, ranks, recency, induction; models side by side.
@@ -427,11 +427,11 @@ def reproduce(
     models: Annotated[
         list[str] | None, typer.Argument(help="As for sweep; without, the Atlas checkpoints.", metavar="MODEL")
     ] = None,
-    facts: FactsFile = "atlas",
+    facts: FactsFile = FACTS,
     where: Where = [],  # noqa: B006
     limit: Limit = 300,
     window: Annotated[int | None, typer.Option("--window", help="Instead of the paper's windows.", min=1)] = None,
-    dtype: DType = "auto",
+    dtype: DType = DTYPE,
     tokenizer: Tokenizer = None,
 ) -> None:
     """Repeat an experiment of Endy et al. 2025: what the paper reports, and what was measured.
@@ -471,7 +471,7 @@ def models() -> None:
 
 @app.command(short_help="Show facts and count them.")
 def facts(
-    name: Annotated[str, typer.Argument(help="'atlas' or a facts file.", metavar="FACTS")] = "atlas",
+    name: Annotated[str, typer.Argument(help="'atlas' or a facts file.", metavar="FACTS")] = FACTS,
     where: Where = [],  # noqa: B006
     n: Annotated[int, typer.Option("-n", help="How many to show.", min=0)] = 10,
 ) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from mambalens.defaults import SOURCES, WINDOW
+from mambalens.defaults import FEATURES, SOURCES, TARGET, WINDOW
 from mambalens.experiments.comparison import known_to_all
 from mambalens.facts.fact import Facts
 from mambalens.hooks.errors import MambalensError, choose
@@ -54,7 +54,7 @@ class Experiment:
     findings: tuple[Finding, ...]
     sources: tuple[str, ...] = SOURCES
     windows: tuple[int, ...] = (WINDOW,)
-    features: tuple[str, ...] = ("all",)
+    features: tuple[str, ...] = FEATURES
     known: tuple[str, ...] = ("all",)
     """Whose answers choose the facts: 'all' models', or each model's 'own'."""
 
@@ -117,7 +117,7 @@ def reproduce(
                     say(f"{lens.name} has {lens.n_layers} layers: no window of {size}.")
                     continue
                 run = folder / lens.name if len(windows) == 1 else folder / lens.name / f"window-{size}"
-                parts.append(lens.sweep(mine, experiment.sources, "last", size, experiment.features, out=run,
+                parts.append(lens.sweep(mine, experiment.sources, TARGET, size, experiment.features, out=run,
                                         progress=progress))  # fmt: skip
         if not parts:
             raise MambalensError(f"No model has as many layers as a window of {min(windows)}.")

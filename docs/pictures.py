@@ -533,8 +533,7 @@ def relays() -> Figure:
         lens = Lens.load(name)
         prompt = lens.prompt(far())
         table = lens.sweep(far(), "each", window=6, progress=False).table
-        position = table.source.str.removeprefix("each:").astype(int)
-        grid = table.assign(position=position).pivot(index="position", columns="window_start", values="change_pct")
+        grid = table.pivot(index="position", columns="window_start", values="change_pct")
         axis.imshow(grid, cmap=DIVERGING.reversed(), vmin=-100, vmax=100, aspect="auto", interpolation="nearest")
         for t, row in enumerate(grid.to_numpy()):
             for start, change in enumerate(row):

@@ -6,12 +6,22 @@ from typing import Literal
 
 SOURCES = ("subject", "relation", "last", "first")
 """Roles that a sweep knocks out."""
+SOURCE = "subject"
+"""Role that is knocked out where there is one only."""
 TARGET = "last"
 """Role that is not to receive the information."""
 WINDOW = 9
 """Consecutive layers that a knockout covers (Endy et al. 2025, figure 1)."""
-FEATURES = ("all",)
-PATHS: tuple[Literal["main", "conv", "both"], ...] = ("main",)
+GROUP = "all"
+"""Features that are cut."""
+FEATURES = (GROUP,)
+PATH: Literal["main", "conv", "both"] = "main"
+"""Path that is cut."""
+PATHS = (PATH,)
+FACTS = "atlas"
+"""Facts of the command line."""
+DTYPE = "auto"
+"""Precision of the command line: the checkpoint's own."""
 BLOCK = 256
 """Facts of a block: what a run that is killed has to compute again at most."""
 DETAILS = 1000

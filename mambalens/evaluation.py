@@ -124,6 +124,24 @@ def accuracy(evaluated: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["relation", "facts", "accuracy", "target_prob", "skipped"])
 
 
+def accuracy_of_models(evaluated: pd.DataFrame) -> pd.DataFrame:
+    """Share of facts that are answered right, by relation, models side by side.
+
+    Args:
+        evaluated: tables of `evaluate` of several models, with the name in the column `model`.
+
+    Returns:
+        One row a relation that has usable facts, and 'all' at the end; facts (those that some model can be asked), and
+        a column for each model, by name.
+    """
+    usable = evaluated[evaluated.skipped == ""]
+    facts = accuracy(usable.drop_duplicates("fact_id")).set_index("relation").facts
+    shares = {model: accuracy(part).set_index("relation").accuracy for model, part in usable.groupby("model")}
+    table = pd.DataFrame(shares, index=facts.index).rename_axis(columns="model")
+    table.insert(0, "facts", facts)
+    return table
+
+
 def with_short_subjects(model: LoadedModel, facts: FactLike, tokens: int = 1) -> Facts:
     """The facts whose subject is at most so many tokens of this model's tokenizer."""
     facts = as_facts(facts)

@@ -66,7 +66,7 @@ class SweepResult(SweepData):
         from mambalens.figures import heatmap
 
         part = self.where(fact_id=fact_id, **where)
-        part = part._with(part.table[part.table.source.str.startswith("each:")], part.configs)
+        part = part._with(part.table[part.table.position >= 0], part.configs)
         if not len(part.table):
             raise MambalensError(
                 f"The sweep has no single tokens of the fact {fact_id!r} as sources: sweep it with sources='each'."

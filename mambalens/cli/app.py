@@ -13,7 +13,7 @@ import click
 from mambalens.cli import asked
 from mambalens.cli.parser import Verbs, argument, every_setting, option, settings
 from mambalens.cli.settings import SweepSettings
-from mambalens.defaults import DETAILS, TARGET, WINDOW
+from mambalens.defaults import DETAILS, FACTS, GROUP, PATH, SOURCE, TARGET, WINDOW
 from mambalens.hooks.errors import MambalensError
 from mambalens.system import processes
 from mambalens.system.events import print_json, tell
@@ -21,7 +21,7 @@ from mambalens.system.events import print_json, tell
 # What several verbs share.
 MODELS = argument("models", "MODEL", "Bundled names, folders, .gguf files or hub ids.", many=True)
 ONE_MODEL = argument("model", "MODEL", "Bundled name, folder, .gguf file or hub id.")
-ONE_GROUP = option("--features", help="A group, a feature's number or a selection's .csv file.", default="all")
+ONE_GROUP = option("--features", help="A group, a feature's number or a selection's .csv file.", default=GROUP)
 PROMPT = option("--prompt", help="Text that ends right before the target.", required=True)
 
 
@@ -107,7 +107,7 @@ def evaluate(
 @option("--subject", help="The subject, as spelled in the prompt.", required=True)
 @option("--target", help="The continuation.", required=True)
 @settings(window=WINDOW)
-@option("--path", help="main, conv or both.", default="main")
+@option("--path", help="main, conv or both.", default=PATH)
 @ONE_GROUP
 @settings("mixers")
 @option("--out", help="Figure file.", kind=Path, default=Path("heatmap.png"))
@@ -136,7 +136,7 @@ def heatmap(
 @option("--top", help="Which part of each layer's features --select takes.", kind=float, default=1 / 3,
         show_default="a third")  # fmt: skip
 @option("--causal", help="Knock out every feature alone, too.", kind=bool)
-@option("--source", help="Role that --causal knocks out.", default="subject")
+@option("--source", help="Role that --causal knocks out.", default=SOURCE)
 @settings(target=TARGET)
 @option("--block", help="Features that --causal knocks out together.", kind=int, least=1, default=1)
 @settings("batch_size", "memory", "dtype", "tokenizer")
@@ -324,7 +324,7 @@ def models() -> None:
 
 
 @app.command(short_help="Show facts and count them.")
-@argument("name", "FACTS", "'atlas' or a facts file.", default="atlas")
+@argument("name", "FACTS", "'atlas' or a facts file.", default=FACTS)
 @settings("where")
 @option("-n", help="How many to show.", kind=int, least=0, default=10)
 def facts(name: str, where: tuple[str, ...], n: int) -> None:

@@ -53,12 +53,9 @@ def swept(result: SweepResult, out: Path) -> None:
 
 def evaluated(table: pd.DataFrame) -> None:
     """The part of the facts that each model knows, by relation, and the facts that were skipped."""
-    usable = table[table.skipped == ""].fillna({"relation": "(none)"})
-    by = usable.pivot_table(index="relation", columns="model", values="correct", aggfunc="mean", margins=True)
-    by = by.drop(columns="All", errors="ignore").rename(index={"All": "all"})
-    by.insert(0, "facts", usable.groupby("relation").fact_id.nunique().reindex(by.index))
-    by.loc["all", "facts"] = usable.fact_id.nunique()
-    click.echo(by.astype({"facts": int}).to_string(float_format="{:.1%}".format))
+    from mambalens.evaluation import accuracy_of_models
+
+    click.echo(accuracy_of_models(table).to_string(float_format="{:.1%}".format))
     missing = table[table.skipped != ""].drop_duplicates("fact_id")
     for row in missing.head(5).itertuples():
         click.echo(f"skipped {row.fact_id}: {row.skipped}", err=True)

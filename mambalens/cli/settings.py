@@ -24,7 +24,7 @@ class SweepSettings:
 
     model: tuple[str, ...] = _option("Bundled names, folders, .gguf files or hub ids.", many=True)
     out: str = _option("Folder for results and figure.")
-    facts: str = _option("atlas, counterfact, known_1000, or a .jsonl, .json, .csv or .parquet file.", "atlas")
+    facts: str = _option("atlas, counterfact, known_1000, or a .jsonl, .json, .csv or .parquet file.", defaults.FACTS)
     source: tuple[str, ...] = _option("Roles to knock out.", defaults.SOURCES, many=True)
     target: tuple[str, ...] = _option("Role that is not to receive the information.", (defaults.TARGET,), many=True)
     window: tuple[int, ...] = _option("Consecutive layers that a knockout covers.", (defaults.WINDOW,), int, many=True)
@@ -41,7 +41,7 @@ class SweepSettings:
     batch_size: int | None = _option("Prompts a batch at most.", None, int, least=1)
     block_size: int = _option("Facts a block: what a killed run computes again at most.", defaults.BLOCK, int, least=1)
     memory: str | None = _option("What to use beside the model, e.g. 4GB; by default half of what is free.", None)
-    dtype: str = _option("float32, bfloat16, float16, float64 or auto.", "auto")
+    dtype: str = _option("float32, bfloat16, float16, float64 or auto.", defaults.DTYPE)
     tokenizer: str | None = _option("Where to take the tokenizer from, if not from the model.", None)
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from mambalens.features.selection import Selection
 from mambalens.figures import flow
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
+from mambalens.runs.data import dearest_rows
 
 SOURCES = ("subject", "relation", "last", "first", "others")
 WINDOW = 6
@@ -79,7 +80,7 @@ def group_findings(result: SweepResult) -> pd.DataFrame:
     summary = result.summary("bootstrap")
     keys = ["model", "source"]
     of_all = summary[summary.features == "all"]
-    worst = of_all.loc[of_all.groupby(keys, sort=False)["mean"].idxmin(), [*keys, "window_start"]]
+    worst = dearest_rows(of_all, keys)[[*keys, "window_start"]]
     rows = summary.merge(worst, on=[*keys, "window_start"])
     return rows[[*keys, "features"]].assign(change=_effect(rows)).sort_values(keys, kind="stable", ignore_index=True)
 
@@ -88,9 +89,8 @@ def findings(result: SweepResult) -> pd.DataFrame:
     """For every model, wording and path: the source and window that cost most, and the subject's, with intervals."""
     summary = result.summary("bootstrap", by=("wording",))
     keys = ["model", "wording", "path"]
-    worst = summary.loc[summary.groupby(keys, sort=False)["mean"].idxmin()].set_index(keys)
-    of_subject = summary[summary.source == "subject"]
-    subject = of_subject.loc[of_subject.groupby(keys, sort=False)["mean"].idxmin()].set_index(keys).reindex(worst.index)
+    worst = dearest_rows(summary, keys).set_index(keys)
+    subject = dearest_rows(summary[summary.source == "subject"], keys).set_index(keys).reindex(worst.index)
     cells = {"facts": worst.n, "costs most": worst.source + ", " + _effect(worst), "subject alone": _effect(subject)}
     return pd.DataFrame(cells).reset_index()
 

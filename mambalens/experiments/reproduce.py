@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import pandas as pd
 
-from mambalens.defaults import SOURCES, WINDOW
+from mambalens.defaults import FEATURES, SOURCES, TARGET, WINDOW
 from mambalens.experiments.comparison import known_to_all
 from mambalens.facts.fact import Facts
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
+from mambalens.runs.data import dearest_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -53,7 +54,7 @@ class Experiment:
     findings: tuple[Finding, ...]
     sources: tuple[str, ...] = SOURCES
     windows: tuple[int, ...] = (WINDOW,)
-    features: tuple[str, ...] = ("all",)
+    features: tuple[str, ...] = FEATURES
     known: tuple[str, ...] = ("all",)
     """Whose answers choose the facts: 'all' models', or each model's 'own'."""
 
@@ -116,7 +117,7 @@ def reproduce(
                     say(f"{lens.name} has {lens.n_layers} layers: no window of {size}.")
                     continue
                 run = folder / lens.name if len(windows) == 1 else folder / lens.name / f"window-{size}"
-                parts.append(lens.sweep(mine, experiment.sources, "last", size, experiment.features, out=run,
+                parts.append(lens.sweep(mine, experiment.sources, TARGET, size, experiment.features, out=run,
                                         progress=progress))  # fmt: skip
         if not parts:
             raise MambalensError(f"No model has as many layers as a window of {min(windows)}.")
@@ -229,12 +230,14 @@ def _others(result: SweepResult) -> Iterator[str]:
 
 def _final(result: SweepResult) -> Iterator[str]:
     """Of relation and last: the lowest mean, and what the last window makes of it."""
-    kinds = {config["model"]: ", ".join(config["kinds"]) for config in result.configs}
-    for model, points in _points(result.where(features="all").summary()).items():
+    kinds = {config.model: ", ".join(config.kinds) for config in result.configs}
+    summary = result.where(features="all").summary()
+    dearest = _points(dearest_rows(summary, ["model", "source"]))
+    for model, points in _points(summary).items():
         shown = []
         for source in ("relation", "last"):
-            curve = [point for point in points if point.source == source]
-            lowest, final = min(curve, key=lambda p: p.mean), max(curve, key=lambda p: p.window_start)
+            (lowest,) = (point for point in dearest[model] if point.source == source)
+            final = max((point for point in points if point.source == source), key=lambda p: p.window_start)
             shown.append(f"{source} {lowest.change} in {lowest.layers}, {final.change} in the final {final.layers}")
         yield f"{model} ({kinds[model]}): {'; '.join(shown)}"
 
@@ -256,12 +259,12 @@ def _sizes(result: SweepResult) -> Iterator[str]:
 
 def _tokens(result: SweepResult) -> Iterator[str]:
     """Of every fact and window size: the token that costs most."""
-    lowest = result.table.loc[result.table.groupby(["model", "fact_id", "window_size"], sort=False).change_pct.idxmin()]
+    lowest = dearest_rows(result.table, ["model", "fact_id", "window_size"], "change_pct")
     prompts = {(row["model"], row["fact_id"]): row for row in result.prompts.to_dict("records")}
     lines: dict[tuple[str, str], list[str]] = {}
     for row in lowest.to_dict("records"):
         key = (row["model"], row["fact_id"])
-        position = int(row["source"].removeprefix("each:"))
+        position = row["position"]
         role = "subject" if position in set(prompts[key]["subject"]) else "not subject"
         token = str(prompts[key]["tokens"][position]).strip()
         lines.setdefault(key, []).append(f"window {row['window_size']}: {token!r} ({role}) {row['change_pct']:+z.0f} %")

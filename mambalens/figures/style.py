@@ -35,9 +35,9 @@ def style(role: str, index: int = 0) -> tuple[str, str]:
 
 
 def main_path(result: SweepData) -> str:
-    """What the main path is in these models: 'scan', 'attention', or 'scan or attention'."""
-    kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config["kinds"]}
-    return " or ".join(sorted(kinds, reverse=True))
+    """What the main path is in these models: 'scan', 'attention', or 'scan or attention' ('main path' if not known)."""
+    kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config.kinds}
+    return " or ".join(sorted(kinds, reverse=True)) or "main path"
 
 
 def visible(token: str) -> str:

@@ -30,11 +30,10 @@ def heatmap(
         subject: the subject's positions, which are set in bold.
     """
     table = result.table
-    if not len(table) or table.fact_id.nunique() != 1 or not table.source.str.startswith("each:").all():
+    if not len(table) or table.fact_id.nunique() != 1 or (table.position < 0).any():
         raise MambalensError("A heatmap is drawn from a sweep of one fact with sources='each'.")
     first = table.iloc[0]
-    grid = table.assign(position=table.source.str.removeprefix("each:").astype(int))
-    grid = grid.pivot(index="position", columns="window_start", values=metric)
+    grid = table.pivot(index="position", columns="window_start", values=metric)
     values = grid.to_numpy(float)
     # White is 'no change'; one scale for losses, another for gains, so that a large gain does not hide the losses.
     reach = max(100.0, float(np.nanmax(np.abs(values)))) if metric == "change_pct" else float(np.nanmax(np.abs(values)))

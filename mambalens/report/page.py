@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.runs.data import SweepData
 from mambalens.runs.folder import atomically, writing
-from mambalens.runs.table import GROUP, METRICS
+from mambalens.runs.table import GROUP, METRICS, SINGLE
 
 SKIPS = 200
 """Skipped facts that are listed one by one."""
@@ -49,6 +49,7 @@ def _page(result: SweepData, title: str, details: int) -> str:
     series = list(_series(roles))
     data = {
         "metrics": METRICS,
+        "single": SINGLE,
         "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
         "series": series,
         "details": {model: _details(result, model, details) for model in result.models},
@@ -77,8 +78,8 @@ def _whole(result: SweepData) -> SweepData:
     """
     layers: dict[str, int] = {}
     for config in result.configs:
-        if layers.setdefault(config["model"], config["n_layers"]) != config["n_layers"]:
-            raise MambalensError(f"Two different models are called {config['model']!r}: report them one by one.")
+        if layers.setdefault(config.model, config.n_layers) != config.n_layers:
+            raise MambalensError(f"Two different models are called {config.model!r}: report them one by one.")
     table = result.table
     twice = table.duplicated(_ROW, keep=False)
     if twice.any():
@@ -124,7 +125,7 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
     """Facts of one model with the numbers of every knockout, as arrays that the page reads when it needs them."""
     table = result.table[result.table.model == model]
     every = table.fact_id.unique()
-    single = table.source.str.startswith("each:")
+    single = table.position >= 0
     with_tokens = set(table.fact_id[single])
     ids = sorted(every, key=lambda fact_id: fact_id not in with_tokens)[:most]  # stable: those with heatmaps go first
     table, single = table[table.fact_id.isin(ids)], single[table.fact_id.isin(ids)]
@@ -183,10 +184,9 @@ def _top(group: pd.DataFrame, change: np.ndarray, row: dict[str, int], starts: l
 
 def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """For every features, path, target and window size: values [tokens of all facts, windows], fact by fact."""
-    positions = table.source.str.removeprefix("each:").astype(int)
     for key, group in table.groupby(["features", "path", "target", "window_size"], sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
-        facts, position = group.fact_id.map(row).to_numpy(int), positions[group.index].to_numpy()
+        facts, position = group.fact_id.map(row).to_numpy(int), group.position.to_numpy(int)
         length = np.zeros(len(row), int)
         np.maximum.at(length, facts, position + 1)
         offset = np.concatenate([[0], length.cumsum()])
@@ -203,16 +203,15 @@ def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame
 
 def _about(result: SweepData, model: str) -> dict[str, Any]:
     """What was run on a model."""
-    configs = [config for config in result.configs if config["model"] == model]
+    configs = [config for config in result.configs if config.model == model]
     table = result.table[result.table.model == model]
     base = table.drop_duplicates("fact_id")
 
-    def words(key: str) -> str:
-        values = [config[key] for config in configs if config.get(key) is not None]
-        flat = [one for value in values for one in (value if isinstance(value, list) else [value])]
-        return ", ".join(dict.fromkeys("own lists" if isinstance(one, list) else str(one) for one in flat))
+    def words(values: Iterable[Any]) -> str:
+        flat = [one for value in values for one in (value if isinstance(value, tuple) else [value])]
+        texts = ["own lists" if isinstance(one, tuple) else str(one) for one in flat if one is not None]
+        return ", ".join(dict.fromkeys(texts))
 
-    answered = list({str(known): known for config in configs for known in config.get("answered", [])}.values())
     return {
         "name": model,
         "layers": result.n_layers[model],
@@ -220,15 +219,21 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
         "rows": len(table),
         "right": int((base.base_rank == 1).sum()),
         "median": float(base.base_prob.median()),
-        "answered": answered,
+        "answered": list(dict.fromkeys(known for config in configs for known in config.answered)),
         "settings": {
             name: text
-            for name, key in (
-                ("Facts from", "facts"), ("Token mixers", "kinds"), ("Sources", "sources"), ("Target", "target"),
-                ("Window", "window"), ("Features", "features"), ("Paths", "paths"), ("Only mixers", "mixers"),
-                ("Precision", "dtype"),
+            for name, values in (
+                ("Facts from", [config.facts for config in configs]),
+                ("Token mixers", [config.kinds for config in configs]),
+                ("Sources", [config.sources for config in configs]),
+                ("Target", [config.target for config in configs]),
+                ("Window", [config.window for config in configs]),
+                ("Features", [config.features for config in configs]),
+                ("Paths", [config.paths for config in configs]),
+                ("Only mixers", [config.mixers for config in configs]),
+                ("Precision", [config.dtype for config in configs]),
             )
-            if (text := words(key))
+            if (text := words(values))
         },
     }  # fmt: skip
 

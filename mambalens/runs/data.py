@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import (
     CONFIG,
     FACTS,
@@ -38,10 +39,10 @@ class SweepData:
     """What a finished sweep found, or several put together: tables, and what is reckoned from them.
 
     Attributes:
-        table: one row per fact, source, features, path and window; columns in `work.COLUMNS`.
+        table: one row per fact, source, features, path and window; columns in `runs.table.COLUMNS`.
         skipped: fact_id, source ('' where the whole fact was left out) and reason.
         facts: the facts that were asked for, with all their columns.
-        configs: what was run, one dict a model.
+        configs: what was run, one for each model.
         unfinished: blocks of facts that are still missing, of a run that is not at its end.
         prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
     """
@@ -51,7 +52,7 @@ class SweepData:
         table: pd.DataFrame,
         skipped: pd.DataFrame,
         facts: pd.DataFrame,
-        configs: list[dict[str, Any]],
+        configs: list[RunConfig],
         unfinished: int = 0,
         prompts: pd.DataFrame | None = None,
     ) -> None:
@@ -67,12 +68,12 @@ class SweepData:
     @property
     def models(self) -> list[str]:
         """Names of the models."""
-        return list(dict.fromkeys(config["model"] for config in self.configs))
+        return list(dict.fromkeys(config.model for config in self.configs))
 
     @property
     def n_layers(self) -> dict[str, int]:
         """Layers of each model."""
-        return {config["model"]: config["n_layers"] for config in self.configs}
+        return {config.model: config.n_layers for config in self.configs}
 
     @classmethod
     def concat(cls, results: Sequence[SweepData]) -> Self:
@@ -108,15 +109,15 @@ class SweepData:
             table = table[self.column(column, table).astype(str).isin(wanted)]
         if not len(table):
             raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
-        configs = [config for config in self.configs if config["model"] in set(table.model)]
+        configs = [config for config in self.configs if config.model in set(table.model)]
         return self._with(table, configs)
 
     def roles(self) -> Self:
         """The part without sources of `each`: what is a mean over facts, where positions of prompts are not."""
         table = self.table
-        return self._with(table[~table.source.str.startswith("each:")], self.configs)
+        return self._with(table[table.position < 0], self.configs)
 
-    def _with(self, table: pd.DataFrame, configs: list[dict[str, Any]]) -> Self:
+    def _with(self, table: pd.DataFrame, configs: list[RunConfig]) -> Self:
         """The same with other rows."""
         table = table.reset_index(drop=True)
         return type(self)(table, self.skipped, self.facts, configs, self.unfinished, self.prompts)
@@ -165,10 +166,8 @@ class SweepData:
         Returns:
             The lowest rows of `summary()`, in the order of the sweep.
         """
-        summary = self.summary()
         keys = [name for name in GROUP if name != "window_start"]
-        lowest = summary.assign(mean=summary["mean"].fillna(np.inf)).groupby(keys, sort=False)["mean"].idxmin()
-        return summary.loc[lowest.to_numpy(int)].reset_index(drop=True)
+        return dearest_rows(self.summary(), keys).reset_index(drop=True)
 
     def save(self, folder: str | Path) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.runs.folder`).
@@ -189,7 +188,8 @@ class SweepData:
             write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
             write_facts(folder, self.facts)
             write_prompts(folder, self.prompts)
-            text = json.dumps({"configs": self.configs, "blocks": 1, "definition": None}, indent=1) + "\n"
+            configs = [config.to_json() for config in self.configs]
+            text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
             atomically(folder / CONFIG, lambda file: file.write_text(text))
         return folder
 
@@ -209,6 +209,7 @@ class SweepData:
                 raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
             return cls.concat([cls.load(path) for path in found])
         about = read_config(folder)
+        configs = [RunConfig.from_json(one) for one in about["configs"]]
         parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
         if not parts:
             raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
@@ -218,16 +219,31 @@ class SweepData:
             raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
         table = pd.concat([table for table, _ in parts], ignore_index=True)
         skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
-        skipped = with_unusable(skipped, about["configs"])
-        return cls(table, skipped, facts, about["configs"], missing, read_prompts(folder))
+        skipped = with_unusable(skipped, configs)
+        return cls(table, skipped, facts, configs, missing, read_prompts(folder))
 
 
-def with_unusable(skipped: pd.DataFrame, configs: Sequence[dict[str, Any]]) -> pd.DataFrame:
+def dearest_rows(rows: pd.DataFrame, keys: Sequence[str], value: str = "mean") -> pd.DataFrame:
+    """Of the rows that have the same in `keys`, the one that costs most: the first with the lowest value.
+
+    Args:
+        rows: a summary, or a sweep's table.
+        keys: columns that are kept apart.
+        value: column of the change. NaN counts as the highest.
+
+    Returns:
+        One row for every value of the keys, in their order in `rows`, under its old index.
+    """
+    known = rows.assign(**{value: rows[value].fillna(np.inf)})
+    return rows.loc[known.groupby(list(keys), sort=False)[value].idxmin().to_list()]
+
+
+def with_unusable(skipped: pd.DataFrame, configs: Sequence[RunConfig]) -> pd.DataFrame:
     """What was left out, and the facts that could not be asked when known ones were chosen."""
     rows = [
         (fact_id, "", reason)
         for config in configs
-        for answered in config.get("answered", [])
-        for fact_id, reason in answered.get("unusable", [])
+        for answered in config.answered
+        for fact_id, reason in answered.unusable
     ]
     return pd.concat([pd.DataFrame(rows, columns=list(SKIPPED)), skipped]).drop_duplicates(ignore_index=True)

@@ -29,6 +29,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mambalens.hooks.errors import MambalensError
+from mambalens.runs.table import with_position
 
 CONFIG, FACTS, PROMPTS, PARTS, LOCKS = "sweep.json", "facts.parquet", "prompts.parquet", "parts", "locks"
 SAVED = "saved"
@@ -238,7 +239,7 @@ def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise BrokenPart("belongs to another run")
     if not whole:
         raise BrokenPart("is damaged (its digest differs)")
-    return table, skipped
+    return with_position(table), skipped
 
 
 def read_parts(path: Path, run: str, blocks: int) -> tuple[list[tuple[pd.DataFrame, pd.DataFrame]], int]:

@@ -1,46 +1,26 @@
-"""The work of a sweep: rows of its table for a block of facts, and what defines them."""
+"""The work of a sweep: rows of its table for a block of facts."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
-import warnings
 from collections.abc import Iterator
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.model import LoadedModel
-from mambalens.runs.table import COLUMNS
+from mambalens.runs.table import COLUMNS, ROLE, single
 from mambalens.sweep.answers import Asked, Engine
+from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.prediction import Prediction, change, kl_divergence
-from mambalens.system.events import tell
-from mambalens.system.memory import budget, exhausted
+from mambalens.system.memory import budget
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-DEFINING = (
-    "model",
-    "n_layers",
-    "facts",
-    "n_facts",
-    "sources",
-    "target",
-    "window",
-    "features",
-    "paths",
-    "mixers",
-    "dtype",
-)
-"""Keys of a run's configuration that define it."""
 
 
 class Work:
@@ -56,8 +36,8 @@ class Work:
         replay: bool,
         bar: Any,
     ) -> None:
-        self.lens, self.facts, self.plan, self.batch_size, self.bar = lens, facts, plan, batch_size, bar
-        self.halved = False
+        self.lens, self.plan, self.bar = lens, plan, bar
+        self.halving = Halving(lens.name, batch_size, bar)
         self.windows = plan.check(lens.hooks)
         self.engine = Engine(lens, budget(memory, lens.device), replay)
         prompts, self.unusable = read_facts(facts, lens.tokenizer)
@@ -74,11 +54,10 @@ class Work:
         """Every window, group of features and path, looked up, and what the table calls it."""
         roles = len(plan.sources) + ("each" in plan.sources) * (max(len(prompt.ids) for prompt in prompts) - 1)
         self.per_prompt = roles * len(self.combinations)
-        bar.reset(total=len(prompts) * self.per_prompt)
 
-    def pass_over(self, facts: Facts) -> None:
-        """A block is finished without this process's doing."""
-        self.bar.update(sum(fact.id in self.prompts for fact in facts) * self.per_prompt)
+    def size(self, facts: Facts) -> int:
+        """How far the progress bar goes for some facts: their prompts, once for every knockout."""
+        return sum(fact.id in self.prompts for fact in facts) * self.per_prompt
 
     def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
         """The table's rows for some facts, and what is left out of them."""
@@ -89,8 +68,8 @@ class Work:
         skipped = [skip for skip in self.unusable if skip.fact_id in order]
         rows: list[tuple[Any, ...]] = []
         most = functools.partial(self.engine.prompts_at_once, self.plan.sources)
-        for batch in self.lens.batches(prompts, self.batch_size, most):
-            found, empty = self._halving(batch)
+        for batch in self.lens.batches(prompts, self.halving.batch_size, most):
+            found, empty = self.halving.run(self._batch, batch)
             rows += found
             skipped += empty
         table = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -103,125 +82,33 @@ class Work:
 
         return sort(table), sort(missing)
 
-    def _halving(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
-        """A batch; where it does not fit the memory after all, its halves."""
-        before = self.bar.n
-        try:
-            return self._batch(batch)
-        except (MemoryError, RuntimeError) as error:
-            if not exhausted(error) or len(batch.prompts) == 1:
-                raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        if not self.halved:
-            size = len(batch.prompts)
-            warnings.warn(
-                f"A batch of {size} prompts does not fit the memory: going on with smaller ones.", stacklevel=2
-            )
-        self.halved = True
-        tell("memory full", model=self.lens.name, prompts=len(batch.prompts))
-        self.bar.update(before - self.bar.n)
-        half = (len(batch.prompts) + 1) // 2
-        self.batch_size = half
-        parts = [batch.part(range(half)), batch.part(range(half, len(batch.prompts)))]
-        found = [self._halving(part.trimmed()) for part in parts]
-        return [row for rows, _ in found for row in rows], [skip for _, skips in found for skip in skips]
-
     def _batch(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
         plan, lens = self.plan, self.lens
         targets = [prompt.positions(plan.target) for prompt in batch.prompts]
         sources = list(_sources(plan, batch, targets))
         skipped = [
-            Skip(str(prompt.fact.id), role, f"the role {role!r} is empty")
-            for role, positions in sources
-            for prompt, found in zip(batch.prompts, positions, strict=True)
-            if not found and not role.startswith("each:")
+            Skip(str(prompt.fact.id), source.name, f"the role {source.name!r} is empty")
+            for source in sources
+            for prompt, found in zip(batch.prompts, source.positions, strict=True)
+            if not found and source.at == ROLE
         ]
-        sources = [(role, positions) for role, positions in sources if any(positions)]
+        sources = [source for source in sources if any(source.positions)]
         knockouts, labels = [], []
-        for (cutting, label), (number, (role, _)) in product(self.combinations, enumerate(sources)):
+        for (cutting, label), (number, source) in product(self.combinations, enumerate(sources)):
             knockouts.append(Asked(cutting, number))
-            labels.append((lens.name, role, plan.target, *label))
-        answers = self.engine.answers(batch, knockouts, [positions for _, positions in sources], targets)
+            labels.append((lens.name, source.name, source.at, plan.target, *label))
+        answers = self.engine.answers(batch, knockouts, [source.positions for source in sources], targets)
         base = Prediction.of(next(answers)[1], batch.targets)
         probs = base.log_probs.exp()
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for number, logits in answers:
             now = Prediction.of(logits, batch.targets)
-            _, positions = sources[knockouts[number].source]
+            positions = sources[knockouts[number].source].positions
             kl = kl_divergence(base.log_probs, now.log_probs, probs)
             rows[number] = list(_rows(batch, positions, labels[number], base, now, kl, lens.tokenizer))
             self.bar.update(len(batch.prompts))
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped
-
-    @property
-    def tokens(self) -> pd.DataFrame:
-        """The prompts as the model reads them, with the columns of `folder.PROMPT`."""
-        import pandas as pd
-
-        from mambalens.runs.folder import PROMPT
-
-        rows = [
-            (self.lens.name, fact_id, prompt.tokens, prompt.positions("subject"))
-            for fact_id, prompt in self.prompts.items()
-        ]
-        return pd.DataFrame(rows, columns=list(PROMPT))
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """What was run, to label tables and figures with."""
-        plan = self.plan
-        return {
-            "model": self.lens.name,
-            "n_layers": self.lens.n_layers,
-            "kinds": self.lens.hooks.kinds,
-            "facts": self.facts.name,
-            "n_facts": len(self.facts),
-            "answered": [answered._asdict() for answered in self.facts.answered],
-            "sources": list(plan.sources),
-            "target": plan.target,
-            "window": plan.window if isinstance(plan.window, int) else self.windows,
-            "features": list(plan.names),
-            "paths": list(plan.paths),
-            "mixers": plan.mixers,
-            "dtype": str(self.lens.model.dtype).removeprefix("torch."),
-        }
-
-    @property
-    def definition(self) -> dict[str, Any]:
-        """Everything that the numbers depend on."""
-        config, model = self.config, self.lens.model
-        masks = [
-            None if isinstance(features, str) else [
-                [mixer.layer, mixer.kind, None if mask is None else mask.nonzero().flatten().tolist()]
-                for layers in self.windows
-                for mixer, mask in self.lens.hooks.feature_masks(features, layers, self.plan.mixers).items()
-            ]
-            for features in self.plan.features
-        ]  # fmt: skip
-        weights = [
-            (name, list(value.shape), str(value.dtype), _first_numbers(value))
-            for name, value in model.state_dict().items()
-        ]
-        asked = [(f.id, f.prompt, f.subject, f.target) for f in self.facts]
-        return {key: config[key] for key in DEFINING} | {
-            "windows": _digest(self.windows),
-            "feature masks": _digest(masks),
-            "model config": _digest(model.config.to_json_string()),
-            "weights": _digest(sorted(weights)),
-            "revision": getattr(model.config, "_commit_hash", None),
-            "facts digest": _digest(asked),
-        }
-
-
-def _first_numbers(value: Tensor) -> list[float]:
-    """A few of a weight's numbers: another checkpoint of the same shape has others. None where they lie on disk."""
-    return [] if value.device.type == "meta" else value.flatten()[:8].double().tolist()
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _rows(
@@ -254,11 +141,22 @@ def _split(prompts: list[Prompt], target: str) -> tuple[list[Prompt], list[Skip]
     return usable, [Skip(str(prompt.fact.id), "", f"the target role {target!r} is empty") for prompt in empty]
 
 
-def _sources(plan: Plan, batch: Batch, targets: list[list[int]]) -> Iterator[tuple[str, list[list[int]]]]:
-    """Name and positions for every row, of every source; 'each' becomes one source for every position."""
+class _Source(NamedTuple):
+    """What a batch's knockouts may block."""
+
+    name: str
+    at: int
+    """Its own position, or `ROLE` where it is a role."""
+    positions: list[list[int]]
+    """Its positions in every prompt."""
+
+
+def _sources(plan: Plan, batch: Batch, targets: list[list[int]]) -> Iterator[_Source]:
+    """Every source; 'each' becomes one for every position."""
     for role in plan.sources:
         if role != "each":
-            yield role, [p.positions(role, t) for p, t in zip(batch.prompts, targets, strict=True)]
+            yield _Source(role, ROLE, [p.positions(role, t) for p, t in zip(batch.prompts, targets, strict=True)])
             continue
         for position in range(batch.ids.shape[1]):
-            yield f"each:{position}", [[position] if position < len(p.ids) else [] for p in batch.prompts]
+            positions = [[position] if position < len(p.ids) else [] for p in batch.prompts]
+            yield _Source(single(position), position, positions)

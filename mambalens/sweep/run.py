@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mambalens.defaults import BLOCK
 from mambalens.facts.fact import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
 from mambalens.sweep.block import Work
+from mambalens.sweep.identity import configuration, definition, prompt_table
 from mambalens.sweep.plan import Plan
 from mambalens.system import processes
 from mambalens.system.events import tell
@@ -53,6 +54,7 @@ def run(
     import pandas as pd
 
     from mambalens.runs.data import SweepData, with_unusable
+    from mambalens.runs.folder import RunFolder
 
     if block_size < 1:
         raise MambalensError(f"block_size={block_size}: give 1 or more facts.")
@@ -60,22 +62,25 @@ def run(
     bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
         work = Work(lens, facts, plan, batch_size, memory, replay, bar)
+        bar.reset(total=work.size(facts))
+        config = configuration(lens, facts, plan, work.windows)
+        prompts = prompt_table(lens, work.prompts.values())
         if out is None:
             found = [work.block(block) for block in blocks]
             tables, skipped = [table for table, _ in found], [skip for _, skip in found]
-            missing = with_unusable(pd.concat(skipped, ignore_index=True), [work.config])
+            missing = with_unusable(pd.concat(skipped, ignore_index=True), [config])
             table = pd.concat(tables, ignore_index=True)
-            return SweepData(table, missing, facts.table, [work.config], prompts=work.tokens)
-        _fill(out, work, blocks, block_size)
+            return SweepData(table, missing, facts.table, [config], prompts=prompts)
+        defined = definition(lens, facts, plan, work.windows, config) | {"block_size": block_size}
+        about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": _versions()}
+        _fill(RunFolder(out, defined, about, facts.table, prompts), work, blocks)
     return SweepData.load(out)
 
 
-def _fill(out: str | Path, work: Work, blocks: list[Facts], block_size: int) -> None:
+def _fill(folder: RunFolder, work: Work, blocks: list[Facts]) -> None:
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
-    from mambalens.runs.folder import Interrupts, RunFolder
+    from mambalens.runs.folder import Interrupts
 
-    about = {"configs": [work.config], "blocks": len(blocks), "versions": _versions()}
-    folder = RunFolder(out, work.definition | {"block_size": block_size}, about, work.facts.table, work.tokens)
     begin = processes.rank() * len(blocks) // processes.count()
     left = [*range(begin, len(blocks)), *range(begin)]
     counted: set[int] = set()
@@ -94,8 +99,8 @@ def _fill(out: str | Path, work: Work, blocks: list[Facts], block_size: int) -> 
                             counted.add(number)
                 if number not in counted:
                     counted.add(number)
-                    tell("block already there", model=work.lens.name, folder=str(out), block=number, blocks=len(blocks))
-                    work.pass_over(blocks[number])
+                    _tell("block already there", folder, work, number, blocks)
+                    work.bar.update(work.size(blocks[number]))
             if len(waiting) == len(left):
                 time.sleep(POLL)
             left = waiting
@@ -106,8 +111,13 @@ def _compute(folder: RunFolder, work: Work, number: int, blocks: list[Facts]) ->
     started = time.perf_counter()
     table, skipped = work.block(blocks[number])
     folder.write(number, table, skipped)
-    about = {"model": work.lens.name, "folder": str(folder.path), "block": number, "blocks": len(blocks)}
-    tell("block", **about, rows=len(table), seconds=round(time.perf_counter() - started, 3))
+    seconds = round(time.perf_counter() - started, 3)
+    _tell("block", folder, work, number, blocks, rows=len(table), seconds=seconds)
+
+
+def _tell(event: str, folder: RunFolder, work: Work, number: int, blocks: list[Facts], **more: Any) -> None:
+    """Say what became of a block."""
+    tell(event, model=work.lens.name, folder=str(folder.path), block=number, blocks=len(blocks), **more)
 
 
 def _versions() -> dict[str, str]:

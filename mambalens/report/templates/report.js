@@ -269,7 +269,7 @@ function drawTokens(of, fact, metric, rows) {
   const read = (name, i) => [...numbers(grid.values[name]).subarray(i * width, (i + 1) * width)];
   const tokens = Array.from({ length: to - from }, (_, i) => fact.tokens?.[i] ?? `token ${i}`);
   const z = tokens.map((_, i) => read(metric, from + i));
-  tokens.forEach((_, i) => grid.starts.forEach((start, w) => rows.push([chosen.model, fact.id, `each:${i}`, grid.features, grid.path,
+  tokens.forEach((_, i) => grid.starts.forEach((start, w) => rows.push([chosen.model, fact.id, `${data.single}${i}`, grid.features, grid.path,
     layersOf(start, grid.window_size), ...Object.keys(data.metrics).map((name) => numbers(grid.values[name])[(from + i) * width + w])])));
   const most = Math.max(...z.flat().filter((value) => !Number.isNaN(value)), 1e-9), signed = metric === "change_pct";
   const high = signed ? Math.max(100, most) : most, zero = 100 / (100 + high);

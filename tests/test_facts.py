@@ -168,7 +168,7 @@ def test_counterfact_is_read_in_both_of_its_formats(tmp_path: Path) -> None:
 
 
 def test_a_data_set_is_fetched_once_and_its_digest_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mambalens import fetching
+    from mambalens.facts import fetching
 
     asked = []
 

@@ -17,7 +17,7 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Path
 from mambalens.model import LoadedModel
 from mambalens.runs.intervals import LEVEL, RESAMPLES
-from mambalens.sweep.answers import Asked, Engine
+from mambalens.sweep.answers import Answerer, Asked
 from mambalens.sweep.prediction import change, target_probability
 from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
@@ -136,7 +136,7 @@ def causal_features(
         raise none_usable(facts, skipped)
     measured = feature_table(lens, Facts([prompt.fact for prompt in usable]), batch_size, progress)
     table = _blocks(measured[[key in chosen for key in zip(measured.layer, measured.kind, strict=True)]], block)
-    engine = Engine(lens, room)
+    answerer = Answerer(lens, room)
     asked = [
         Asked(lens.hooks.resolve([layer], list(features), path, kind), 0)
         for layer, kind, features in zip(table.layer, table.kind, table.features, strict=True)
@@ -145,11 +145,11 @@ def causal_features(
     drops = np.full((len(usable), len(table)), np.nan)
     bar = tqdm(total=drops.size, desc=f"knock out features of {lens.name}", unit="prompt", disable=not progress)
     with bar:
-        for batch in lens.batches(usable, batch_size, functools.partial(engine.prompts_at_once, [source])):
+        for batch in lens.batches(usable, batch_size, functools.partial(answerer.prompts_at_once, [source])):
             targets = [prompt.positions(target) for prompt in batch.prompts]
             sources = [p.positions(source, t) for p, t in zip(batch.prompts, targets, strict=True)]
             rows = [order[id(prompt)] for prompt in batch.prompts]
-            answers = engine.answers(batch, asked, [sources], targets)
+            answers = answerer.answers(batch, asked, [sources], targets)
             base = target_probability(next(answers)[1], batch.targets)
             for number, logits in answers:
                 drop = -change(base, target_probability(logits, batch.targets))

@@ -35,7 +35,7 @@ Answers = Iterator[tuple[int, Tensor]]
 """Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
 
 
-class Engine:
+class Answerer:
     """Answers knockouts.
 
     Args:

@@ -13,7 +13,7 @@ from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.model import LoadedModel
 from mambalens.runs.table import COLUMNS, ROLE, single
-from mambalens.sweep.answers import Asked, Engine
+from mambalens.sweep.answers import Answerer, Asked
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.prediction import Prediction, change, kl_divergence
@@ -39,7 +39,7 @@ class Work:
         self.lens, self.plan, self.bar = lens, plan, bar
         self.halving = Halving(lens.name, batch_size, bar)
         self.windows = plan.check(lens.hooks)
-        self.engine = Engine(lens, budget(memory, lens.device), replay)
+        self.answerer = Answerer(lens, budget(memory, lens.device), replay)
         prompts, self.unusable = read_facts(facts, lens.tokenizer)
         prompts, empty_target = _split(prompts, plan.target)
         self.unusable += empty_target
@@ -67,7 +67,7 @@ class Work:
         prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
         skipped = [skip for skip in self.unusable if skip.fact_id in order]
         rows: list[tuple[Any, ...]] = []
-        most = functools.partial(self.engine.prompts_at_once, self.plan.sources)
+        most = functools.partial(self.answerer.prompts_at_once, self.plan.sources)
         for batch in self.lens.batches(prompts, self.halving.batch_size, most):
             found, empty = self.halving.run(self._batch, batch)
             rows += found
@@ -97,7 +97,7 @@ class Work:
         for (cutting, label), (number, source) in product(self.combinations, enumerate(sources)):
             knockouts.append(Asked(cutting, number))
             labels.append((lens.name, source.name, source.at, plan.target, *label))
-        answers = self.engine.answers(batch, knockouts, [source.positions for source in sources], targets)
+        answers = self.answerer.answers(batch, knockouts, [source.positions for source in sources], targets)
         base = Prediction.of(next(answers)[1], batch.targets)
         probs = base.log_probs.exp()
         rows: dict[int, list[tuple[Any, ...]]] = {}

@@ -1,5 +1,6 @@
-"""Shapes in signatures are checked while the tests run."""
+"""Shapes in signatures are checked while the tests run, unless MAMBALENS_SHAPES=unchecked (they cost time)."""
 
+import os
 from pathlib import Path
 
 from jaxtyping import install_import_hook
@@ -8,7 +9,8 @@ from jaxtyping import install_import_hook
 FIRST_TO_HEAR = ("manager", "knockout")
 HOOKS = [path.stem for path in (Path(__file__).parent.parent / "hooks").glob("[a-z]*.py")]
 
-install_import_hook(
-    [*(f"mambalens.hooks.{name}" for name in HOOKS if name not in FIRST_TO_HEAR), "mambalens.features"],
-    "beartype.beartype",
-)
+if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
+    install_import_hook(
+        [*(f"mambalens.hooks.{name}" for name in HOOKS if name not in FIRST_TO_HEAR), "mambalens.features"],
+        "beartype.beartype",
+    )

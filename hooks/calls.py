@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable
 from typing import Any
 
+from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
@@ -46,7 +47,7 @@ def bound(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> d
     return given | given.pop(rest, {})
 
 
-def recurrent_state(cache: Cache, layer: int) -> Tensor:
+def recurrent_state(cache: Cache, layer: int) -> Float[Tensor, " batch *state"]:
     """The state that a state-space layer has left in a cache; `get_recurrent_state` is not in every release."""
     held: Any = cache.layers[layer]
     return held.recurrent_states[0]

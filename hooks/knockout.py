@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError, choose
@@ -68,7 +69,7 @@ class Knockout:
     """The scan or attention ('main'), the causal convolution before the scan ('conv'), or 'both'."""
     mixers: str | None = None
     """Only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several; None: all."""
-    edges: Tensor | None = None
+    edges: Bool[Tensor, "*batch time time"] | None = None
     """Instead of sources and targets: which edges are cut, a boolean mask [T, T] or [batch, T, T], targets in rows and
     sources in columns. What lies above the diagonal says nothing: no position reads a later one."""
 
@@ -93,8 +94,8 @@ class Knockout:
 class Cutting:
     """A knockout looked up in a model, whatever its positions: which mixers, which of their features, which paths."""
 
-    features: Mapping[Any, Tensor | None]
-    """Mask [features] of every mixer that is cut; None for every feature."""
+    features: Mapping[Any, Bool[Tensor, " feature"] | None]
+    """Mask of every mixer that is cut; None for every feature."""
     paths: Paths
 
     @property
@@ -103,11 +104,13 @@ class Cutting:
         return min((mixer.layer for mixer in self.features), default=0)
 
 
-def edge_mask(edges: Tensor, batch: int, prompt: int, length: int) -> tuple[Tensor, list[int], bool]:
+def edge_mask(
+    edges: Bool[Tensor, "*batch time time"], batch: int, prompt: int, length: int
+) -> tuple[Bool[Tensor, "batch length length"], list[int], bool]:
     """Edges over the first `length` columns.
 
     Returns:
-        A mask [batch, length, length]; targets past `length` (they may be generated later); whether any target lies
+        A mask; targets past `length` (they may be generated later); whether any target lies
         past the prompt.
     """
     given = edges.cpu().expand(batch, -1, -1) if edges.ndim == 2 else edges.cpu()
@@ -127,7 +130,7 @@ def edge_mask(edges: Tensor, batch: int, prompt: int, length: int) -> tuple[Tens
 
 def position_mask(
     positions: Positions, name: str, batch: int, prompt: int, length: int
-) -> tuple[Tensor, list[int], bool]:
+) -> tuple[Bool[Tensor, "batch length"], list[int], bool]:
     """Turn positions into a boolean mask over the first `length` columns.
 
     Args:
@@ -137,7 +140,7 @@ def position_mask(
         length: columns to cover; past `prompt` only while generating.
 
     Returns:
-        A mask [batch, length]; positions past `length` (they may be generated later); whether any position, reached or
+        A mask; positions past `length` (they may be generated later); whether any position, reached or
         not, lies past the prompt.
     """
     mask = torch.zeros(batch, length, dtype=torch.bool)

@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mambalens.hooks.adapters import find_mixers
@@ -113,7 +114,7 @@ class HookManager:
         features: Features = "all",
         path: Path = "main",
         mixers: str | None = None,
-        edges: Tensor | None = None,
+        edges: Bool[Tensor, "*batch time time"] | None = None,
     ) -> Iterator[Knockout]:
         """Block what `sources` hand to `targets` while the block runs (Geva et al. 2023; Endy et al. 2025, eq. 5).
 
@@ -205,7 +206,7 @@ class HookManager:
 
     def feature_masks(
         self, features: Features, layers: Sequence[int] | int | str | None, kind: str | None = None
-    ) -> dict[Mixer, Tensor | None]:
+    ) -> dict[Mixer, Bool[Tensor, " feature"] | None]:
         """Boolean masks of a knockout's features, for every mixer it cuts; None stands for every feature."""
         numbers = self.layer_numbers(layers)
         return {
@@ -213,7 +214,7 @@ class HookManager:
             for mixer in self.mixers_of(layers, kind)
         }
 
-    def _feature_mask(self, mixer: Mixer, features: Any) -> Tensor | None:
+    def _feature_mask(self, mixer: Mixer, features: Any) -> Bool[Tensor, " feature"] | None:
         if not isinstance(features, str):
             return explicit_mask(features, mixer.n_features, mixer.layer)
         parse_group(features)
@@ -279,28 +280,28 @@ class HookManager:
     @torch.no_grad()
     def effective_attention(
         self,
-        input_ids: Tensor,
+        input_ids: Int[Tensor, "batch time"],
         layer: int,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "batch time"] | None = None,
         features: Features = "all",
         reduce: str | None = None,
         mixers: str | None = None,
-    ) -> Tensor:
+    ) -> Float[Tensor, "batch feature time time"] | Float[Tensor, "batch time time"]:
         """How much feature f of position s enters the output at t: `alpha[t, s, f]` (Ali et al. 2024, eq. 12).
 
         Inside a `knockout` block, blocked entries are zero. Softmax weights in attention; in Mamba the scan's, signed.
         Memory grows with features x T^2, never with the state too; with `reduce`, with T^2 alone.
 
         Args:
-            input_ids: [batch, T].
+            input_ids: tokens.
             layer: layer number.
-            attention_mask: [batch, T], 0 at padding.
+            attention_mask: 0 at padding.
             features: a group, a feature's number, a mask or a list.
             reduce: 'mean' or 'mean_abs' (mean of absolute values) over these features.
             mixers: which kind of mixer, in layers that have two.
 
         Returns:
-            [batch, features, T, T], targets t in rows, sources s in columns; reduced, [batch, T, T].
+            Targets t in rows, sources s in columns.
         """
         mixer = self.mixer_of(layer, mixers)
         mask = self.feature_masks(features, layer, mixer.kind)[mixer]
@@ -322,7 +323,11 @@ class HookManager:
 
     @torch.no_grad()
     def token_mixing(
-        self, input_ids: Tensor, layer: int, attention_mask: Tensor | None = None, mixers: str | None = None
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        layer: int,
+        attention_mask: Shaped[Tensor, "batch time"] | None = None,
+        mixers: str | None = None,
     ) -> TokenMixing:
         """What a layer's features move between positions of these tokens, see `TokenMixing`."""
         mixer = self.mixer_of(layer, mixers)
@@ -338,18 +343,18 @@ class HookManager:
     @torch.no_grad()
     def watch(
         self,
-        input_ids: Tensor,
+        input_ids: Int[Tensor, "batch time"],
         see: Callable[[Mixer, TokenMixing], None],
         layers: Sequence[int] | int | str | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Shaped[Tensor, "batch time"] | None = None,
     ) -> None:
         """Run the model once and show every layer's token mixing when the layer has run; none is kept.
 
         Args:
-            input_ids: [batch, T].
+            input_ids: tokens.
             see: called with the mixer and its `TokenMixing`.
             layers: which to show; None: all.
-            attention_mask: [batch, T], 0 at padding.
+            attention_mask: 0 at padding.
         """
 
         def show(mixer: Mixer, call: Captured) -> None:
@@ -360,8 +365,8 @@ class HookManager:
     def _capture(
         self,
         mixers: Sequence[Mixer],
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Shaped[Tensor, "batch time"] | None,
         show: Callable[[Mixer, Captured], None],
     ) -> None:
         def watched(mixer: Mixer, probe: Any) -> Callable[..., None]:

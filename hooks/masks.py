@@ -174,6 +174,8 @@ def changed_positions(cuts: Sequence[Cut], kernel: int) -> Bool[Tensor, "batch t
     return changed
 
 
-def by_feature(mask: Tensor, features: Tensor | None) -> Tensor:
-    """A mask [batch, T] for the given features [batch, T, features], or for all of them [batch, T, 1]."""
+def by_feature(
+    mask: Bool[Tensor, "*batch"], features: Bool[Tensor, "*#batch feature"] | None
+) -> Bool[Tensor, "*batch #feature"]:
+    """A mask for the given features, or one for all of them."""
     return mask[..., None] if features is None else mask[..., None] & features

@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound
@@ -98,8 +99,8 @@ class Mixer(ABC):
         """The ways by which it carries information between positions."""
         return Paths.BOTH if self.has_conv else Paths.MAIN
 
-    def decay_norm(self) -> Tensor:
-        """Decay norm of every feature [features], see `features.decay_norm`."""
+    def decay_norm(self) -> Float[Tensor, " feature"]:
+        """Decay norm of every feature, see `features.decay_norm`."""
         raise MambalensError(
             f"layer {self.layer} is {type(self.module).__name__}, whose features have no decay: use features='all', a "
             "boolean mask or a list of heads."

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import cache_argument, signature_of
@@ -87,7 +88,9 @@ class AttentionMixer(Mixer):
 
         return detach
 
-    def cut_mask(self, mask: Any, cuts: Sequence[Cut], hidden: Tensor, past: int) -> tuple[Tensor, Tensor | None]:
+    def cut_mask(
+        self, mask: Any, cuts: Sequence[Cut], hidden: Float[Tensor, "batch time hidden"], past: int
+    ) -> tuple[Shaped[Tensor, "#batch #feature time key"], Bool[Tensor, "batch feature time"] | None]:
         """The model's mask with the cuts added.
 
         Equation: Attention knockout
@@ -106,7 +109,7 @@ class AttentionMixer(Mixer):
             past: columns held by a cache.
 
         Returns:
-            The mask, and the targets that it would leave without any source [batch, heads, T], which it leaves alone.
+            The mask, and the targets that it would leave without any source, which it leaves alone.
         """
         time, seen = hidden.shape[1], past + hidden.shape[1]
         if mask is None:
@@ -179,8 +182,10 @@ class AttentionMixer(Mixer):
         finally:
             handle.remove()
 
-    def _silenced(self, heads: Tensor, silent: Tensor) -> Tensor:
-        """Outputs of the heads [batch, T, heads x width], zero at the targets without any source [batch, heads, T]."""
+    def _silenced(
+        self, heads: Float[Tensor, "batch time head_width"], silent: Bool[Tensor, " batch #feature time"]
+    ) -> Float[Tensor, "batch time head_width"]:
+        """Outputs of the heads, zero at the targets without any source."""
         heads = rearrange(heads, "batch time (head width) -> batch time head width", head=self.n_features)
         gone = rearrange(silent, "batch head time -> batch time head 1").to(heads.device)
         return rearrange(heads.masked_fill(gone, 0), "batch time head width -> batch time (head width)")
@@ -275,15 +280,14 @@ class AttentionMixer(Mixer):
 class Kept(NamedTuple):
     """What rows resume from in an attention layer."""
 
-    keys: Tensor
-    """[batch, key/value heads, T, width]."""
-    values: Tensor
-    """As the keys."""
-    allowed: Tensor
-    """What the model lets the replayed positions read [batch, 1 or heads, length, T]."""
-    bias: Tensor | None
-    """What the model's mask adds where it allows to read, shaped as `allowed`; None where it adds nothing."""
-    alibi: Tensor | None
+    keys: Float[Tensor, "batch group time width"]
+    """Of the heads that keys and values have."""
+    values: Float[Tensor, "batch group time value_width"]
+    allowed: Bool[Tensor, " batch #feature length time"]
+    """What the model lets the replayed positions read."""
+    bias: Float[Tensor, " batch #feature length time"] | None
+    """What the model's mask adds where it allows to read; None where it adds nothing."""
+    alibi: Float[Tensor, " ..."] | None
     """Bias for every key [batch x heads, 1, T] or [batch, heads, 1, T], in models with ALiBi."""
     most_cuts: int
     """See `Mixer.keeping`."""
@@ -295,17 +299,25 @@ class _RowCache:
     def __init__(self, kept: Kept) -> None:
         self.kept = kept
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Keys and values [batch, heads, T + cuts x length, width]."""
+    def update(
+        self,
+        keys: Float[Tensor, "batch group time width"],
+        values: Float[Tensor, "batch group time value_width"],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "batch group all_time width"], Float[Tensor, "batch group all_time value_width"]]:
+        """Keys and values of the base, those of the rows behind them."""
         return torch.cat([self.kept.keys, keys], 2), torch.cat([self.kept.values, values], 2)
 
 
-def _mask_of_rows(kept: Kept, base: Base, rows: Rows) -> tuple[Tensor, Tensor]:
+def _mask_of_rows(
+    kept: Kept, base: Base, rows: Rows
+) -> tuple[Bool[Tensor, " batch #feature row_time key"], Bool[Tensor, " batch #feature row_time"]]:
     """Which keys the rows may read: the base's left of the replayed positions, and their own.
 
     Returns:
-        Mask [batch, 1 or heads, cuts x length, T + cuts x length], and the positions that their cut leaves without any
-        source [batch, 1 or heads, cuts x length]; their mask is as without the cut.
+        Mask over the base's T keys and those of the rows, and the positions that their cut leaves without any source;
+        their mask is as without the cut.
     """
     cuts, length = len(rows), base.length
     blocked = torch.zeros((), dtype=torch.bool, device=kept.keys.device)
@@ -328,8 +340,10 @@ def _mask_of_rows(kept: Kept, base: Base, rows: Rows) -> tuple[Tensor, Tensor]:
     return mask, silent.flatten(2, 3)
 
 
-def _with_own_keys(bias: Tensor, base: Base, cuts: int) -> Tensor:
-    """A bias over the base's keys [batch, heads or 1, queries, T] with that over the rows' own keys behind it."""
+def _with_own_keys(
+    bias: Float[Tensor, " batch #feature query time"], base: Base, cuts: int
+) -> Float[Tensor, " batch #feature query key"]:
+    """A bias over the base's keys with that over the rows' own keys behind it."""
     columns = base.columns.repeat(1, cuts)[:, None, None]  # [B, 1, 1, R L]
     return torch.cat([bias, bias.gather(-1, columns.expand(*bias.shape[:3], -1))], -1)
 
@@ -337,11 +351,17 @@ def _with_own_keys(bias: Tensor, base: Base, cuts: int) -> Tensor:
 class _Probe:
     """What passes through one attention call. It takes the place of the cache: keys and values pass there."""
 
-    keys: Tensor
-    values: Tensor
-    output: Tensor
+    keys: Float[Tensor, "batch group time width"]
+    values: Float[Tensor, "batch group time value_width"]
+    output: Float[Tensor, "batch time head_width"]
 
-    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self,
+        keys: Float[Tensor, "batch group time width"],
+        values: Float[Tensor, "batch group time value_width"],
+        *_: Any,
+        **__: Any,
+    ) -> tuple[Float[Tensor, "batch group time width"], Float[Tensor, "batch group time value_width"]]:
         """As a cache that was empty."""
         self.keys, self.values = keys, values
         return keys, values

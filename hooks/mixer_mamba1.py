@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks import fused, kernels, scan
@@ -24,14 +25,21 @@ class Mamba1Mixer(SSMMixer):
     parts = ("in_proj", "conv1d", "act", "x_proj", "dt_proj", "out_proj", "D", "time_step_rank", "ssm_state_size",
              "conv_kernel_size")  # fmt: skip
 
-    def project(self, hidden: Tensor) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
         inner, gate = self.module.in_proj(hidden).chunk(2, -1)
         return Projected(gate, inner, None)
 
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
+    def convolve(
+        self,
+        inner: Float[Tensor, "*batch time channel"],
+        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
+        past: Float[Tensor, "*#batch before channel"] | None = None,
+    ) -> Float[Tensor, "*batch time wider"]:
         return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
 
-    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
+    def scan_inputs(
+        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
+    ) -> ScanInputs:
         mixer = self.module
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         dt, B, C = mixer.x_proj(convolved).split(sizes, -1)
@@ -46,14 +54,22 @@ class Mamba1Mixer(SSMMixer):
         x, B, C = convolved.to(precise)[..., None], B.to(precise)[:, :, None], C.to(precise)[:, :, None]
         return ScanInputs(x, dt, A, B, C)
 
-    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
+    def scan(
+        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
         y, state = kernels.selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
         return y[..., None], state.mT
 
-    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
+    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
         return scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], keep)
 
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
+    def resume_scan(
+        self,
+        inputs: ScanInputs,
+        x: Float[Tensor, "batch row time feature width"],
+        states: list[Float[Tensor, " batch *state"]],
+        number: Int[Tensor, " row"],
+    ) -> Float[Tensor, "batch row time feature width"]:
         dt, A, B, C = inputs.dt, inputs.A, inputs.B[..., 0, :], inputs.C[..., 0, :]
         x = x[..., 0]  # [B, R, L, D]
         if x.shape[2] == 1:
@@ -69,7 +85,7 @@ class Mamba1Mixer(SSMMixer):
     def expect(self, rows: int) -> None:
         fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
 
-    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
+    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         return scan.selective_attention(
             inputs.dt[:, :, features], inputs.A[features], inputs.B[:, :, 0], inputs.C[:, :, 0]
         )
@@ -77,5 +93,7 @@ class Mamba1Mixer(SSMMixer):
     def decay(self, inputs: ScanInputs) -> Decay:
         return Decay(inputs.dt, inputs.A, inputs.B[:, :, 0])
 
-    def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    def finish(
+        self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch time hidden"]:
         return self.module.out_proj((y[..., 0] * F.silu(gate)).to(dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import kernels, scan
@@ -31,14 +32,19 @@ class Mamba2Mixer(SSMMixer):
     parts = ("in_proj", "conv1d", "act", "dt_bias", "norm", "out_proj", "D", "num_heads", "head_dim", "n_groups",
              "ssm_state_size", "conv_kernel_size", "conv_dim", "intermediate_size", "time_step_limit")  # fmt: skip
 
-    def project(self, hidden: Tensor) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
         mixer = self.module
         projected = mixer.in_proj(hidden * getattr(mixer, "ssm_in_multiplier", 1.0))  # multipliers: Falcon-H1
         projected = projected * getattr(mixer, "mup_vector", 1.0)
         gate, inner, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
         return Projected(gate, inner, dt)
 
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
+    def convolve(
+        self,
+        inner: Float[Tensor, "*batch time channel"],
+        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
+        past: Float[Tensor, "*#batch before channel"] | None = None,
+    ) -> Float[Tensor, "*batch time wider"]:
         weight, bias = self.module.conv1d.weight[:, 0], self.module.conv1d.bias
         if keep is None or keep[0].shape[-1] == 1:
             return scan.causal_conv(inner, weight, bias, keep, past)
@@ -49,7 +55,9 @@ class Mamba2Mixer(SSMMixer):
         past = None if past is None else past[..., channels]
         return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
 
-    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
+    def scan_inputs(
+        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
+    ) -> ScanInputs:
         mixer = self.module
         x, B, C = convolved.tensor_split(
             [mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1
@@ -62,14 +70,22 @@ class Mamba2Mixer(SSMMixer):
         x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
-    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
+    def scan(
+        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
         y, state = kernels.ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
         return y, None if state is None else state.mT
 
-    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
+    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
         return scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, keep)
 
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
+    def resume_scan(
+        self,
+        inputs: ScanInputs,
+        x: Float[Tensor, "batch row time feature width"],
+        states: list[Float[Tensor, " batch *state"]],
+        number: Int[Tensor, " row"],
+    ) -> Float[Tensor, "batch row time feature width"]:
         dt, A, B, C = inputs.dt, inputs.A, inputs.B, inputs.C
         if x.shape[2] == 1:
             return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], states, number)[:, :, None]
@@ -85,7 +101,7 @@ class Mamba2Mixer(SSMMixer):
     def state_width(self) -> int:
         return int(self.module.head_dim * self.module.ssm_state_size)
 
-    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
+    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         group = features * inputs.B.shape[2] // inputs.dt.shape[2]
         dt, A = inputs.dt[:, :, features], inputs.A[features]
         return scan.ssd_attention(dt, A, inputs.B[:, :, group], inputs.C[:, :, group])
@@ -93,12 +109,14 @@ class Mamba2Mixer(SSMMixer):
     def decay(self, inputs: ScanInputs) -> Decay:
         return Decay(inputs.dt, inputs.A[:, None], torch.ones_like(inputs.dt[..., :1]))
 
-    def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
+    def finish(
+        self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch time hidden"]:
         flat = y.flatten(2)
         gated = flat * F.silu(gate) if isinstance(self.module.norm, nn.Identity) else self.module.norm(flat, gate)
         return self.module.out_proj(gated.to(dtype))
 
-    def _channels_by_head(self, device: torch.device) -> Tensor:
+    def _channels_by_head(self, device: torch.device) -> Int[Tensor, " wider"]:
         """Channels of the convolution with those of B and C repeated for every head."""
         mixer = self.module
         inner, state, groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
@@ -107,7 +125,7 @@ class Mamba2Mixer(SSMMixer):
         b = (inner + group_of_head[:, None] * state + in_group).flatten()
         return torch.cat([torch.arange(inner, device=device), b, b + groups * state])
 
-    def _head_of_channel(self, device: torch.device) -> Tensor:
+    def _head_of_channel(self, device: torch.device) -> Int[Tensor, " wider"]:
         """The head that each of those channels belongs to."""
         mixer = self.module
         heads = torch.arange(mixer.num_heads, device=device)

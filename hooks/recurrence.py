@@ -12,6 +12,7 @@ from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import scan
@@ -23,27 +24,24 @@ from mambalens.hooks.token_mixing import Decay
 class Projected(NamedTuple):
     """What the input projection gives, before the convolution."""
 
-    gate: Tensor
-    """[batch, T, channels]."""
-    inner: Tensor
-    """Input of the convolution [batch, T, conv channels]."""
-    dt: Tensor | None
-    """Raw step sizes where they do not go through the convolution (Mamba-2) [batch, T, heads]."""
+    gate: Float[Tensor, "batch time inner"]
+    inner: Float[Tensor, "batch time channel"]
+    """Input of the convolution."""
+    dt: Float[Tensor, "batch time feature"] | None
+    """Raw step sizes where they do not go through the convolution (Mamba-2)."""
 
 
 class ScanInputs(NamedTuple):
     """Inputs of the scan, in float32 or better."""
 
-    x: Tensor
-    """[batch, T, features, width]."""
-    dt: Tensor
-    """Step sizes after softplus [batch, T, features]."""
-    A: Tensor
+    x: Float[Tensor, "*batch time feature width"]
+    dt: Float[Tensor, "*batch time feature"]
+    """Step sizes after softplus."""
+    A: Float[Tensor, " feature *state"]
     """[features, state] in Mamba-1, [features] in Mamba-2."""
-    B: Tensor
-    """[batch, T, groups, state]; one group in Mamba-1."""
-    C: Tensor
-    """As B."""
+    B: Float[Tensor, "*batch time group state"]
+    """One group in Mamba-1."""
+    C: Float[Tensor, "*batch time group state"]
 
 
 class Recurrence(Mixer):
@@ -67,22 +65,29 @@ class Recurrence(Mixer):
         return type(self.module).__name__ in self.tested
 
     @abstractmethod
-    def project(self, hidden: Tensor) -> Projected:
-        """The input projection of `hidden` [batch, T, width], which takes every position alone."""
+    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
+        """The input projection, which takes every position alone."""
 
     @abstractmethod
-    def convolve(self, inner: Tensor, keep: list[Tensor] | None, past: Tensor | None = None) -> Tensor:
-        """The causal convolution without activation of `inner` [..., T, channels].
+    def convolve(
+        self,
+        inner: Float[Tensor, "*batch time channel"],
+        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
+        past: Float[Tensor, "*#batch before channel"] | None = None,
+    ) -> Float[Tensor, "*batch time wider"]:
+        """The causal convolution without activation.
 
         Args:
             inner: input.
-            keep: for every distance k, which taps stay [..., T, features or 1]; None for all.
-            past: inputs before the first [..., kernel - 1, channels]; zero by default.
+            keep: for every distance k, which taps stay, of every feature or of all; None for all.
+            past: inputs before the first; zero by default.
         """
 
     @abstractmethod
-    def scan_inputs(self, convolved: Tensor, dt: Tensor | None) -> ScanInputs:
-        """Split what the convolution gave, after the activation [batch, T, channels], into the inputs of the scan.
+    def scan_inputs(
+        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
+    ) -> ScanInputs:
+        """Split what the convolution gave, after the activation, into the inputs of the scan.
 
         Args:
             convolved: that.
@@ -90,38 +95,48 @@ class Recurrence(Mixer):
         """
 
     @abstractmethod
-    def scan(self, inputs: ScanInputs, x: Tensor, end: bool = False) -> tuple[Tensor, Tensor | None]:
-        """The scan of `x` [batch, T, features, width] without the skip, and with `end` the last state as caches do."""
+    def scan(
+        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
+        """The scan of `x` without the skip, and with `end` the last state as caches do."""
 
     @abstractmethod
-    def states(self, inputs: ScanInputs, keep: Tensor) -> list[Tensor]:
-        """States [batch, ...] after the last position for several choices of inputs `keep` [sets, batch, T]."""
+    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
+        """States after the last position for several choices of inputs."""
 
     @abstractmethod
-    def resume_scan(self, inputs: ScanInputs, x: Tensor, states: list[Tensor], number: Tensor) -> Tensor:
+    def resume_scan(
+        self,
+        inputs: ScanInputs,
+        x: Float[Tensor, "batch row time feature width"],
+        states: list[Float[Tensor, " batch *state"]],
+        number: Int[Tensor, " row"],
+    ) -> Float[Tensor, "batch row time feature width"]:
         """The scan of rows that resume from their prompts' states.
 
         Args:
-            inputs: as for `scan`, but [batch, rows, length, ...].
-            x: [batch, rows, length, features, width].
+            inputs: as for `scan`, but of rows.
+            x: input of the scan.
             states: from `states`.
-            number: which of them each row resumes from [rows].
+            number: which of them each row resumes from.
 
         Returns:
-            y without the skip, as x.
+            y without the skip.
         """
 
     @abstractmethod
-    def alpha(self, inputs: ScanInputs, features: Tensor) -> Tensor:
-        """Effective attention [batch, n, T, T] of the features with these numbers [n]."""
+    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
+        """Effective attention of the features with these numbers."""
 
     @abstractmethod
     def decay(self, inputs: ScanInputs) -> Decay:
         """How the features forget."""
 
     @abstractmethod
-    def finish(self, y: Tensor, gate: Tensor, dtype: torch.dtype) -> Tensor:
-        """Gate, norm and output projection of the scan's output with its skip [batch, T, features, width].
+    def finish(
+        self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch time hidden"]:
+        """Gate, norm and output projection of the scan's output with its skip.
 
         Takes every position alone.
         """
@@ -130,15 +145,17 @@ class Recurrence(Mixer):
     def n_features(self) -> int:
         return int(self.module.A_log.shape[0])
 
-    def decay_norm(self) -> Tensor:
+    def decay_norm(self) -> Float[Tensor, " feature"]:
         with weights_at_hand(self.module):
             return decay_norm(self.module.A_log)
 
-    def skip(self, inputs: ScanInputs) -> Tensor:
-        """The skip D [features, 1]."""
+    def skip(self, inputs: ScanInputs) -> Float[Tensor, "feature 1"]:
+        """The skip D."""
         return self.module.D.to(inputs.x.dtype)[:, None]
 
-    def with_skip(self, y: Tensor, inputs: ScanInputs, in_place: bool = False) -> Tensor:
+    def with_skip(
+        self, y: Float[Tensor, "*batch feature width"], inputs: ScanInputs, in_place: bool = False
+    ) -> Float[Tensor, "*batch feature width"]:
         """The scan's output with the skip, see `scan.add_skip`."""
         return scan.add_skip(y, self.skip(inputs)[:, 0], inputs.x, in_place)
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 
@@ -20,12 +21,12 @@ from torch import Tensor
 class Base:
     """What a base pass of right-padded prompts has in common for all layers."""
 
-    first: Tensor
-    """First position that is replayed, of every prompt [batch]."""
-    targets: Tensor
-    """Which of the replayed positions are targets, target set by target set [target sets, batch, length]."""
-    sources: Tensor
-    """Source sets [sets, batch, T]; set 0 is empty."""
+    first: Int[Tensor, " batch"]
+    """First position that is replayed, of every prompt."""
+    targets: Bool[Tensor, "targetset batch length"]
+    """Which of the replayed positions are targets, target set by target set."""
+    sources: Bool[Tensor, "sourceset batch time"]
+    """Source sets; set 0 is empty."""
 
     @property
     def length(self) -> int:
@@ -33,13 +34,13 @@ class Base:
         return self.targets.shape[2]
 
     @cached_property
-    def columns(self) -> Tensor:
-        """The replayed positions [batch, length]."""
+    def columns(self) -> Int[Tensor, "batch length"]:
+        """The replayed positions."""
         return self.first[:, None] + torch.arange(self.length, device=self.first.device)
 
     @cached_property
-    def before(self) -> Tensor:
-        """Positions left of the first that is replayed [batch, T]."""
+    def before(self) -> Bool[Tensor, "batch time"]:
+        """Positions left of the first that is replayed."""
         return torch.arange(self.sources.shape[2], device=self.first.device) < self.first[:, None]
 
     @cached_property
@@ -48,14 +49,14 @@ class Base:
         return max(1, int(self.first.max()))
 
     @cached_property
-    def tokens(self) -> tuple[Tensor, Tensor]:
-        """Prompt and column of every position left of the first that is replayed, [tokens] each."""
+    def tokens(self) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
+        """Prompt and column of every position left of the first that is replayed."""
         prompts, columns = self.before.nonzero(as_tuple=True)
         return prompts, columns
 
     @cached_property
-    def own_sources(self) -> Tensor:
-        """Which of the replayed positions are sources [sets, batch, length]."""
+    def own_sources(self) -> Bool[Tensor, "sourceset batch length"]:
+        """Which of the replayed positions are sources."""
         return self.sources.gather(2, self.columns.expand(len(self.sources), -1, -1))
 
     @cached_property
@@ -92,23 +93,23 @@ class Rows:
     as many as they have different rows.
     """
 
-    source: Tensor
-    """Source set of every pair in this layer, 0 for none [pairs, cuts]."""
-    target: Tensor
-    """Target set of every pair [pairs, cuts]."""
-    main: Tensor
-    """Whether the scan or attention is cut [cuts]."""
-    conv: Tensor
-    """Whether the convolution's taps are cut [cuts]."""
-    features: Tensor | None
-    """Which features are cut [cuts, features]; None for all."""
+    source: Int[Tensor, "pair cut"]
+    """Source set of every pair in this layer, 0 for none."""
+    target: Int[Tensor, "pair cut"]
+    """Target set of every pair."""
+    main: Bool[Tensor, " cut"]
+    """Whether the scan or attention is cut."""
+    conv: Bool[Tensor, " cut"]
+    """Whether the convolution's taps are cut."""
+    features: Bool[Tensor, "cut feature"] | None
+    """Which features are cut; None for all."""
 
     def __len__(self) -> int:
         return len(self.main)
 
     @property
-    def on_main(self) -> Tensor:
-        """Source set of every pair in the scan or attention, 0 where that is not cut [pairs, cuts]."""
+    def on_main(self) -> Int[Tensor, "pair cut"]:
+        """Source set of every pair in the scan or attention, 0 where that is not cut."""
         return torch.where(self.main, self.source, 0)
 
     def to(self, device: torch.device) -> Rows:

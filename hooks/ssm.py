@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mambalens.hooks import scan
@@ -35,16 +36,21 @@ EXPLICIT = 2**24
 class History(NamedTuple):
     """A prompt's mixer inputs and padding so far, for targets that are generated later."""
 
-    hidden: Tensor
-    padding: Tensor | None
-    state: Tensor
+    hidden: Float[Tensor, "batch time hidden"]
+    padding: Shaped[Tensor, "batch time"] | None
+    state: Float[Tensor, " batch *state"]
     """The cached state after them, to notice a cache that was reordered in between."""
 
 
 class SSMMixer(Recurrence):
     """Base of the adapters for mixers with a causal convolution and a scan: everything but their arithmetic."""
 
-    def inputs(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[ScanInputs, Projected]:
+    def inputs(
+        self,
+        hidden: Float[Tensor, "batch time hidden"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[ScanInputs, Projected]:
         """Inputs of the scan under the cuts of the convolution's taps, and the projection they come from."""
         projected = self.project(_without_padding(hidden, padding))
         kernel = int(self.module.conv_kernel_size)
@@ -52,16 +58,21 @@ class SSMMixer(Recurrence):
         convolved = self.module.act(self.convolve(projected.inner, keep))
         return self.scan_inputs(_without_padding(convolved, padding), projected.dt), projected
 
-    def knocked_out(self, hidden: Tensor, padding: Tensor | None, cuts: Sequence[Cut]) -> tuple[Tensor, Tensor | None]:
+    def knocked_out(
+        self,
+        hidden: Float[Tensor, "batch time hidden"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[Float[Tensor, "batch time hidden"], Float[Tensor, " batch *state"] | None]:
         """The mixer's output under the cuts, right at every position where `changed` holds.
 
         Args:
-            hidden: the mixer's input [batch, T, width], from the first column of the prompt.
-            padding: 1 for tokens, 0 for padding [batch, T].
+            hidden: the mixer's input, from the first column of the prompt.
+            padding: 1 for tokens, 0 for padding.
             cuts: over these T columns.
 
         Returns:
-            Output [batch, T, width], and the state after the last position where cut taps have changed it.
+            Output, and the state after the last position where cut taps have changed it.
         """
         inputs, projected = self.inputs(hidden, padding, cuts)
         y, state = self.mix(inputs, cuts, base=bool(on(Paths.CONV, cuts)))
@@ -69,7 +80,7 @@ class SSMMixer(Recurrence):
 
     def mix(
         self, inputs: ScanInputs, cuts: Sequence[Cut], base: bool, explicit: bool | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
         """The scan under the cuts of the main path.
 
         Equation: Knockout
@@ -93,7 +104,7 @@ class SSMMixer(Recurrence):
             explicit: which of the two; by default whichever costs less.
 
         Returns:
-            y [batch, T, features, width] without the skip, and with `base` the last state.
+            y without the skip, and with `base` the last state.
         """
         y, state = self.scan(inputs, inputs.x, end=True) if base else (torch.zeros_like(inputs.x), None)
         main = on(Paths.MAIN, cuts)
@@ -109,8 +120,10 @@ class SSMMixer(Recurrence):
             y = torch.where(where[..., None, None], masked, y)
         return y, state
 
-    def _explicit(self, inputs: ScanInputs, blocked: Tensor) -> Tensor:
-        """The scan as effective attention with the blocked entries [batch, features or 1, T, T] set to zero."""
+    def _explicit(
+        self, inputs: ScanInputs, blocked: Bool[Tensor, " batch #feature time time"]
+    ) -> Float[Tensor, "batch time feature width"]:
+        """The scan as effective attention with the blocked entries set to zero."""
         y = torch.empty_like(inputs.x)
         batch, time, count, _ = inputs.x.shape
         for features in torch.arange(count, device=y.device).split(max(1, EXPLICIT // (batch * time * time))):
@@ -175,7 +188,7 @@ class SSMMixer(Recurrence):
         if blocked is not None:
             diagonal = diagonal.masked_fill(blocked.diagonal(dim1=-2, dim2=-1).transpose(1, 2), 0.0)
 
-        def alpha_of(features: Tensor) -> Tensor:
+        def alpha_of(features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
             alpha = self.alpha(inputs, features)
             if blocked is None:
                 return alpha
@@ -226,7 +239,9 @@ class SSMMixer(Recurrence):
         return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
 
 
-def _continued(history: History, hidden: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def _continued(
+    history: History, hidden: Float[Tensor, "batch new hidden"], padding: Shaped[Tensor, "batch new"] | None
+) -> tuple[Float[Tensor, "batch time hidden"], Shaped[Tensor, "batch time"] | None]:
     """Inputs and padding of the prompt so far with the new ones behind them."""
     if history.padding is not None:
         new = history.padding.new_ones(hidden.shape[:2]) if padding is None else padding
@@ -234,6 +249,8 @@ def _continued(history: History, hidden: Tensor, padding: Tensor | None) -> tupl
     return torch.cat([history.hidden, hidden], 1), padding
 
 
-def _without_padding(hidden: Tensor, padding: Tensor | None) -> Tensor:
+def _without_padding(
+    hidden: Float[Tensor, "batch time hidden"], padding: Shaped[Tensor, "batch time"] | None
+) -> Float[Tensor, "batch time hidden"]:
     """Zero at padding, as transformers does before and after the convolution."""
     return hidden if padding is None else (hidden * padding[..., None]).to(hidden.dtype)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.masks import by_feature
@@ -18,15 +19,17 @@ from mambalens.hooks.resume import Base, Rows
 class Kept(NamedTuple):
     """What rows resume from in a state-space layer."""
 
-    states: list[Tensor]
-    """State before the first replayed position, without the inputs of each source set [batch, ...]."""
-    window: Tensor
-    """Inputs of the convolution before it [batch, kernel - 1, channels]."""
+    states: list[Float[Tensor, " batch *state"]]
+    """State before the first replayed position, without the inputs of each source set."""
+    window: Float[Tensor, "batch before channel"]
+    """Inputs of the convolution before it, as many as its kernel reaches back."""
     most_cuts: int
     """See `Mixer.keeping`."""
 
 
-def keep(mixer: Recurrence, base: Base, hidden: Tensor) -> tuple[Tensor, Kept]:
+def keep(
+    mixer: Recurrence, base: Base, hidden: Float[Tensor, "batch time hidden"]
+) -> tuple[Float[Tensor, "batch time hidden"], Kept]:
     """The mixer's output left of what is replayed, and what rows have to know.
 
     Positions from the first replayed one on, and padding, are left out wherever tokens stand alone.
@@ -34,7 +37,7 @@ def keep(mixer: Recurrence, base: Base, hidden: Tensor) -> tuple[Tensor, Kept]:
     Args:
         mixer: the mixer.
         base: which positions are replayed, and the source sets.
-        hidden: the mixer's input [batch, T, width].
+        hidden: the mixer's input.
     """
     batch, time = len(base.first), base.reach
     gate, inner, dt = mixer.project(hidden[base.tokens][None])
@@ -54,8 +57,10 @@ def keep(mixer: Recurrence, base: Base, hidden: Tensor) -> tuple[Tensor, Kept]:
     return _spread(out, base.tokens, *hidden.shape[:2]), Kept(states, window, sys.maxsize)
 
 
-def resume(mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Tensor) -> Tensor:
-    """The mixer's output for rows [batch, cuts x length, width]."""
+def resume(
+    mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Float[Tensor, "batch row_time hidden"]
+) -> Float[Tensor, "batch row_time hidden"]:
+    """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)
     inner = _by_row(projected.inner, len(rows))
     keep = kept_taps_of_rows(base, rows, int(mixer.module.conv_kernel_size)) if rows.conv.any() else None
@@ -68,11 +73,13 @@ def resume(mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Tensor
     return mixer.finish(mixer.with_skip(y, inputs, in_place=True), projected.gate, hidden.dtype)
 
 
-def _cut_rows(mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, rows: Rows) -> Tensor:
-    """The scan of rows [batch, rows, length, ...]: each target set reads nothing of its source set."""
+def _cut_rows(
+    mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, rows: Rows
+) -> Float[Tensor, "batch row time feature width"]:
+    """The scan of rows: each target set reads nothing of its source set."""
     pairs = list(zip(rows.on_main, rows.target, strict=True))
 
-    def without(number: Tensor) -> Tensor:
+    def without(number: Int[Tensor, " row"]) -> Float[Tensor, "batch row time feature width"]:
         """Every position without its row's source set."""
         stays = ~base.own_sources[number].transpose(0, 1)[..., None, None]  # [B, R, L, 1, 1]
         return mixer.resume_scan(inputs, inputs.x if stays.all() else inputs.x * stays, kept.states, number)
@@ -90,8 +97,8 @@ def _cut_rows(mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, row
     return y
 
 
-def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Tensor]:
-    """For every distance k, 1 where the tap from t-k to t stays [batch, cuts, length, features or 1]."""
+def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Bool[Tensor, "batch cut length feature"]]:
+    """For every distance k, 1 where the tap from t-k to t stays, of every feature or of all."""
     keep = []
     for k in range(kernel):
         columns = base.columns - k  # [B, L]
@@ -104,13 +111,18 @@ def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Tensor]:
     return keep
 
 
-def _by_row(values: Tensor, rows: int) -> Tensor:
-    """What belongs to rows side by side, row by row [batch, rows, length, ...]."""
+def _by_row(values: Float[Tensor, "batch row_time *rest"], rows: int) -> Float[Tensor, "batch row time *rest"]:
+    """What belongs to rows side by side, row by row."""
     return rearrange(values, "batch (row time) ... -> batch row time ...", row=rows)
 
 
-def _spread(packed: Tensor, tokens: tuple[Tensor, Tensor], batch: int, time: int) -> Tensor:
-    """Values of tokens [1, tokens, ...] at their places in [batch, T, ...], zero elsewhere."""
+def _spread(
+    packed: Float[Tensor, "1 token *rest"],
+    tokens: tuple[Int[Tensor, " token"], Int[Tensor, " token"]],
+    batch: int,
+    time: int,
+) -> Float[Tensor, "batch time *rest"]:
+    """Values of tokens at their places, zero elsewhere."""
     spread = packed.new_zeros(batch, time, *packed.shape[2:])
     spread[tokens] = packed[0]
     return spread

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambalens.hooks import decay
@@ -26,12 +27,12 @@ REDUCTIONS = ("mean", "mean_abs")
 class Decay(NamedTuple):
     """How a state-space mixer forgets."""
 
-    dt: Tensor
-    """Step sizes [batch, T, features]."""
-    A: Tensor
-    """[features, state]; one state where A is a scalar (Mamba-2)."""
-    B: Tensor
-    """How a position's write spreads over the state [batch, T, state]."""
+    dt: Float[Tensor, "batch time feature"]
+    """Step sizes."""
+    A: Float[Tensor, "feature state"]
+    """One state where A is a scalar (Mamba-2)."""
+    B: Float[Tensor, "batch time state"]
+    """How a position's write spreads over the state."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +51,16 @@ class TokenMixing:
         Of one feature. In attention x are the values and D is 0.
     """
 
-    values: Tensor
-    """What positions offer [batch, T, features, width]; width is 1 in Mamba-1."""
-    skip: Tensor
-    """The skip D [features]; zero in attention."""
-    output: Tensor
-    """What the mixer's own code gave, before gate, norm and output projection [batch, T, features, width]."""
-    diagonal: Tensor
-    """alpha[t, t] [batch, T, features]."""
-    alpha_of: Callable[[Tensor], Tensor]
-    """Effective attention [batch, some features, T, T] of the features with these numbers."""
+    values: Float[Tensor, "batch time feature width"]
+    """What positions offer; width is 1 in Mamba-1."""
+    skip: Float[Tensor, " feature"]
+    """The skip D; zero in attention."""
+    output: Float[Tensor, "batch time feature width"]
+    """What the mixer's own code gave, before gate, norm and output projection."""
+    diagonal: Float[Tensor, "batch time feature"]
+    """alpha[t, t]."""
+    alpha_of: Callable[[Int[Tensor, " some"]], Float[Tensor, "batch some time time"]]
+    """Effective attention of the features with these numbers."""
     decay: Decay | None
     """None where nothing decays (attention)."""
 
@@ -69,25 +70,25 @@ class TokenMixing:
         return self.values.shape[2]
 
     @property
-    def alpha(self) -> Tensor:
-        """Effective attention of every feature [batch, features, T, T]."""
+    def alpha(self) -> Float[Tensor, "batch feature time time"]:
+        """Effective attention of every feature."""
         return self.attention(torch.arange(self.n_features))
 
     @property
-    def enrichment(self) -> Tensor:
-        """What a position adds to itself: own entry of effective attention and skip [batch, T, features, width]."""
+    def enrichment(self) -> Float[Tensor, "batch time feature width"]:
+        """What a position adds to itself: own entry of effective attention and skip."""
         return (self.diagonal + self.skip)[..., None] * self.values
 
     @property
-    def exchange(self) -> Tensor:
-        """What arrives from other positions [batch, T, features, width]; with `enrichment` it is `output`."""
+    def exchange(self) -> Float[Tensor, "batch time feature width"]:
+        """What arrives from other positions; with `enrichment` it is `output`."""
         return self.output - self.enrichment
 
-    def chunks(self, features: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Effective attention of the features with these numbers [n], a few at a time.
+    def chunks(self, features: Int[Tensor, " some"]) -> Iterator[tuple[slice, Float[Tensor, "batch those time time"]]]:
+        """Effective attention of the features with these numbers, a few at a time.
 
         Yields:
-            Which of the n, and alpha [batch, those, T, T].
+            Which of the numbers, and their alpha.
         """
         batch, time = self.values.shape[:2]
         size = max(1, CHUNK // (batch * time * time))
@@ -95,16 +96,15 @@ class TokenMixing:
             now = slice(begin, min(begin + size, len(features)))
             yield now, self.alpha_of(features[now].to(self.values.device))
 
-    def attention(self, features: Tensor, reduce: str | None = None) -> Tensor:
-        """Effective attention of the features with these numbers [n], in O(n T^2) memory; reduced, in O(T^2).
+    def attention(
+        self, features: Int[Tensor, " some"], reduce: str | None = None
+    ) -> Float[Tensor, "batch some time time"] | Float[Tensor, "batch time time"]:
+        """Effective attention of the n features with these numbers, in O(n T^2) memory; reduced, in O(T^2).
 
         Args:
             features: numbers of features.
             reduce: None, 'mean' over the features, or 'mean_abs', the mean of absolute values (the scan's entries have
                 signs, which cancel in a mean).
-
-        Returns:
-            [batch, n, T, T], or [batch, T, T].
         """
         if reduce is not None and reduce not in REDUCTIONS:
             raise MambalensError(f"reduce={reduce!r} is not a reduction: {choose(reduce, REDUCTIONS)}, or None.")
@@ -121,14 +121,14 @@ class TokenMixing:
             total += (alpha.abs() if reduce == "mean_abs" else alpha).sum(1)
         return total / len(features)
 
-    def half_life(self, length: Tensor) -> Tensor:
+    def half_life(self, length: Int[Tensor, " batch"]) -> Float[Tensor, "batch time feature"]:
         """Tokens until what a position wrote has decayed to half, see `decay.half_life`.
 
         Args:
-            length: tokens of every prompt [batch].
+            length: tokens of every prompt.
 
         Returns:
-            [batch, T, features], NaN behind the prompts' ends, and everywhere in attention.
+            NaN behind the prompts' ends, and everywhere in attention.
         """
         if self.decay is None:
             return torch.full_like(self.diagonal, math.nan)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from mambalens.facts.fact import Fact
@@ -76,8 +77,8 @@ class LoadedModel:
         return batches(prompts, size, 0 if padding is None else padding)
 
     @torch.no_grad()
-    def last_logits(self, batch: Batch) -> Tensor:
-        """Logits behind every prompt's last token, in float32 or better [batch, vocabulary]."""
+    def last_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+        """Logits behind every prompt's last token, in float32 or better."""
         rows = torch.arange(len(batch.prompts))
 
         def keep_last(module: Any, args: tuple[Any, ...]) -> Any:

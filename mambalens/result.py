@@ -83,7 +83,7 @@ class SweepResult(SweepData):
             raise MambalensError(f"The sweep was kept without the tokens of {fact_id!r}: run it again in its folder.")
         facts = part.facts[part.facts.fact_id == fact_id].reset_index(drop=True)
         one = SweepData(part.table, part.skipped, facts, part.configs)
-        return heatmap(one, list(found.tokens.iloc[0]), list(found.subject.iloc[0]), metric)
+        return heatmap(one, list(found.tokens.iloc[0]), [int(p) for p in found.subject.iloc[0]], metric)
 
     def report(self, path: str | Path, title: str | None = None, details: int = DETAILS) -> Path:
         """Write one HTML page to look at the sweep with: curves, switches, facts and their heatmaps.

@@ -11,6 +11,19 @@ HOOKS = [path.stem for path in (Path(__file__).parent.parent / "hooks").glob("[a
 
 if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
     install_import_hook(
-        [*(f"mambalens.hooks.{name}" for name in HOOKS if name not in FIRST_TO_HEAR), "mambalens.features"],
+        [
+            *(f"mambalens.hooks.{name}" for name in HOOKS if name not in FIRST_TO_HEAR),
+            *(
+                f"mambalens.{name}"
+                for name in (
+                    "features",
+                    "sweep.replay",
+                    "sweep.prediction",
+                    "runs.intervals",
+                    "figures.tokens",
+                    "report.page",
+                )
+            ),
+        ],
         "beartype.beartype",
     )

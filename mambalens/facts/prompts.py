@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from mambalens.facts.fact import Fact, Facts
@@ -57,15 +58,14 @@ class Batch(NamedTuple):
     """Prompts side by side, padded on the right: a causal model never looks there."""
 
     prompts: list[Prompt]
-    ids: Tensor
-    """[batch, T]."""
-    last: Tensor
-    """Last position of every prompt [batch]."""
-    targets: Tensor
-    """First token of every target [batch]."""
+    ids: Int[Tensor, "batch time"]
+    last: Int[Tensor, " batch"]
+    """Last position of every prompt."""
+    targets: Int[Tensor, " batch"]
+    """First token of every target."""
 
-    def mask(self, positions: Sequence[Sequence[int]]) -> Tensor:
-        """Positions for every row as a boolean mask [batch, T]."""
+    def mask(self, positions: Sequence[Sequence[int]]) -> Bool[Tensor, "batch time"]:
+        """Positions for every row as a mask."""
         mask = torch.zeros(self.ids.shape, dtype=torch.bool)
         for row, columns in enumerate(positions):
             mask[row, list(columns)] = True

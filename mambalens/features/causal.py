@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 from mambalens.facts.fact import Facts
@@ -33,12 +34,19 @@ class CausalData:
         table: one row a block: model, layer, kind, block, features (their numbers), n_features, decay_norm and what
             `Lens.features` measures (means over the block), drop_pct (mean over facts of 100 (base_prob - prob) /
             base_prob), low and high (95 % bootstrap interval over facts).
-        drops: drop_pct of every fact and block [facts, blocks].
+        drops: drop_pct of every fact and block.
         skipped: facts that could not be used, with the reason.
         source, target: roles.
     """
 
-    def __init__(self, table: pd.DataFrame, drops: np.ndarray, skipped: pd.DataFrame, source: str, target: str) -> None:
+    def __init__(
+        self,
+        table: pd.DataFrame,
+        drops: Float[np.ndarray, "fact block"],
+        skipped: pd.DataFrame,
+        source: str,
+        target: str,
+    ) -> None:
         self.table, self.drops, self.skipped, self.source, self.target = table, drops, skipped, source, target
 
     def __repr__(self) -> str:
@@ -77,15 +85,17 @@ class CausalData:
             rows.append((layer, int(inside.sum()), rho, float(low), float(high)))
         return pd.DataFrame(rows, columns=["layer", "n", "rho", "low", "high"])
 
-    def _resampled_means(self, seed: int) -> np.ndarray:
-        """Mean drop of every block in resamples of the facts [resamples, blocks]."""
+    def _resampled_means(self, seed: int) -> Float[np.ndarray, "resample block"]:
+        """Mean drop of every block in resamples of the facts."""
         facts = len(self.drops)
         counts = np.random.default_rng(seed).multinomial(facts, np.full(facts, 1 / facts), RESAMPLES)
         return counts @ self.drops / facts
 
 
-def _rank_correlation(measure: np.ndarray, effects: np.ndarray) -> np.ndarray:
-    """Spearman's rho of a measure [n] with each row of effects [m, n]; NaN where one of them does not vary."""
+def _rank_correlation(
+    measure: Float[np.ndarray, " block"], effects: Float[np.ndarray, "row block"]
+) -> Float[np.ndarray, " row"]:
+    """Spearman's rho of a measure with each row of effects; NaN where one of them does not vary."""
     if measure.size < 2:
         return np.full(len(effects), np.nan)
     x, y = stats.rankdata(measure), stats.rankdata(effects, axis=1)
@@ -94,8 +104,8 @@ def _rank_correlation(measure: np.ndarray, effects: np.ndarray) -> np.ndarray:
     return np.divide(y @ x, norm, out=np.full(len(effects), np.nan), where=norm > 0)
 
 
-def _interval(values: np.ndarray) -> np.ndarray:
-    """Percentiles around the middle `LEVEL` along the first axis [2, ...]."""
+def _interval(values: Float[np.ndarray, " resample *rest"]) -> Float[np.ndarray, " 2 *rest"]:
+    """Percentiles around the middle `LEVEL` along the first axis."""
     tail = 50 * (1 - LEVEL)
     return np.nanpercentile(values, [tail, 100 - tail], axis=0)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 COLUMNS = ("model", "layer", "n_layers", "kind", "group", "diagnostic", "lag", "value", "n_features", "n_prompts")
 SEQUENCES, LENGTH = 4, 25
 """Random sequences for the induction score, and tokens of each before it is repeated."""
-_OF_PROMPTS: dict[str, Callable[[Tensor], Tensor]] = {
+_OF_PROMPTS: dict[str, Callable[..., Float[Tensor, "batch feature"]]] = {
     "sink_share": operators.sink_share,
     "effective_rank": operators.effective_rank,
     "mean_distance": operators.mean_distance,
@@ -57,8 +58,8 @@ def diagnose(lens: LoadedModel, facts: Facts, batch_size: int | None, progress: 
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-def repeated_tokens(tokenizer: Any, seed: int) -> Tensor:
-    """Random tokens, each sequence twice in a row [sequences, 2 x length]; no token twice in a sequence."""
+def repeated_tokens(tokenizer: Any, seed: int) -> Int[Tensor, "sequence time"]:
+    """Random tokens, each sequence twice in a row; no token twice in a sequence."""
     special = set(tokenizer.all_special_ids)
     usable = torch.tensor([i for i in range(len(tokenizer)) if i not in special])
     generator = torch.Generator().manual_seed(seed)
@@ -72,8 +73,8 @@ class _Diagnosis:
 
     def __init__(self, mixer: Mixer, longest: int) -> None:
         self.mixer, count = mixer, mixer.n_features
-        self.sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(count, dtype=torch.float64))
-        self.counts: dict[str, Tensor] = defaultdict(lambda: torch.zeros(count, dtype=torch.float64))
+        self.sums: dict[str, Float[Tensor, " feature"]] = defaultdict(lambda: torch.zeros(count, dtype=torch.float64))
+        self.counts: dict[str, Float[Tensor, " feature"]] = defaultdict(lambda: torch.zeros(count, dtype=torch.float64))
         self.dependence = operators.PositionDependence(count, longest)
 
     def add(self, mixing: TokenMixing) -> None:
@@ -90,8 +91,8 @@ class _Diagnosis:
         for now, alpha in mixing.chunks(torch.arange(mixing.n_features)):
             self._count("induction_score", operators.induction_score(alpha), now)
 
-    def _count(self, name: str, value: Tensor, features: slice) -> None:
-        """Add values [batch, features] where there are any."""
+    def _count(self, name: str, value: Float[Tensor, "batch some"], features: slice) -> None:
+        """Add values where there are any."""
         value = value.double().cpu()
         self.sums[name][features] += value.nan_to_num(0.0).sum(0)
         self.counts[name][features] += (~value.isnan()).sum(0)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
@@ -57,7 +58,7 @@ def _see(hooks: HookManager, batch: Batch, measures: dict[Mixer, _Measure]) -> N
     hooks.watch(batch.ids.to(hooks.model.get_input_embeddings().weight.device), see)
 
 
-def thirds(mixer: Mixer) -> dict[str, Tensor]:
+def thirds(mixer: Mixer) -> dict[str, Bool[Tensor, " feature"]]:
     """Masks of a mixer's features by decay norm, those that are not empty; none where nothing decays."""
     if not mixer.decays:
         return {}
@@ -79,11 +80,13 @@ class _Measure:
     """Sums over prompts for one mixer, in float64."""
 
     def __init__(self, mixer: Mixer) -> None:
-        self.squares: dict[str, Tensor] = defaultdict(lambda: torch.zeros(mixer.n_features, dtype=torch.float64))
+        self.squares: dict[str, Float[Tensor, " feature"]] = defaultdict(
+            lambda: torch.zeros(mixer.n_features, dtype=torch.float64)
+        )
         self.log_half_life = torch.zeros(mixer.n_features, dtype=torch.float64)
         self.writes = 0
 
-    def add(self, mixing: TokenMixing, last: Tensor) -> None:
+    def add(self, mixing: TokenMixing, last: Int[Tensor, " batch"]) -> None:
         last = last.to(mixing.output.device)
         columns = torch.arange(mixing.output.shape[1], device=last.device)
         inside = (columns <= last[:, None])[..., None]  # [B, T, 1]

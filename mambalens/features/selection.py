@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError, choose
@@ -34,7 +35,7 @@ class Selection(Mapping[int, Tensor]):
         self.masks = {int(layer): torch.as_tensor(mask, dtype=torch.bool) for layer, mask in masks.items()}
         self.name = name
 
-    def __getitem__(self, layer: int) -> Tensor:
+    def __getitem__(self, layer: int) -> Bool[Tensor, " feature"]:
         return self.masks[layer]
 
     def __iter__(self) -> Iterator[int]:
@@ -56,7 +57,7 @@ class Selection(Mapping[int, Tensor]):
     def __and__(self, other: Selection) -> Selection:
         return self._with(other, torch.logical_and, "and")
 
-    def _with(self, other: Selection, how: Callable[[Tensor, Tensor], Tensor], word: str) -> Selection:
+    def _with(self, other: Selection, how: Callable[..., Bool[Tensor, " feature"]], word: str) -> Selection:
         if {k: len(v) for k, v in self.items()} != {k: len(v) for k, v in other.items()}:
             raise MambalensError(f"{self!r} and {other!r} do not speak of the same layers and features.")
         return Selection({k: how(v, other[k]) for k, v in self.items()}, f"{self.name} {word} {other.name}")

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Float
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -65,11 +66,13 @@ def heatmap(
     return figure
 
 
-def attention_map(alpha: np.ndarray, tokens: Sequence[str], title: str, subject: Sequence[int] = ()) -> Figure:
+def attention_map(
+    alpha: Float[np.ndarray, "time time"], tokens: Sequence[str], title: str, subject: Sequence[int] = ()
+) -> Figure:
     """Effective attention of one layer: targets down, sources across.
 
     Args:
-        alpha: [T, T]; signed entries are drawn around white, magnitudes and softmax weights from white on.
+        alpha: signed entries are drawn around white, magnitudes and softmax weights from white on.
         tokens: the prompt's tokens.
         title: a heading.
         subject: the subject's positions, which are set in bold.

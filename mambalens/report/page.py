@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from mambalens.facts.roles import pieces
 from mambalens.figures.style import PATHS, main_path, style
@@ -161,8 +162,8 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
 
 def _grids(
     table: pd.DataFrame, row: dict[str, int]
-) -> Iterator[tuple[dict[str, Any], pd.DataFrame, list[int], dict[str, np.ndarray]]]:
-    """For every series: what it is, its rows, its windows, and for each metric the values [facts, windows]."""
+) -> Iterator[tuple[dict[str, Any], pd.DataFrame, list[int], dict[str, Float[np.ndarray, "fact window"]]]]:
+    """For every series: what it is, its rows, its windows, and for each metric the values."""
     for key, group in table.groupby(_SERIES, sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
         at = (group.fact_id.map(row).to_numpy(int), np.searchsorted(starts, group.window_start.to_numpy()))
@@ -174,7 +175,9 @@ def _grids(
         yield about | {"window_size": int(about["window_size"])}, group, starts, grids
 
 
-def _top(group: pd.DataFrame, change: np.ndarray, row: dict[str, int], starts: list[int]) -> list[str]:
+def _top(
+    group: pd.DataFrame, change: Float[np.ndarray, "fact window"], row: dict[str, int], starts: list[int]
+) -> list[str]:
     """What each fact's prompt is answered with in the window that costs it most."""
     dearest = np.where(np.isnan(change), np.inf, change).argmin(1)
     wanted = group.window_start.to_numpy() == np.array(starts)[dearest][group.fact_id.map(row).to_numpy(int)]
@@ -267,7 +270,7 @@ def _assets() -> dict[str, Any]:
     return {name: Markup(text) for name, text in texts.items()}
 
 
-def _packed(values: np.ndarray) -> str:
+def _packed(values: Float[np.ndarray, " ..."]) -> str:
     return base64.b64encode(values.tobytes()).decode()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 INTERVALS = ("bootstrap", "t", "sem")
@@ -13,8 +14,10 @@ _AT_ONCE = 100
 LEVEL = 0.95
 
 
-def mean_intervals(groups: Sequence[np.ndarray], interval: str, seed: int = 0) -> list[tuple[float, float, float]]:
-    """Mean, low and high of every group of values [n]; see `SweepResult.summary`.
+def mean_intervals(
+    groups: Sequence[Float[np.ndarray, " _"]], interval: str, seed: int = 0
+) -> list[tuple[float, float, float]]:
+    """Mean, low and high of every group of values; see `SweepResult.summary`.
 
     The bootstrap draws the same facts for all groups of one size: what `scipy.stats.bootstrap` draws for each, which
     the tests hold it against. The resamples' means of many groups are one matrix product.
@@ -43,8 +46,10 @@ def mean_intervals(groups: Sequence[np.ndarray], interval: str, seed: int = 0) -
     return found
 
 
-def _percentiles(values: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high of the means of bootstrap resamples of values [G, n]."""
+def _percentiles(
+    values: Float[np.ndarray, "group value"], seed: int
+) -> tuple[Float[np.ndarray, " group"], Float[np.ndarray, " group"]]:
+    """Low and high of the means of bootstrap resamples of values."""
     rng, (groups, n) = np.random.default_rng(seed), values.shape
     means = np.empty((groups, RESAMPLES))
     for begin in range(0, RESAMPLES, _AT_ONCE):

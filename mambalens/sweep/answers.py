@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
@@ -31,7 +32,7 @@ class Asked(NamedTuple):
 Positions = Sequence[Sequence[int]]
 """Positions in every prompt of a batch."""
 
-Answers = Iterator[tuple[int, Tensor]]
+Answers = Iterator[tuple[int, Float[Tensor, "batch vocabulary"]]]
 """Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
 
 
@@ -75,7 +76,13 @@ class Answerer:
         return replayed if replayed is not None else self._eager(batch, knockouts, masks, target)
 
     @torch.no_grad()
-    def _eager(self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Tensor], targets: Tensor) -> Answers:
+    def _eager(
+        self,
+        batch: Batch,
+        knockouts: Sequence[Asked],
+        sources: Sequence[Bool[Tensor, "batch time"]],
+        targets: Bool[Tensor, "batch time"],
+    ) -> Answers:
         """One hooked forward pass for every knockout."""
         lens = self.lens
         yield -1, lens.last_logits(batch)
@@ -84,7 +91,11 @@ class Answerer:
                 yield number, lens.last_logits(batch)
 
     def _replayed(
-        self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Tensor], targets: Tensor
+        self,
+        batch: Batch,
+        knockouts: Sequence[Asked],
+        sources: Sequence[Bool[Tensor, "batch time"]],
+        targets: Bool[Tensor, "batch time"],
     ) -> Answers | None:
         """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
         from mambalens.sweep.replay import UNCUT, Replay, Row
@@ -109,7 +120,7 @@ class Answerer:
             return None
         return itertools.chain([first], found)
 
-    def _difference(self, batch: Batch, uncut: Tensor) -> float:
+    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
         """Between the model's own prediction and the replay's without a knockout.
 
         Every batch is checked, on its shortest prompt run alone: what fills the batch up must not matter either.

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
@@ -117,7 +118,7 @@ def _rows(
     labels: tuple[Any, ...],
     base: Prediction,
     now: Prediction,
-    kl: Tensor,
+    kl: Float[Tensor, " batch"],
     tokenizer: Any,
 ) -> Iterator[tuple[Any, ...]]:
     """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import Shaped
 from torch import Tensor
 
 from mambalens.facts.fact import Facts
@@ -106,7 +107,7 @@ def prompt_table(model: LoadedModel, prompts: Iterable[Prompt]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(PROMPT))
 
 
-def _first_numbers(value: Tensor) -> list[float]:
+def _first_numbers(value: Shaped[Tensor, " ..."]) -> list[float]:
     """A few of a weight's numbers: another checkpoint of the same shape has others. None where they lie on disk."""
     return [] if value.device.type == "meta" else value.flatten()[:8].double().tolist()
 

@@ -5,28 +5,29 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
 class Prediction(NamedTuple):
     """What a batch predicts behind its last tokens."""
 
-    log_probs: Tensor
-    """[batch, vocabulary], in the logits' precision."""
-    prob: Tensor
-    """The target's probability [batch]."""
-    rank: Tensor
-    """The target's rank, 1 for the top [batch]."""
-    top: Tensor
-    """The most probable token [batch]."""
+    log_probs: Float[Tensor, "batch vocabulary"]
+    """In the logits' precision."""
+    prob: Float[Tensor, " batch"]
+    """The target's probability."""
+    rank: Int[Tensor, " batch"]
+    """The target's rank, 1 for the top."""
+    top: Int[Tensor, " batch"]
+    """The most probable token."""
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor) -> Prediction:
+    def of(cls, logits: Float[Tensor, "batch vocabulary"], targets: Int[Tensor, " batch"]) -> Prediction:
         """Log-probabilities, and the targets' probability and rank.
 
         Args:
-            logits: [batch, vocabulary], float32 or better.
-            targets: scored tokens [batch].
+            logits: float32 or better.
+            targets: scored tokens.
         """
         log_probs = logits.log_softmax(-1)
         target = log_probs.gather(1, targets.to(logits.device)[:, None])
@@ -35,14 +36,16 @@ class Prediction(NamedTuple):
         return cls(log_probs, target[:, 0].double().exp(), above + 1, log_probs.argmax(-1))
 
 
-def target_probability(logits: Tensor, targets: Tensor) -> Tensor:
-    """Probability of scored tokens [batch], in float64, of logits [batch, vocabulary]."""
+def target_probability(
+    logits: Float[Tensor, "batch vocabulary"], targets: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """Probability of scored tokens, in float64."""
     target = logits.gather(1, targets.to(logits.device)[:, None])[:, 0]
     return (target.double() - logits.logsumexp(-1)).exp()
 
 
-def change(base: Tensor, knocked_out: Tensor) -> Tensor:
-    """How much of a probability is lost or won, in % [batch].
+def change(base: Float[Tensor, " batch"], knocked_out: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """How much of a probability is lost or won, in %.
 
     Equation: Measures
         change_pct = 100 (prob - base_prob) / base_prob
@@ -55,8 +58,12 @@ def change(base: Tensor, knocked_out: Tensor) -> Tensor:
     return 100 * (knocked_out - base) / base
 
 
-def kl_divergence(base: Tensor, knocked_out: Tensor, probs: Tensor | None = None) -> Tensor:
-    """KL(base || knocked out) in nats, of log-probabilities [batch, vocabulary]; rounding never makes it negative.
+def kl_divergence(
+    base: Float[Tensor, "batch vocabulary"],
+    knocked_out: Float[Tensor, "batch vocabulary"],
+    probs: Float[Tensor, "batch vocabulary"] | None = None,
+) -> Float[Tensor, " batch"]:
+    """KL(base || knocked out) in nats, of log-probabilities; rounding never makes it negative.
 
     Equation: Measures
         KL(base || knocked out) = sum_v p_v (log p_v - log q_v)

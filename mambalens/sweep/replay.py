@@ -17,6 +17,7 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer
@@ -47,11 +48,15 @@ UNCUT = Row(Cutting({}, Paths.NONE), ((0, 0),))
 """Replays the prompts as they are."""
 
 
-def edge_sets(edges: Sequence[Tensor]) -> tuple[Tensor, Tensor, list[tuple[tuple[int, int], ...]]]:
-    """Masks of edges [batch, T, T] as source sets and target sets: one pair for every different row of a mask.
+def edge_sets(
+    edges: Sequence[Bool[Tensor, "batch time source"]],
+) -> tuple[
+    Bool[Tensor, "sourceset batch source"], Bool[Tensor, "targetset batch time"], list[tuple[tuple[int, int], ...]]
+]:
+    """Masks of edges as source sets and target sets: one pair for every different row of a mask.
 
     Returns:
-        Source sets [sets, batch, T], target sets [sets, batch, T], and the pairs of every mask, for `Row`.
+        Source sets, target sets, and the pairs of every mask, for `Row`.
     """
     sources, targets, pairs = [], [], []
     for mask in edges:
@@ -71,17 +76,22 @@ class Replay:
 
     Args:
         hooks: the model's hook manager.
-        ids: [batch, T].
-        last: last position of every prompt, behind which the prediction is asked for [batch].
-        sources: source sets [sets, batch, T].
-        targets: target positions [batch, T], or target sets [target sets, batch, T]; the last positions by default.
+        ids: tokens.
+        last: last position of every prompt, behind which the prediction is asked for.
+        sources: source sets.
+        targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
     """
 
     def __init__(
-        self, hooks: HookManager, ids: Tensor, last: Tensor, sources: Tensor, targets: Tensor | None = None,
+        self,
+        hooks: HookManager,
+        ids: Int[Tensor, "batch time"],
+        last: Int[Tensor, " batch"],
+        sources: Bool[Tensor, "sourceset batch time"],
+        targets: Bool[Tensor, "batch time"] | Bool[Tensor, "targetset batch time"] | None = None,
         memory: int = 2**30,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.hooks, self.model, self.memory = hooks, hooks.model, memory
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
@@ -98,12 +108,11 @@ class Replay:
         columns = self.first[:, None] + torch.arange(length, device=device)
         self.targets = targets.gather(2, columns.expand(len(targets), -1, -1))  # [target sets, B, L]
 
-    @torch.no_grad()
-    def logits(self, cuts: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
+    def logits(self, cuts: Sequence[Row]) -> Iterator[tuple[int, Float[Tensor, "batch vocabulary"]]]:
         """Logits behind the last token under every cut, by source set: what cuts nothing comes first.
 
         Yields:
-            Number of the cut, and its logits [batch, vocabulary] in float32 or better.
+            Number of the cut, and its logits in float32 or better.
         """
         batch = len(self.last)
         vocabulary = self.model.get_output_embeddings().weight.shape[0]
@@ -155,13 +164,14 @@ class _Walk:
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
-        self.hidden: Tensor | None = None
+        self.hidden: Float[Tensor, "batch row_time hidden"] | None = None
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
         self.kept: dict[Mixer, list[Any]] = {}
         self.in_rows = False
 
-    def run(self) -> Tensor:
-        """Hidden states behind the layers at the last position [batch, cuts, width], in the order of the cuts."""
+    @torch.no_grad()
+    def run(self) -> Float[Tensor, "batch cut hidden"]:
+        """Hidden states behind the layers at the last position, in the order of the cuts."""
         mixers = self.replay.hooks.mixers
         for mixer in mixers:
             joined = sum(cut.start <= mixer.layer for cut in self.cuts)
@@ -195,7 +205,9 @@ class _Walk:
 
         return hook
 
-    def _through(self, number: int, layer: nn.Module, base: Tensor, kwargs: dict[str, Any]) -> None:
+    def _through(
+        self, number: int, layer: nn.Module, base: Float[Tensor, "batch time hidden"], kwargs: dict[str, Any]
+    ) -> None:
         """Rows join before a layer, and go through it."""
         joined = [cut for cut in self.cuts if cut.start <= number]
         new = sum(cut.start == number for cut in joined)
@@ -223,8 +235,9 @@ class _Walk:
                 parts.append(_hidden(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """What the model's own code behind its layers makes of rows [rows, 1, width]."""
+    @torch.no_grad()
+    def head(self, hidden: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
+        """What the model's own code behind its layers makes of rows."""
 
         def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
             result = hidden if beside is None else (hidden, *beside)
@@ -269,7 +282,7 @@ def can_replay(hooks: HookManager) -> bool:
     return not hooks.cutting
 
 
-def _hidden(output: Any) -> Tensor:
+def _hidden(output: Any) -> Float[Tensor, "batch row_time hidden"]:
     return output[0] if isinstance(output, tuple) else output
 
 

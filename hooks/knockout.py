@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError, choose
 
-Path = Literal["main", "conv", "both"]
+Path = Literal["main", "conv", "erase", "both"]
 PATHS: tuple[str, ...] = get_args(Path)
 
 
@@ -30,7 +30,15 @@ class Paths(enum.Flag):
     """The scan or attention."""
     CONV = enum.auto()
     """The taps of the causal convolution before the scan."""
-    BOTH = MAIN | CONV
+    ERASE = enum.auto()
+    """What a delta rule's position removes of the state that it finds."""
+    BOTH = MAIN | CONV | ERASE
+    """Everything that a source does to what its targets read; the name is older than the third way."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The name of each of them."""
+        return tuple(str(path.name).lower() for path in self)
 
     @classmethod
     def named(cls, path: str) -> Paths:
@@ -66,7 +74,8 @@ class Knockout:
     features: Features = "all"
     """Which of a mixer's features are cut."""
     path: Path = "main"
-    """The scan or attention ('main'), the causal convolution before the scan ('conv'), or 'both'."""
+    """What a source writes ('main': the scan, or attention), hands on by the convolution before the scan ('conv') or
+    removes from a delta rule's state ('erase'); 'both' is all that the mixer has."""
     mixers: str | None = None
     """Only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several; None: all."""
     edges: Bool[Tensor, "*batch time time"] | None = None

@@ -127,7 +127,8 @@ class HookManager:
             features: a group ('all', 'slow', 'middle', 'fast', 'context-dependent', 'context-independent', or a part
                 such as 'slow:0.1'), a feature's number, a boolean mask or a list of numbers, or one of these for each
                 layer (such as a `Selection`).
-            path: 'main' (the scan or attention), 'conv' (the convolution's taps from source to target) or 'both'.
+            path: 'main' (what sources write into the state, or attention), 'conv' (the convolution's taps from source
+                to target), 'erase' (what sources remove from the state of a delta rule) or 'both' (all of these).
             mixers: only mixers of this kind, in models that have several kinds; None: all.
             edges: instead of sources and targets, any set of edges: a boolean mask [T, T] or [batch, T, T], targets in
                 rows, sources in columns. What lies above the diagonal says nothing.
@@ -146,12 +147,19 @@ class HookManager:
         features: Features = "all",
         path: Path = "main",
         mixers: str | None = None,
+        somewhere: bool = False,
     ) -> Cutting:
-        """A knockout looked up in the model, whatever its positions; arguments as for `knockout`."""
+        """A knockout looked up in the model, whatever its positions; arguments as for `knockout`.
+
+        With `somewhere`, layers without the path are no mistake as long as others in the model have it (a window of a
+        sweep).
+        """
         paths, chosen = Paths.named(path), self.mixers_of(layers, mixers)
-        if paths == Paths.CONV and chosen and not any(mixer.has_conv for mixer in chosen):
-            kinds = sorted({mixer.kind for mixer in chosen})
-            raise MambalensError(f"path='conv', but none of the layers has a convolution: they are {', '.join(kinds)}.")
+        asked = self.mixers_of(None, mixers) if somewhere else chosen
+        if asked and not any(paths & mixer.paths for mixer in asked):
+            ways = {mixer.kind: " and ".join(map(repr, mixer.paths.names)) for mixer in asked}
+            has = "; ".join(f"{kind} has {names}" for kind, names in sorted(ways.items()))
+            raise MambalensError(f"path={path!r}, but none of the layers has it: {has}.")
         return Cutting(self.feature_masks(features, layers, mixers), paths)
 
     @contextmanager

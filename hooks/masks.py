@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +84,7 @@ def distinct_rows(
 
 
 def on(path: Paths, cuts: Sequence[Cut]) -> list[Cut]:
-    """Those of the cuts that cut a path."""
+    """Those of the cuts that cut a path, or one of several."""
     return [cut for cut in cuts if path in cut]
 
 
@@ -94,10 +95,19 @@ def patterns(cuts: Sequence[Cut]) -> Int[Tensor, "pattern cut"]:
     return found[found.any(1)]
 
 
+class Kept(NamedTuple):
+    """What one way of being cut leaves of every source, feature by feature or for all of them."""
+
+    values: Bool[Tensor, "batch source feature"] | None
+    """1 where its value is read; None where all are."""
+    erasures: Bool[Tensor, "batch source feature"] | None
+    """1 where what it erases stays erased; None where all does."""
+
+
 def in_patterns(
     cuts: Sequence[Cut], found: Int[Tensor, "pattern cut"]
-) -> Iterator[tuple[Bool[Tensor, "batch time"], Bool[Tensor, "batch source feature"]]]:
-    """Pattern by pattern.
+) -> Iterator[tuple[Bool[Tensor, "batch time"], Kept]]:
+    """Pattern by pattern, on the paths 'main' and 'erase'.
 
     Equation: Knockout
         x^-S_s = 0 if s in S, else x_s    h^-S_t = exp(dt_t A) h^-S_{t-1} + dt_t B_t x^-S_t
@@ -105,15 +115,19 @@ def in_patterns(
         Source: Gu & Dao 2023, arXiv:2312.00752, eq. 2, which is linear in x
 
     Yields:
-        The targets that are cut in this way, and 1 where what they read keeps a source [batch, source, features or 1].
+        The targets that are cut in this way, and what they keep of the sources.
     """
     codes = torch.stack([cut.code for cut in cuts], -1)  # [B, T, cuts]
     for pattern in found:
-        dropped = torch.zeros((*cuts[0].rows.shape[1:], 1), dtype=torch.bool, device=codes.device)
-        for cut, row in zip(cuts, pattern.tolist(), strict=True):
-            if row:
-                dropped = dropped | by_feature(cut.rows[row], cut.features)
-        yield (codes == pattern).all(-1), ~dropped
+        kept: dict[Paths, Tensor | None] = {Paths.MAIN: None, Paths.ERASE: None}
+        for path in kept:
+            rows = [(cut, row) for cut, row in zip(cuts, pattern.tolist(), strict=True) if row and path in cut]
+            if rows:
+                dropped = by_feature(rows[0][0].rows[rows[0][1]], rows[0][0].features)
+                for cut, row in rows[1:]:
+                    dropped = dropped | by_feature(cut.rows[row], cut.features)
+                kept[path] = ~dropped
+        yield (codes == pattern).all(-1), Kept(kept[Paths.MAIN], kept[Paths.ERASE])
 
 
 def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time feature"]] | None:
@@ -159,13 +173,13 @@ def blocked_entries(cuts: Sequence[Cut]) -> Bool[Tensor, "batch feature time sou
 
 
 def changed_positions(cuts: Sequence[Cut], kernel: int) -> Bool[Tensor, "batch time"]:
-    """Positions whose output the cuts can change [batch, T].
+    """Positions whose output the cuts can change.
 
-    A cut of the scan changes its targets. A cut tap changes what the target writes into the state, so everything from
-    it on.
+    A cut of what the scan reads changes its targets. A cut tap changes what the target writes into the state, so
+    everything from it on.
     """
     changed = torch.zeros_like(cuts[0].targets)
-    for cut in on(Paths.MAIN, cuts):
+    for cut in on(Paths.MAIN | Paths.ERASE, cuts):
         changed = changed | cut.targets
     taps = kept_taps(on(Paths.CONV, cuts), kernel)
     if taps is not None:

@@ -66,9 +66,9 @@ class Mixer(ABC):
     """
 
     kind: ClassVar[str]
-    """'mamba1', 'mamba2' or 'attention'."""
-    has_conv: ClassVar[bool] = False
-    """Whether a causal convolution carries information between positions too."""
+    """'mamba1', 'attention' and so on: what users call it, and tables and figures."""
+    paths: ClassVar[Paths] = Paths.MAIN
+    """The ways by which it carries information between positions."""
     decays: ClassVar[bool] = False
     """Whether what features carry decays with time, so that they have a decay norm."""
 
@@ -93,11 +93,6 @@ class Mixer(ABC):
     @abstractmethod
     def n_features(self) -> int:
         """Channels in Mamba-1, heads in Mamba-2 and attention."""
-
-    @property
-    def paths(self) -> Paths:
-        """The ways by which it carries information between positions."""
-        return Paths.BOTH if self.has_conv else Paths.MAIN
 
     def decay_norm(self) -> Float[Tensor, " feature"]:
         """Decay norm of every feature, see `features.decay_norm`."""

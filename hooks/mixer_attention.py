@@ -7,6 +7,7 @@ no answer there, so its mask is left alone and its heads' outputs are set to zer
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -25,6 +26,8 @@ from mambalens.hooks.mixer import Captured, Mixer, Pass
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.token_mixing import TokenMixing
 
+EAGER = "eager_attention_forward"
+"""Name under which a file of transformers has the function by which its eager attention reads."""
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
@@ -147,17 +150,32 @@ class AttentionMixer(Mixer):
         assert projection is not None
 
         def watch_output(module: nn.Module, args: tuple[Any, ...]) -> None:
-            probe.output = args[0]
+            if not hasattr(probe, "output"):
+                probe.output = args[0]
+
+        # Some models gate what the heads read before the output projection: their function gives it ungated.
+        home = vars(sys.modules[type(self.module).__module__])
+        reads = home.get(EAGER)
+
+        def watch_read(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            given = reads(module, *args, **kwargs)
+            if module is self.module:
+                probe.output = given[0].flatten(2)
+            return given
 
         config = getattr(self.module, "config", None)  # without one there is one implementation only
         before = getattr(config, "_attn_implementation", None)
         if config is not None:
             config._attn_implementation = "eager"
         handle = projection.register_forward_pre_hook(watch_output)
+        if reads is not None:
+            home[EAGER] = watch_read
         try:
             with self._with_cache(probe):
                 yield probe
         finally:
+            if reads is not None:
+                home[EAGER] = reads
             if config is not None:
                 config._attn_implementation = before
             handle.remove()
@@ -321,7 +339,7 @@ def _mask_of_rows(
     """
     cuts, length = len(rows), base.length
     blocked = torch.zeros((), dtype=torch.bool, device=kept.keys.device)
-    for source, target in zip(rows.on_main, rows.target, strict=True):
+    for source, target in zip(rows.on(Paths.MAIN), rows.target, strict=True):
         read = base.sources[source].transpose(0, 1)  # [B, R, T]
         at = base.targets[target].transpose(0, 1)  # [B, R, L]
         blocked = blocked | (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]

@@ -6,13 +6,16 @@ section 6.4) and FalconMamba (Zuo et al. 2024, arXiv:2410.05355, section 2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks import fused, kernels, scan
-from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+from mambalens.hooks.recurrence import Projected, State, States
+from mambalens.hooks.ssm import ScanInputs, SSMMixer
 from mambalens.hooks.token_mixing import Decay
 
 
@@ -38,7 +41,7 @@ class Mamba1Mixer(SSMMixer):
         return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
 
     def scan_inputs(
-        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
+        self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None
     ) -> ScanInputs:
         mixer = self.module
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
@@ -55,25 +58,23 @@ class Mamba1Mixer(SSMMixer):
         return ScanInputs(x, dt, A, B, C)
 
     def scan(
-        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+        self, inputs: ScanInputs, end: bool = False
     ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
-        y, state = kernels.selective_scan(x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], inputs.C[:, :, 0])
+        B, C = inputs.B[:, :, 0], inputs.C[:, :, 0]
+        y, state = kernels.selective_scan(inputs.x[..., 0], inputs.dt, inputs.A, B, C)
         return y[..., None], state.mT
 
-    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
-        return scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], keep)
+    def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
+        found = scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], ~sources)
+        return lambda written, erased: found[written]
 
     def resume_scan(
-        self,
-        inputs: ScanInputs,
-        x: Float[Tensor, "batch row time feature width"],
-        states: list[Float[Tensor, " batch *state"]],
-        number: Int[Tensor, " row"],
+        self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
         dt, A, B, C = inputs.dt, inputs.A, inputs.B[..., 0, :], inputs.C[..., 0, :]
-        x = x[..., 0]  # [B, R, L, D]
+        x = inputs.x[..., 0]  # [B, R, L, D]
         if x.shape[2] == 1:
-            y = scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], states, number)
+            y = scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)
             return y[:, :, None, :, None]
         y = torch.empty_like(x)
         for index in number.unique().tolist():

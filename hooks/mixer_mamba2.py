@@ -5,6 +5,8 @@ Dao & Gu 2024, arXiv:2405.21060, section 7.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
@@ -12,7 +14,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import kernels, scan
-from mambalens.hooks.ssm import Projected, ScanInputs, SSMMixer
+from mambalens.hooks.recurrence import Projected, State, States
+from mambalens.hooks.ssm import ScanInputs, SSMMixer
 from mambalens.hooks.token_mixing import Decay
 
 
@@ -56,39 +59,36 @@ class Mamba2Mixer(SSMMixer):
         return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
 
     def scan_inputs(
-        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
+        self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None
     ) -> ScanInputs:
         mixer = self.module
         x, B, C = convolved.tensor_split(
             [mixer.intermediate_size, (mixer.intermediate_size + convolved.shape[2]) // 2], -1
         )
         precise = torch.promote_types(convolved.dtype, torch.float32)
-        assert dt is not None
-        dt = F.softplus(dt.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
+        assert beside is not None
+        dt = F.softplus(beside.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
         by_group = "batch time (group state) -> batch time group state"
         B, C = (rearrange(t, by_group, state=mixer.ssm_state_size).to(precise) for t in (B, C))
         x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
     def scan(
-        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+        self, inputs: ScanInputs, end: bool = False
     ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
-        y, state = kernels.ssd_scan(x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
+        y, state = kernels.ssd_scan(inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
         return y, None if state is None else state.mT
 
-    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
-        return scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, keep)
+    def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
+        found = scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, ~sources)
+        return lambda written, erased: found[written]
 
     def resume_scan(
-        self,
-        inputs: ScanInputs,
-        x: Float[Tensor, "batch row time feature width"],
-        states: list[Float[Tensor, " batch *state"]],
-        number: Int[Tensor, " row"],
+        self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
-        dt, A, B, C = inputs.dt, inputs.A, inputs.B, inputs.C
+        x, dt, A, B, C = inputs
         if x.shape[2] == 1:
-            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], states, number)[:, :, None]
+            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
         y = torch.empty_like(x)
         for index in number.unique().tolist():
             rows = (number == index).nonzero().flatten()
@@ -98,8 +98,8 @@ class Mamba2Mixer(SSMMixer):
         return y
 
     @property
-    def state_width(self) -> int:
-        return int(self.module.head_dim * self.module.ssm_state_size)
+    def state_numbers(self) -> int:
+        return int(self.module.num_heads * self.module.head_dim * self.module.ssm_state_size)
 
     def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         group = features * inputs.B.shape[2] // inputs.dt.shape[2]

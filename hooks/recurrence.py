@@ -1,23 +1,24 @@
-"""What an adapter says of a state-space token mixer: its projections, convolution, scan and output.
+"""What an adapter says of a token mixer that is a recurrence, linear in its values.
 
-    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t . h_t + D x_t        (Gu & Dao 2023, eq. 2)
+    S_t = T_t(S_{t-1}) + what position t writes, linear in x_t        y_t = what position t reads of S_t  (+ a skip)
 
-with x after a causal convolution and an activation. `ssm.SSMMixer` makes knockouts, effective attention and replay of
-it.
+behind projections and, mostly, a causal convolution; a gate, norm and output projection follow. The transition T_t may
+decay the state (state-space models, gated linear recurrences) and remove something from it (delta rules).
+`recurrent.RecurrentMixer` makes knockouts, effective attention and replay of it.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
 
-from mambalens.hooks import scan
-from mambalens.hooks.groups import decay_norm
-from mambalens.hooks.mixer import Mixer, weights_at_hand
+from mambalens.hooks.calls import recurrent_state
+from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
 
@@ -27,42 +28,61 @@ class Projected(NamedTuple):
     gate: Float[Tensor, "batch time inner"]
     inner: Float[Tensor, "batch time channel"]
     """Input of the convolution."""
-    dt: Float[Tensor, "batch time feature"] | None
-    """Raw step sizes where they do not go through the convolution (Mamba-2)."""
+    beside: Float[Tensor, "batch time other"] | None
+    """What the scan takes beside it, such as raw step sizes (Mamba-2) or decays and strengths (delta rules)."""
 
 
-class ScanInputs(NamedTuple):
-    """Inputs of the scan, in float32 or better."""
+@runtime_checkable
+class Inputs(Protocol):
+    """Inputs of a recurrence, in float32 or better: what its positions write, keep, remove and read."""
 
-    x: Float[Tensor, "*batch time feature width"]
-    dt: Float[Tensor, "*batch time feature"]
-    """Step sizes after softplus."""
-    A: Float[Tensor, " feature *state"]
-    """[features, state] in Mamba-1, [features] in Mamba-2."""
-    B: Float[Tensor, "*batch time group state"]
-    """One group in Mamba-1."""
-    C: Float[Tensor, "*batch time group state"]
+    @property
+    def x(self) -> Float[Tensor, "*batch time feature width"]:
+        """The values, which the recurrence is linear in."""
+
+    def cut(
+        self,
+        values: Bool[Tensor, "*#batch time #feature"] | None,
+        erasures: Bool[Tensor, "*#batch time #feature"] | None,
+    ) -> Inputs:
+        """The same with the values, and what is removed from the state, only where these are 1; None: everywhere."""
+
+    def frozen(self, moving: Bool[Tensor, "batch time"]) -> Inputs:
+        """The same with positions outside `moving` leaving the state as they find it."""
+
+    def by_row(self, rows: int) -> Inputs:
+        """What belongs to rows side by side [batch, rows x length, ...], row by row [batch, rows, length, ...]."""
+
+    def own_entry(self) -> Float[Tensor, "*batch time feature"]:
+        """alpha[t, t]: what a position's own value adds to its output, without the skip."""
+
+
+State = Any
+"""State of a prompt's features [batch, ...], as an adapter keeps it."""
+States = Callable[[int, int], State]
+"""State without the values of one source set and the erasures of another, by their numbers; 0 leaves out nothing."""
 
 
 class Recurrence(Mixer):
-    """The arithmetic of a mixer with a causal convolution and a scan."""
+    """The arithmetic of a mixer that is a recurrence."""
 
-    has_conv = True
-    decays = True
     tested: ClassVar[frozenset[str]]
     """Classes of modules whose arithmetic the tests compare with the adapter's."""
-    parts: ClassVar[tuple[str, ...]]
-    """Attributes that a module of this kind has."""
-
-    @classmethod
-    def matches(cls, module: nn.Module) -> bool:
-        A_log = getattr(module, "A_log", None)
-        dimensions = 2 if cls.kind == "mamba1" else 1
-        return isinstance(A_log, Tensor) and A_log.ndim == dimensions and all(hasattr(module, p) for p in cls.parts)
+    masks_convolved: ClassVar[bool] = True
+    """Whether the module sets padding to zero behind the convolution too."""
 
     @property
     def familiar(self) -> bool:
         return type(self.module).__name__ in self.tested
+
+    @property
+    def kernel(self) -> int:
+        """Positions that the convolution sees, the own one among them; 1 where there is none."""
+        return int(self.module.conv_kernel_size)
+
+    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """The activation behind the convolution."""
+        return self.module.act(convolved)
 
     @abstractmethod
     def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
@@ -85,81 +105,78 @@ class Recurrence(Mixer):
 
     @abstractmethod
     def scan_inputs(
-        self, convolved: Float[Tensor, "batch time channel"], dt: Float[Tensor, "batch time feature"] | None
-    ) -> ScanInputs:
-        """Split what the convolution gave, after the activation, into the inputs of the scan.
+        self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None
+    ) -> Inputs:
+        """Split what the convolution gave, after the activation, into the inputs of the recurrence.
 
         Args:
             convolved: that.
-            dt: raw step sizes of the same positions, as `project` gives them.
+            beside: what `project` gives of the same positions for it.
         """
 
     @abstractmethod
     def scan(
-        self, inputs: ScanInputs, x: Float[Tensor, "batch time feature width"], end: bool = False
+        self, inputs: Any, end: bool = False
     ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
-        """The scan of `x` without the skip, and with `end` the last state as caches do."""
+        """What positions read, without the skip, and with `end` the last state as caches have it."""
 
     @abstractmethod
-    def states(self, inputs: ScanInputs, keep: Bool[Tensor, "set batch time"]) -> list[Float[Tensor, " batch *state"]]:
-        """States after the last position for several choices of inputs."""
+    def states(self, inputs: Any, sources: Bool[Tensor, "set batch time"]) -> States:
+        """States after the last position without each of the source sets; set 0 is empty."""
 
     @abstractmethod
     def resume_scan(
-        self,
-        inputs: ScanInputs,
-        x: Float[Tensor, "batch row time feature width"],
-        states: list[Float[Tensor, " batch *state"]],
-        number: Int[Tensor, " row"],
+        self, inputs: Any, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
-        """The scan of rows that resume from their prompts' states.
+        """What rows read that resume from their prompts' states, without the skip.
 
         Args:
             inputs: as for `scan`, but of rows.
-            x: input of the scan.
-            states: from `states`.
+            states: some that `states` gave.
             number: which of them each row resumes from.
-
-        Returns:
-            y without the skip.
         """
 
     @abstractmethod
-    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
+    def alpha(self, inputs: Any, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         """Effective attention of the features with these numbers."""
-
-    @abstractmethod
-    def decay(self, inputs: ScanInputs) -> Decay:
-        """How the features forget."""
 
     @abstractmethod
     def finish(
         self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
     ) -> Float[Tensor, "batch time hidden"]:
-        """Gate, norm and output projection of the scan's output with its skip.
+        """Gate, norm and output projection of what was read, with its skip.
 
         Takes every position alone.
         """
 
     @property
-    def n_features(self) -> int:
-        return int(self.module.A_log.shape[0])
+    @abstractmethod
+    def state_numbers(self) -> int:
+        """Numbers of a prompt's state, of all features."""
 
-    def decay_norm(self) -> Float[Tensor, " feature"]:
-        with weights_at_hand(self.module):
-            return decay_norm(self.module.A_log)
+    def decay(self, inputs: Any) -> Decay | None:
+        """How the features forget; None where that says nothing."""
+        return None
 
-    def skip(self, inputs: ScanInputs) -> Float[Tensor, "feature 1"]:
-        """The skip D."""
-        return self.module.D.to(inputs.x.dtype)[:, None]
+    def skip(self, inputs: Any) -> Float[Tensor, "feature 1"]:
+        """The skip D; zero where there is none."""
+        return inputs.x.new_zeros(self.n_features, 1)
 
     def with_skip(
-        self, y: Float[Tensor, "*batch feature width"], inputs: ScanInputs, in_place: bool = False
+        self, y: Float[Tensor, "*batch feature width"], inputs: Any, in_place: bool = False
     ) -> Float[Tensor, "*batch feature width"]:
-        """The scan's output with the skip, see `scan.add_skip`."""
-        return scan.add_skip(y, self.skip(inputs)[:, 0], inputs.x, in_place)
+        """What was read, with the skip."""
+        return y
 
-    @property
-    def state_width(self) -> int:
-        """Numbers of a feature's state for each number of `A_log`."""
-        return 1
+    def cached_state(self, cache: Any) -> Float[Tensor, " batch *state"]:
+        """The state that the module has left in a cache."""
+        return recurrent_state(cache, self.module.layer_idx)
+
+    def cache_state(self, cache: Any, state: Float[Tensor, " batch *state"]) -> None:
+        """Put another state in its place."""
+        cache.update_recurrent_state(state, self.module.layer_idx)
+
+
+def side_by_side(values: Shaped[Tensor, "batch row_time *rest"], rows: int) -> Shaped[Tensor, "batch row time *rest"]:
+    """What belongs to rows side by side, row by row."""
+    return values.unflatten(1, (rows, -1))

@@ -16,6 +16,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from mambalens.hooks.knockout import Paths
+
 
 @dataclass(frozen=True)
 class Base:
@@ -101,21 +103,23 @@ class Rows:
     """Whether the scan or attention is cut."""
     conv: Bool[Tensor, " cut"]
     """Whether the convolution's taps are cut."""
+    erase: Bool[Tensor, " cut"]
+    """Whether what sources remove from the state is cut."""
     features: Bool[Tensor, "cut feature"] | None
     """Which features are cut; None for all."""
 
     def __len__(self) -> int:
         return len(self.main)
 
-    @property
-    def on_main(self) -> Int[Tensor, "pair cut"]:
-        """Source set of every pair in the scan or attention, 0 where that is not cut."""
-        return torch.where(self.main, self.source, 0)
+    def on(self, path: Paths) -> Int[Tensor, "pair cut"]:
+        """Source set of every pair on one path, 0 where that is not cut."""
+        cut = {Paths.MAIN: self.main, Paths.CONV: self.conv, Paths.ERASE: self.erase}[path]
+        return torch.where(cut, self.source, 0)
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""
         if device == self.main.device:
             return self
         features = None if self.features is None else self.features.to(device)
-        source, target, main, conv = (t.to(device) for t in (self.source, self.target, self.main, self.conv))
-        return Rows(source, target, main, conv, features)
+        given = (self.source, self.target, self.main, self.conv, self.erase)
+        return Rows(*(t.to(device) for t in given), features)

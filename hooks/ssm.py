@@ -1,256 +1,88 @@
-"""Knockout in a state-space token mixer: what Mamba-1 and Mamba-2 share.
+"""State-space token mixers: what Mamba-1, Mamba-2 and their relatives say of their scan.
 
-The module's own forward runs first and keeps its cache in order. Where something is cut, the targets' outputs are
-computed again with the sources' inputs to the scan (and their convolution taps) masked, and put in the place of the
-module's; every other position keeps the module's output bit for bit.
+    h_t = exp(dt_t A) h_{t-1} + dt_t B_t x_t        y_t = C_t . h_t + D x_t        (Gu & Dao 2023, eq. 2)
+
+with x after a causal convolution and an activation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import ClassVar, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
 
 from mambalens.hooks import scan
-from mambalens.hooks.calls import bound, cache_among, recurrent_state
-from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.knockout import Paths
-from mambalens.hooks.masks import Cut, blocked_entries, changed_positions, in_patterns, kept_taps, on, patterns
-from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_hand
-from mambalens.hooks.recurrence import Projected, Recurrence, ScanInputs
-from mambalens.hooks.resume import Base, Rows
-from mambalens.hooks.ssm_replay import Kept, keep, resume
-from mambalens.hooks.token_mixing import TokenMixing
-
-__all__ = ["Projected", "SSMMixer", "ScanInputs"]
-
-EXPLICIT = 2**24
-"""Numbers of effective attention that the explicit form of a scan under many different cuts makes at a time."""
+from mambalens.hooks.mixer import weights_at_hand
+from mambalens.hooks.recurrence import side_by_side
+from mambalens.hooks.recurrent import RecurrentMixer
 
 
-class History(NamedTuple):
-    """A prompt's mixer inputs and padding so far, for targets that are generated later."""
+class ScanInputs(NamedTuple):
+    """Inputs of a scan, in float32 or better; see `recurrence.Inputs`."""
 
-    hidden: Float[Tensor, "batch time hidden"]
-    padding: Shaped[Tensor, "batch time"] | None
-    state: Float[Tensor, " batch *state"]
-    """The cached state after them, to notice a cache that was reordered in between."""
+    x: Float[Tensor, "*batch time feature width"]
+    dt: Float[Tensor, "*batch time feature"]
+    """Step sizes after softplus."""
+    A: Float[Tensor, " feature *state"]
+    """[features, state] in Mamba-1, [features] in Mamba-2."""
+    B: Float[Tensor, "*batch time group state"]
+    """One group in Mamba-1."""
+    C: Float[Tensor, "*batch time group state"]
+
+    def cut(
+        self, values: Bool[Tensor, "*#batch time #feature"] | None, erasures: Bool[Tensor, " ..."] | None
+    ) -> ScanInputs:
+        """The same with these values; nothing is removed from a scan's state."""
+        return self if values is None else self._replace(x=self.x * values[..., None])
+
+    def frozen(self, moving: Bool[Tensor, "batch time"]) -> ScanInputs:
+        """The same with positions outside `moving` leaving the state: a step size of 0 neither decays nor writes."""
+        return self._replace(dt=self.dt * moving[..., None])
+
+    def by_row(self, rows: int) -> ScanInputs:
+        """What belongs to rows, row by row."""
+        x, dt, B, C = (side_by_side(t, rows) for t in (self.x, self.dt, self.B, self.C))
+        return ScanInputs(x, dt, self.A, B, C)
+
+    def own_entry(self) -> Float[Tensor, "*batch time feature"]:
+        """alpha[t, t], see `scan.own_entry`."""
+        return scan.own_entry(self.B, self.C, self.dt)
 
 
-class SSMMixer(Recurrence):
-    """Base of the adapters for mixers with a causal convolution and a scan: everything but their arithmetic."""
+class SSMMixer(RecurrentMixer):
+    """Base of the adapters for mixers with a causal convolution and a scan whose rates are the parameter `A_log`."""
 
-    def inputs(
-        self,
-        hidden: Float[Tensor, "batch time hidden"],
-        padding: Shaped[Tensor, "batch time"] | None,
-        cuts: Sequence[Cut],
-    ) -> tuple[ScanInputs, Projected]:
-        """Inputs of the scan under the cuts of the convolution's taps, and the projection they come from."""
-        projected = self.project(_without_padding(hidden, padding))
-        kernel = int(self.module.conv_kernel_size)
-        keep = kept_taps(on(Paths.CONV, cuts), kernel)
-        convolved = self.module.act(self.convolve(projected.inner, keep))
-        return self.scan_inputs(_without_padding(convolved, padding), projected.dt), projected
+    paths = Paths.MAIN | Paths.CONV
+    decays = True
+    parts: ClassVar[tuple[str, ...]]
+    """Attributes that a module of this kind has."""
 
-    def knocked_out(
-        self,
-        hidden: Float[Tensor, "batch time hidden"],
-        padding: Shaped[Tensor, "batch time"] | None,
-        cuts: Sequence[Cut],
-    ) -> tuple[Float[Tensor, "batch time hidden"], Float[Tensor, " batch *state"] | None]:
-        """The mixer's output under the cuts, right at every position where `changed` holds.
+    @classmethod
+    def matches(cls, module: nn.Module) -> bool:
+        A_log = getattr(module, "A_log", None)
+        dimensions = 2 if cls.kind == "mamba1" else 1
+        return isinstance(A_log, Tensor) and A_log.ndim == dimensions and all(hasattr(module, p) for p in cls.parts)
 
-        Args:
-            hidden: the mixer's input, from the first column of the prompt.
-            padding: 1 for tokens, 0 for padding.
-            cuts: over these T columns.
+    @property
+    def n_features(self) -> int:
+        return int(self.module.A_log.shape[0])
 
-        Returns:
-            Output, and the state after the last position where cut taps have changed it.
-        """
-        inputs, projected = self.inputs(hidden, padding, cuts)
-        y, state = self.mix(inputs, cuts, base=bool(on(Paths.CONV, cuts)))
-        return self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype), state
+    @property
+    def state_numbers(self) -> int:
+        return int(self.module.A_log.numel())
 
-    def mix(
-        self, inputs: ScanInputs, cuts: Sequence[Cut], base: bool, explicit: bool | None = None
-    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
-        """The scan under the cuts of the main path.
-
-        Equation: Knockout
-            alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
-            y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
-
-            Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
-            Source: Geva et al. 2023, arXiv:2304.14767, section 4, for the knockout of attention that it adapts
-
-            T are the targets, S the sources, F the features. h^-S is the state of the same recurrence with x_s = 0 for
-            s in S: one more scan for every distinct S, and no T x T matrix. The skip D x_t stays.
-
-        One more scan for every different way in which targets are cut. Where these are many, as edges may be, the
-        entries of effective attention themselves are set to zero instead: it costs what half as many scans as there
-        are positions do.
-
-        Args:
-            inputs: inputs of the scan.
-            cuts: what is cut.
-            base: whether positions that are no target are needed too; without, they hold anything.
-            explicit: which of the two; by default whichever costs less.
-
-        Returns:
-            y without the skip, and with `base` the last state.
-        """
-        y, state = self.scan(inputs, inputs.x, end=True) if base else (torch.zeros_like(inputs.x), None)
-        main = on(Paths.MAIN, cuts)
-        if not main:
-            return y, state
-        found = patterns(main)
-        if explicit is None:
-            explicit = 2 * len(found) > inputs.x.shape[1]
-        if explicit:
-            return self._explicit(inputs, blocked_entries(main)), state
-        for where, kept in in_patterns(main, found):
-            masked, _ = self.scan(inputs, inputs.x * kept[..., None])
-            y = torch.where(where[..., None, None], masked, y)
-        return y, state
-
-    def _explicit(
-        self, inputs: ScanInputs, blocked: Bool[Tensor, " batch #feature time time"]
-    ) -> Float[Tensor, "batch time feature width"]:
-        """The scan as effective attention with the blocked entries set to zero."""
-        y = torch.empty_like(inputs.x)
-        batch, time, count, _ = inputs.x.shape
-        for features in torch.arange(count, device=y.device).split(max(1, EXPLICIT // (batch * time * time))):
-            alpha = self.alpha(inputs, features)  # [B, f, T, T]
-            alpha = alpha.masked_fill(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
-            y[:, :, features] = torch.einsum("bfts,bsfp->btfp", alpha, inputs.x[:, :, features])
-        return y
-
-    def attach(self, current: Callable[[], Pass]) -> Callable[[], None]:
-        histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
-
-        def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
-                given = bound(self.module, args, kwargs)
-                hidden, padding = given["hidden_states"], given.get("attention_mask")
-                cache = cache_among(given.values())
-                running = current()
-                history = histories.get(cache) if cache is not None else None
-                if running.keep_history and running.past and cache is not None:
-                    self._check(history, cache, hidden, running.past)
-                out = original(*args, **kwargs)
-                if running.keep_history and history is not None and running.past:
-                    hidden, padding = _continued(history, hidden, padding)
-                active = [cut.to(out.device) for cut in running.cuts_of(self)]
-                if active:
-                    changed = changed_positions(active, int(self.module.conv_kernel_size))[:, running.past :]
-                    with weights_at_hand(self.module):
-                        ours, state = self.knocked_out(hidden, padding, active)
-                    out = torch.where(changed[..., None], ours[:, running.past :].to(out.dtype), out)
-                    if state is not None and cache is not None:
-                        cache.update_recurrent_state(state, self.module.layer_idx)
-                if running.keep_history and cache is not None:
-                    recurrent = recurrent_state(cache, self.module.layer_idx).clone()
-                    histories[cache] = History(hidden, padding, recurrent)
-                return out
-
-            return forward
-
-        return replace_forward(self.module, wrap)
-
-    def _check(self, history: History | None, cache: Any, hidden: Tensor, past: int) -> None:
-        """Refuse a cache that is not the one this knockout filled: its state says nothing of single sources."""
-        state = recurrent_state(cache, self.module.layer_idx)
-        same = history is not None and history.hidden.shape[:2] == (hidden.shape[0], past)
-        if history is None or not same or not torch.equal(history.state, state):
-            raise MambalensError(
-                "The cache was filled, reordered or cropped outside this knockout, so targets among generated tokens "
-                "cannot be computed: run the prompt inside the block and generate greedily or by sampling."
-            )
-
-    def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
-        given = call.arguments(self.module)
-        hidden = given["hidden_states"]
-        cuts = [cut.to(hidden.device) for cut in cuts]
+    def decay_norm(self) -> Float[Tensor, " feature"]:
         with weights_at_hand(self.module):
-            inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
-            skip = self.skip(inputs)
-        y, _ = self.mix(inputs, cuts, base=True)
-        diagonal = scan.own_entry(inputs.B, inputs.C, inputs.dt)  # [B, T, F]
-        main = on(Paths.MAIN, cuts)
-        blocked = blocked_entries(main) if main else None  # [B, F or 1, T, T]
-        if blocked is not None:
-            diagonal = diagonal.masked_fill(blocked.diagonal(dim1=-2, dim2=-1).transpose(1, 2), 0.0)
+            return decay_norm(self.module.A_log)
 
-        def alpha_of(features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
-            alpha = self.alpha(inputs, features)
-            if blocked is None:
-                return alpha
-            return alpha.masked_fill_(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
+    def skip(self, inputs: ScanInputs) -> Float[Tensor, "feature 1"]:
+        return self.module.D.to(inputs.x.dtype)[:, None]
 
-        output = scan.add_skip(y, skip[:, 0], inputs.x)
-        return TokenMixing(inputs.x, skip[:, 0], output, diagonal, alpha_of, self.decay(inputs))
-
-    @contextmanager
-    def keeping(self, base: Base) -> Iterator[list[Kept]]:
-        kept: list[Kept] = []
-
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            with weights_at_hand(self.module):
-                out, of_layer = keep(self, base.to(hidden_states.device), hidden_states)
-            kept.append(of_layer)
-            return out
-
-        restore = replace_forward(self.module, lambda original: forward)
-        try:
-            yield kept
-        finally:
-            restore()
-
-    def kept_numbers(self, time: int, sets: int) -> int:
-        return sets * self.module.A_log.numel() * self.state_width
-
-    @contextmanager
-    def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            device = hidden_states.device
-            with weights_at_hand(self.module):
-                return resume(self, kept, base.to(device), rows.to(device), hidden_states)
-
-        restore = replace_forward(self.module, lambda original: forward)
-        try:
-            yield
-        finally:
-            restore()
-
-    def parity(self, call: Captured) -> float:
-        given = call.arguments(self.module)
-        hidden = given["hidden_states"]
-        with weights_at_hand(self.module):
-            inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
-            y, _ = self.mix(inputs, (), base=True)
-            ours = self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype)
-        return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
-
-
-def _continued(
-    history: History, hidden: Float[Tensor, "batch new hidden"], padding: Shaped[Tensor, "batch new"] | None
-) -> tuple[Float[Tensor, "batch time hidden"], Shaped[Tensor, "batch time"] | None]:
-    """Inputs and padding of the prompt so far with the new ones behind them."""
-    if history.padding is not None:
-        new = history.padding.new_ones(hidden.shape[:2]) if padding is None else padding
-        padding = torch.cat([history.padding, new], 1)
-    return torch.cat([history.hidden, hidden], 1), padding
-
-
-def _without_padding(
-    hidden: Float[Tensor, "batch time hidden"], padding: Shaped[Tensor, "batch time"] | None
-) -> Float[Tensor, "batch time hidden"]:
-    """Zero at padding, as transformers does before and after the convolution."""
-    return hidden if padding is None else (hidden * padding[..., None]).to(hidden.dtype)
+    def with_skip(
+        self, y: Float[Tensor, "*batch feature width"], inputs: ScanInputs, in_place: bool = False
+    ) -> Float[Tensor, "*batch feature width"]:
+        """The scan's output with the skip, see `scan.add_skip`."""
+        return scan.add_skip(y, self.skip(inputs)[:, 0], inputs.x, in_place)

@@ -14,7 +14,7 @@ from mambalens.facts.fact import Fact, Facts
 from mambalens.facts.files import as_facts
 from mambalens.facts.roles import check_role
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Knockout
+from mambalens.hooks.knockout import Features, Knockout, Paths
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
@@ -76,8 +76,9 @@ class Lens(LoadedModel):
         """The model's layers: one row for each token mixer, and one for a layer that has none.
 
         Returns:
-            layer, mixer ('mamba1', 'mamba2', 'attention' or ''), module (its class), features (channels or heads), conv
-            (whether a convolution carries information too), mixer_parameters, layer_parameters.
+            layer, mixer (its kind, such as 'mamba1' or 'attention', or ''), module (its class), features (channels or
+            heads), conv (whether a convolution carries information too), erase (whether positions remove something from
+            the state), mixer_parameters, layer_parameters.
         """
         import pandas as pd
 
@@ -92,13 +93,14 @@ class Lens(LoadedModel):
                     mixer.kind,
                     type(mixer.module).__name__,
                     mixer.n_features,
-                    mixer.has_conv,
+                    Paths.CONV in mixer.paths,
+                    Paths.ERASE in mixer.paths,
                     size(mixer.module),
                 )
                 rows.append((number, *of_mixer, size(layer)))
             if not of_layer:
-                rows.append((number, "", "", 0, False, 0, size(layer)))
-        names = ["layer", "mixer", "module", "features", "conv", "mixer_parameters", "layer_parameters"]
+                rows.append((number, "", "", 0, False, False, 0, size(layer)))
+        names = ["layer", "mixer", "module", "features", "conv", "erase", "mixer_parameters", "layer_parameters"]
         return pd.DataFrame(rows, columns=names)
 
     def predict(self, fact: Fact | str, k: int = 5) -> pd.DataFrame:
@@ -209,7 +211,7 @@ class Lens(LoadedModel):
             target: role that is not to receive it.
             window: how many consecutive layers a knockout covers (every run of that many), or a list of layer lists.
             features: groups of features, each on its own.
-            paths: 'main', 'conv', 'both', each on its own.
+            paths: 'main', 'conv', 'erase', 'both', each on its own.
             batch_size: prompts a batch at most; by default as many as fill `BATCH_TOKENS` and fit the memory.
             out: a folder to keep the results in, block of facts by block of facts. The same sweep in the same folder
                 goes on where it stopped; several processes that share the folder share the work.
@@ -295,7 +297,7 @@ class Lens(LoadedModel):
             source, target: roles (see `roles.ROLES`).
             layers: layer numbers or a kind of mixer; None: every layer.
             block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
-            path: 'main', 'conv' or 'both'.
+            path: 'main', 'conv', 'erase' or 'both'.
             batch_size, memory, progress: as for `sweep`.
 
         Returns:

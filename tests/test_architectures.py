@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
+from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import Mixer
 
 README = Path(__file__).parent.parent / "README.md"
@@ -112,7 +113,7 @@ def knockouts(hooks: HookManager) -> list[Knockout]:
         kind = [None, *hooks.kinds][number % (1 + len(hooks.kinds))]
         path = ("main", "both", "conv")[number // 4 % 3]
         mixers = hooks.mixers_of(layers, kind)
-        if path == "conv" and not any(mixer.has_conv for mixer in mixers):
+        if path == "conv" and not any(Paths.CONV in mixer.paths for mixer in mixers):
             path = "main"
         counts = {mixer.n_features for mixer in mixers}
         features: Any = "all"

@@ -47,11 +47,12 @@ def test_a_knockout_of_what_is_not_there_quotes_it(arguments: dict, sentence: st
 
 def test_a_path_and_a_group_that_attention_does_not_have_are_refused() -> None:
     hooks = HookManager(tiny("llama"))
-    with (
-        pytest.raises(MambalensError, match="none of the layers has a convolution"),
-        hooks.knockout([0], [1], path="conv"),
-    ):
-        pass
+    for path in ("conv", "erase"):
+        with (
+            pytest.raises(MambalensError, match=f"path='{path}', but none of the layers has it: attention has 'main'"),
+            hooks.knockout([0], [1], path=path),
+        ):
+            pass
     with (
         pytest.raises(MambalensError, match="LlamaAttention, whose features have no decay"),
         hooks.knockout([0], [1], features="slow"),

@@ -31,7 +31,7 @@ class SweepSettings:
     features: tuple[str, ...] = _option(
         "Groups ('slow', 'fast:0.1'), feature numbers or a selection's .csv.", defaults.FEATURES, many=True
     )
-    path: tuple[str, ...] = _option("main, conv or both.", defaults.PATHS, many=True)
+    path: tuple[str, ...] = _option("main, conv, erase or both.", defaults.PATHS, many=True)
     mixers: str | None = _option("Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).", None)
     all_facts: bool = _option("Also facts the model answers wrong.", False, bool)
     common: bool = _option("Only facts that all of several models know.", False, bool)

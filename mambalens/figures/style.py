@@ -26,7 +26,7 @@ STYLES: dict[str, tuple[str, str]] = {
     "context-independent": ("#B35806", "v"),
 }
 _SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
-PATHS = {"conv": "convolution", "both": "both paths"}
+PATHS = {"conv": "convolution", "erase": "erasing", "both": "all paths"}
 
 
 def style(role: str, index: int = 0) -> tuple[str, str]:

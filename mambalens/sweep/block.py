@@ -49,7 +49,10 @@ class Work:
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
         groups = list(zip(plan.features, plan.names, strict=True))
         self.combinations = [
-            (lens.hooks.resolve(layers, features, path, plan.mixers), (name, path, min(layers), len(layers)))
+            (
+                lens.hooks.resolve(layers, features, path, plan.mixers, somewhere=True),
+                (name, path, min(layers), len(layers)),
+            )
             for layers, (features, name), path in product(self.windows, groups, plan.paths)
         ]
         """Every window, group of features and path, looked up, and what the table calls it."""

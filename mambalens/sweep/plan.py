@@ -71,7 +71,7 @@ class Plan:
         for features in self.features:
             for path in self.paths:
                 for layers in windows:
-                    hooks.resolve(layers, features, path, self.mixers)
+                    hooks.resolve(layers, features, path, self.mixers, somewhere=True)
         return windows
 
 

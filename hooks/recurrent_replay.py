@@ -1,4 +1,4 @@
-"""Replay in a state-space token mixer: what a base pass keeps, and how rows resume from it."""
+"""Replay in a token mixer that is a recurrence: what a base pass keeps, and how rows resume from it."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import by_feature
-from mambalens.hooks.recurrence import Recurrence, ScanInputs
+from mambalens.hooks.recurrence import Inputs, Recurrence, States, side_by_side
 from mambalens.hooks.resume import Base, Rows
 
 
 class Kept(NamedTuple):
-    """What rows resume from in a state-space layer."""
+    """What rows resume from in a layer."""
 
-    states: list[Float[Tensor, " batch *state"]]
-    """State before the first replayed position, without the inputs of each source set."""
+    states: States
+    """State before the first replayed position, without what source sets write or erase."""
     window: Float[Tensor, "batch before channel"]
     """Inputs of the convolution before it, as many as its kernel reaches back."""
     most_cuts: int
@@ -40,15 +41,13 @@ def keep(
         hidden: the mixer's input.
     """
     batch, time = len(base.first), base.reach
-    gate, inner, dt = mixer.project(hidden[base.tokens][None])
+    gate, inner, beside = mixer.project(hidden[base.tokens][None])
     inner = _spread(inner, base.tokens, batch, time)
-    dt = None if dt is None else _spread(dt, base.tokens, batch, time)
-    inputs = mixer.scan_inputs(mixer.module.act(mixer.convolve(inner, None)), dt)
-    y, _ = mixer.scan(inputs, inputs.x)
-    # A step size of zero neither decays nor writes: the state stays what it was before the first replayed one.
-    before = base.before[:, :time, None]
-    states = mixer.states(inputs._replace(dt=inputs.dt * before), ~base.sources[..., :time])
-    past = int(mixer.module.conv_kernel_size) - 1
+    beside = None if beside is None else _spread(beside, base.tokens, batch, time)
+    inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
+    y, _ = mixer.scan(inputs)
+    states = mixer.states(inputs.frozen(base.before[:, :time]), base.sources[..., :time])
+    past = mixer.kernel - 1
     at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
     window = F.pad(inner, (0, 0, past, 0))
     window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
@@ -62,38 +61,49 @@ def resume(
 ) -> Float[Tensor, "batch row_time hidden"]:
     """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)
-    inner = _by_row(projected.inner, len(rows))
-    keep = kept_taps_of_rows(base, rows, int(mixer.module.conv_kernel_size)) if rows.conv.any() else None
-    convolved = mixer.module.act(mixer.convolve(inner, keep, kept.window[:, None]))
+    inner = side_by_side(projected.inner, len(rows))
+    keep = kept_taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else None
+    convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None]))
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
-    inputs = mixer.scan_inputs(convolved, projected.dt)
-    x, dt, B, C = (_by_row(t, len(rows)) for t in (inputs.x, inputs.dt, inputs.B, inputs.C))
-    y = _cut_rows(mixer, ScanInputs(x, dt, inputs.A, B, C), kept, base, rows)  # [B, R, L, F, P]
+    inputs = mixer.scan_inputs(convolved, projected.beside)
+    y = _cut_rows(mixer, inputs.by_row(len(rows)), kept, base, rows)  # [B, R, L, F, P]
     y = rearrange(y, "batch row time ... -> batch (row time) ...")
     return mixer.finish(mixer.with_skip(y, inputs, in_place=True), projected.gate, hidden.dtype)
 
 
 def _cut_rows(
-    mixer: Recurrence, inputs: ScanInputs, kept: Kept, base: Base, rows: Rows
+    mixer: Recurrence, inputs: Inputs, kept: Kept, base: Base, rows: Rows
 ) -> Float[Tensor, "batch row time feature width"]:
-    """The scan of rows: each target set reads nothing of its source set."""
-    pairs = list(zip(rows.on_main, rows.target, strict=True))
+    """What rows read: each target set does without what its source set writes, or erases."""
+    pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
 
-    def without(number: Int[Tensor, " row"]) -> Float[Tensor, "batch row time feature width"]:
+    def without(
+        written: Int[Tensor, " row"], erased: Int[Tensor, " row"]
+    ) -> Float[Tensor, "batch row time feature width"]:
         """Every position without its row's source set."""
-        stays = ~base.own_sources[number].transpose(0, 1)[..., None, None]  # [B, R, L, 1, 1]
-        return mixer.resume_scan(inputs, inputs.x if stays.all() else inputs.x * stays, kept.states, number)
+        cut = []
+        for number in (written, erased):
+            stays = ~base.own_sources[number].transpose(0, 1)[..., None]  # [B, R, L, 1]
+            cut.append(None if stays.all() else stays)
+        # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
+        codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
+        states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
+        return mixer.resume_scan(inputs.cut(*cut), states, state)
 
-    if len(pairs) == 1 and rows.features is None and (base.all_targets or not rows.on_main.any()):
-        return without(pairs[0][0])
-    y = mixer.resume_scan(inputs, inputs.x, kept.states, torch.zeros_like(rows.on_main[0]))
-    for source, target in pairs:
-        if source.any():
-            cut = base.targets[target] & (source > 0)[:, None, None]  # set 0 only fills up
-            cut = cut.transpose(0, 1)[..., None]  # [B, R, L, 1]
+    def any_in(written: Int[Tensor, " row"], erased: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
+        return (written > 0) | (erased > 0)  # set 0 only fills up
+
+    written, erased, _ = pairs[0]
+    if len(pairs) == 1 and rows.features is None and (base.all_targets or not any_in(written, erased).any()):
+        return without(written, erased)
+    y = without(torch.zeros_like(written), torch.zeros_like(written))
+    for written, erased, target in pairs:
+        some = any_in(written, erased)
+        if some.any():
+            cut = (base.targets[target] & some[:, None, None]).transpose(0, 1)[..., None]  # [B, R, L, 1]
             if rows.features is not None:
                 cut = cut & rows.features[None, :, None]
-            y = torch.where(cut[..., None], without(source), y)
+            y = torch.where(cut[..., None], without(written, erased), y)
     return y
 
 
@@ -109,11 +119,6 @@ def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Bool[Tensor, 
         cut = (cut & rows.conv[:, None, None]).transpose(0, 1)
         keep.append(~by_feature(cut, None if rows.features is None else rows.features[None, :, None]))
     return keep
-
-
-def _by_row(values: Float[Tensor, "batch row_time *rest"], rows: int) -> Float[Tensor, "batch row time *rest"]:
-    """What belongs to rows side by side, row by row."""
-    return rearrange(values, "batch (row time) ... -> batch row time ...", row=rows)
 
 
 def _spread(

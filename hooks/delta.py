@@ -1,0 +1,283 @@
+"""The arithmetic of delta rules, as pure functions: tensors in, tensors out.
+
+Letters are those of Yang et al. 2024 (arXiv:2412.06464). Per head, with a state S of keys x values:
+
+    S_t = (I - e_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + w_t k_t v_t^T        y_t = S_t^T q_t
+
+The strength beta_t of the papers stands here twice: w_t with which a position writes, and e_t with which it erases.
+They are the same number until a knockout takes one of them away. The recurrence is linear in v, whatever its keys do:
+
+    alpha[t, s] = w_s k_s . p_s        p_t = q_t        p_{j-1} = diag(exp(g_j)) (I - e_j k_j k_j^T) p_j
+
+In a chunk of positions the recurrence is a triangular system (the UT transform): what position t really adds to the
+state, along its key, is u_t = w_t v_t - e_t S_{t-1}'^T k_t, with S' the decayed state that it finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+CHUNK = {True: 64, False: 16}
+"""Positions that are solved as one system: with one decay a head, and with one for every channel of its keys."""
+
+
+class DeltaInputs(NamedTuple):
+    """Inputs of a delta rule, in float32 or better; see `recurrence.Inputs`."""
+
+    x: Float[Tensor, "*batch time feature width"]
+    """The values v."""
+    k: Float[Tensor, "*batch time group key"]
+    """Keys; a group's heads lie side by side."""
+    q: Float[Tensor, "*batch time group key"]
+    """Queries, scaled."""
+    write: Float[Tensor, "*batch time feature"]
+    erase: Float[Tensor, "*batch time feature"]
+    log_decay: Float[Tensor, "*batch time feature channel"]
+    """g; of the whole head, or of every channel of its keys."""
+
+    def cut(
+        self,
+        values: Bool[Tensor, "*#batch time #feature"] | None,
+        erasures: Bool[Tensor, "*#batch time #feature"] | None,
+    ) -> DeltaInputs:
+        """The same with these values, and with these erasures."""
+        x = self.x if values is None else self.x * values[..., None]
+        return self._replace(x=x, erase=self.erase if erasures is None else self.erase * erasures)
+
+    def frozen(self, moving: Bool[Tensor, "batch time"]) -> DeltaInputs:
+        """The same with positions outside `moving` leaving the state as they find it."""
+        moves = moving[..., None]
+        return self._replace(
+            write=self.write * moves, erase=self.erase * moves, log_decay=self.log_decay * moves[..., None]
+        )
+
+    def by_row(self, rows: int) -> DeltaInputs:
+        """What belongs to rows, row by row."""
+        return DeltaInputs(*(t.unflatten(1, (rows, -1)) for t in self))
+
+    def own_entry(self) -> Float[Tensor, "*batch time feature"]:
+        """alpha[t, t].
+
+        Equation: Effective attention
+            alpha[t, t] = w_t k_t . q_t
+
+            Source: this package, from Yang et al. 2024, arXiv:2412.06464, eq. 10
+
+            Of one head of a delta rule.
+        """
+        own = (self.k * self.q).sum(-1)  # [..., G]
+        return self.write * _by_head(own, self.write.shape[-1], -1)
+
+    def of_heads(self, heads: Int[Tensor, " some"]) -> DeltaInputs:
+        """Some heads alone, each with a key and a query of its own."""
+        group = heads * self.k.shape[-2] // self.write.shape[-1]
+        x, k, q = self.x[..., heads, :], self.k[..., group, :], self.q[..., group, :]
+        return DeltaInputs(x, k, q, self.write[..., heads], self.erase[..., heads], self.log_decay[..., heads, :])
+
+
+class _Chunk(NamedTuple):
+    """Positions that are solved as one system, head by head."""
+
+    v: Float[Tensor, "batch feature time width"]
+    k: Float[Tensor, "batch feature time key"]
+    q: Float[Tensor, "batch feature time key"]
+    write: Float[Tensor, "batch feature time 1"]
+    erase: Float[Tensor, "batch feature time 1"]
+    since_start: Float[Tensor, "batch feature time channel"]
+    """Decay from the state before the chunk to each position, its own included."""
+    to_end: Float[Tensor, "batch feature time channel"]
+    """Decay of what each position writes until the chunk's last."""
+    system: Float[Tensor, "batch feature time time"]
+    """I + L, with L[t, s] = e_t k_t . (decay from s to t) k_s below the diagonal; only what lies below it is read."""
+    scores: Float[Tensor, "batch feature time time"]
+    """q_t . (decay from s to t) k_s, zero above the diagonal."""
+
+    def solved(self, right: Float[Tensor, "batch feature time some"]) -> Float[Tensor, "batch feature time some"]:
+        """(I + L)^-1 of something."""
+        return torch.linalg.solve_triangular(self.system, right, upper=False, unitriangular=True)
+
+
+def delta_scan(
+    inputs: DeltaInputs, start: Float[Tensor, "#batch feature key width"] | None = None, end: bool = True
+) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature key width"] | None]:
+    """A delta rule: chunks of positions, a recurrence between them.
+
+    Equation: Recurrence
+        S_t = (I - e_t k_t k_t^T) diag(exp(g_t)) S_{t-1} + w_t k_t v_t^T
+        y_t = S_t^T q_t
+
+        Source: Yang et al. 2024, arXiv:2412.06464, eq. 10, with e_t = w_t = beta_t and one decay a head
+        Source: Kimi Team 2025, arXiv:2510.26692, eq. 1, with a decay for every channel of the keys
+
+        Of one head of a delta rule.
+
+    Args:
+        inputs: as in the recurrence above.
+        start: state before the first position; zero by default.
+        end: whether the state after the last position is wanted.
+
+    Returns:
+        y, and the state after the last position or None.
+    """
+    state, outputs = start, []
+    chunks = list(_chunks(inputs))
+    for number, chunk in enumerate(chunks):
+        added = chunk.write * chunk.v
+        if state is not None:
+            added = added - chunk.erase * ((chunk.k * chunk.since_start) @ state)
+        added = chunk.solved(added)  # u
+        y = chunk.scores @ added
+        if state is not None:
+            y = y + (chunk.q * chunk.since_start) @ state
+        outputs.append(rearrange(y, "batch feature time width -> batch time feature width"))
+        if end or number + 1 < len(chunks):
+            written = (chunk.k * chunk.to_end).mT @ added
+            state = written if state is None else chunk.since_start[:, :, -1, :, None] * state + written
+    return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state if end else None
+
+
+def delta_writes(inputs: DeltaInputs) -> Float[Tensor, "batch feature key time"]:
+    """What is left after the last position of what each position writes: the state is `sum_s writes[:, s] v_s^T`.
+
+    Equation: Knockout
+        S^-S_T = sum_{s not in S} c_s v_s^T    c_s = T_T ... T_{s+1} w_s k_s    T_j = (I - e_j k_j k_j^T) diag(exp(g_j))
+
+        Source: this package, from Yang et al. 2024, arXiv:2412.06464, eq. 10, which is linear in v
+
+        For knockouts of what delta rules write; where erasures are cut, e_s = 0 for the sources.
+    """
+    parts: list[Tensor] = []
+    later: Tensor | None = None  # the product of the transitions of later chunks [B, H, K, K]
+    for chunk in reversed(list(_chunks(inputs))):
+        keys = chunk.k * chunk.to_end
+        # The transposed system, so that it is solved for the keys and not for the positions.
+        solved = torch.linalg.solve_triangular(chunk.system.mT, keys, upper=True, unitriangular=True)  # [B, H, L, K]
+        own = (solved * chunk.write).mT
+        parts.append(own if later is None else later @ own)
+        decay = torch.diag_embed(chunk.since_start[:, :, -1].expand(*keys.shape[:2], keys.shape[-1]))
+        transition = decay - (solved * chunk.erase).mT @ (chunk.k * chunk.since_start)
+        later = transition if later is None else later @ transition
+    return torch.cat(parts[::-1], -1)
+
+
+def delta_states(
+    inputs: DeltaInputs, sources: Bool[Tensor, "set batch time"]
+) -> Callable[[int, int], Float[Tensor, "batch feature key width"]]:
+    """States after the last position without what some source set writes and another erases, by their numbers.
+
+    They are computed when they are asked for the first time: one matrix product for each that only a value is missing
+    from, and `delta_writes` once more for each set of erasures.
+    """
+    writes: dict[int, Tensor] = {}
+    found: dict[tuple[int, int], Tensor] = {}
+    values = rearrange(inputs.x, "batch time feature width -> batch feature time width")
+
+    def state(written: int, erased: int) -> Tensor:
+        if erased not in writes:
+            stays = None if erased == 0 else ~sources[erased][..., None]
+            writes[erased] = delta_writes(inputs.cut(None, stays))
+        if (written, erased) not in found:
+            left = writes[erased] if written == 0 else writes[erased] * ~sources[written][:, None, None]
+            found[written, erased] = left @ values
+        return found[written, erased]
+
+    return state
+
+
+def delta_step(
+    inputs: DeltaInputs, states: Sequence[Float[Tensor, "batch feature key width"]], number: Int[Tensor, " row"]
+) -> Float[Tensor, "batch row feature width"]:
+    """One position of a delta rule for many rows, each from one of its prompt's states.
+
+    Args:
+        inputs: of that position [batch, row, ...].
+        states: states before the position.
+        number: which of them each row resumes from.
+    """
+    heads = inputs.write.shape[-1]
+    own = (inputs.k * inputs.q).sum(-1, keepdim=True)  # [B, R, G, 1]
+    overlap = _by_head(own, heads, -2) * inputs.erase[..., None]  # [B, R, H, 1]
+    k, q = _by_head(inputs.k, heads, -2), _by_head(inputs.q, heads, -2)
+    read = torch.exp(inputs.log_decay) * (q - overlap * k)  # p of the position before
+    y = inputs.own_entry()[..., None] * inputs.x
+    read = rearrange(read, "batch row feature key -> batch feature row key")
+    for index, state in enumerate(states):
+        rows = (number == index).nonzero().flatten() if len(states) > 1 else slice(None)
+        carried = read[:, :, rows] @ state
+        y[:, rows] += rearrange(carried, "batch feature row width -> batch row feature width")
+    return y
+
+
+def delta_attention(inputs: DeltaInputs) -> Float[Tensor, "batch feature time time"]:
+    """Effective attention of a delta rule, the removals by the positions in between included: O(features T^2) memory.
+
+    Equation: Effective attention
+        alpha[t, s] = w_s k_s . p_s    for s <= t, else 0
+        p_t = q_t    p_{j-1} = diag(exp(g_j)) (I - e_j k_j k_j^T) p_j
+        alpha = Q (I + L)^-1 diag(w)    Q[t, s] = q_t . D_ts k_s    L[t, s] = e_t k_t . D_ts k_s for s < t, else 0
+
+        Source: this package, from Yang et al. 2024, arXiv:2412.06464, eq. 10
+
+        Of one head of a delta rule; D_ts = diag(exp(sum_{j=s+1..t} g_j)). The last line is the first, for all t.
+    """
+    (chunk,) = _chunks(inputs, inputs.x.shape[-3])
+    alpha = torch.linalg.solve_triangular(chunk.system, chunk.scores, upper=False, left=False, unitriangular=True)
+    return alpha * chunk.write.mT
+
+
+def _chunks(inputs: DeltaInputs, size: int | None = None) -> list[_Chunk]:
+    """The positions in chunks, head by head."""
+    heads = inputs.write.shape[-1]
+    size = size or CHUNK[inputs.log_decay.shape[-1] == 1]
+    parts = []
+    for v, k, q, write, erase, log_decay in zip(*(t.split(size, 1) for t in inputs), strict=True):
+        k, q = (
+            rearrange(_by_head(t, heads, -2), "batch time feature key -> batch feature time key").contiguous()
+            for t in (k, q)
+        )
+        v = rearrange(v, "batch time feature width -> batch feature time width")
+        write, erase = (rearrange(t, "batch time feature -> batch feature time 1") for t in (write, erase))
+        g = rearrange(log_decay, "batch time feature channel -> batch feature time channel")
+        # The sum over s+1..t is a difference of running sums; in float64, so that it loses no digits.
+        running = g.double().cumsum(2)
+        to_end = torch.exp((running[:, :, -1:] - running).to(g.dtype))
+        of_keys, of_queries = _decayed_products(k, q, running)
+        parts.append(_Chunk(v, k, q, write, erase, torch.exp(running.to(g.dtype)), to_end, erase * of_keys, of_queries))
+    return parts
+
+
+def _decayed_products(
+    k: Float[Tensor, "batch feature time key"],
+    q: Float[Tensor, "batch feature time key"],
+    running: Float[Tensor, "batch feature time channel"],
+) -> tuple[Float[Tensor, "batch feature time time"], Float[Tensor, "batch feature time time"]]:
+    """k_t . D_ts k_s and q_t . D_ts k_s, zero above the diagonal; running are the running sums of the log decays."""
+    time = k.shape[2]
+    later = torch.ones(time, time, dtype=torch.bool, device=k.device).triu(1)
+
+    def decay(channel: Float[Tensor, "batch feature time"]) -> Float[Tensor, "batch feature time time"]:
+        between = channel[..., None] - channel[..., None, :]
+        return torch.exp(between.masked_fill_(later, -torch.inf).to(k.dtype))
+
+    if running.shape[-1] == 1:
+        between = decay(running[..., 0])
+        return (k @ k.mT).mul_(between), (q @ k.mT).mul_(between)
+    # Channel by channel: all at once would need the memory of time x time x key.
+    of_keys, of_queries = (k.new_zeros(*k.shape[:3], time) for _ in range(2))
+    for channel in range(running.shape[-1]):
+        between = decay(running[..., channel]).mul_(k[..., None, :, channel])
+        of_keys.addcmul_(between, k[..., channel, None])
+        of_queries.addcmul_(between, q[..., channel, None])
+    return of_keys, of_queries
+
+
+def _by_head(values: Float[Tensor, " ..."], heads: int, axis: int) -> Float[Tensor, " ..."]:
+    """What groups of heads share, for each head along an axis."""
+    groups = values.shape[axis]
+    return values if groups == heads else values.repeat_interleave(heads // groups, axis)

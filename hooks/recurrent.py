@@ -1,0 +1,258 @@
+"""Knockout in a token mixer that is a recurrence: everything but its arithmetic.
+
+The module's own forward runs first and keeps its cache in order. Where something is cut, the targets' outputs are
+computed again with the sources' values (what they erase, their convolution taps) left out, and put in the place of the
+module's; every other position keeps the module's output bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from mambalens.hooks.calls import bound, cache_among
+from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut, blocked_entries, changed_positions, in_patterns, kept_taps, on, patterns
+from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_hand
+from mambalens.hooks.recurrence import Projected, Recurrence
+from mambalens.hooks.recurrent_replay import Kept, keep, resume
+from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.token_mixing import TokenMixing
+
+EXPLICIT = 2**24
+"""Numbers of effective attention that the explicit form of a scan under many different cuts makes at a time."""
+WRITTEN = Paths.MAIN | Paths.ERASE
+"""The ways through the state."""
+
+
+class History(NamedTuple):
+    """A prompt's mixer inputs and padding so far, for targets that are generated later."""
+
+    hidden: Float[Tensor, "batch time hidden"]
+    padding: Shaped[Tensor, "batch time"] | None
+    state: Float[Tensor, " batch *state"]
+    """The cached state after them, to notice a cache that was reordered in between."""
+
+
+class RecurrentMixer(Recurrence):
+    """Base of the adapters for mixers that are recurrences: knockouts, effective attention and replay."""
+
+    def inputs(
+        self,
+        hidden: Float[Tensor, "batch time hidden"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[Any, Projected]:
+        """Inputs of the recurrence under the cuts of the convolution's taps, and the projection they come from."""
+        projected = self.project(_without_padding(hidden, padding))
+        convolved = self.activate(self.convolve(projected.inner, kept_taps(on(Paths.CONV, cuts), self.kernel)))
+        if self.masks_convolved:
+            convolved = _without_padding(convolved, padding)
+        return self.scan_inputs(convolved, projected.beside), projected
+
+    def knocked_out(
+        self,
+        hidden: Float[Tensor, "batch time hidden"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[Float[Tensor, "batch time hidden"], Float[Tensor, " batch *state"] | None]:
+        """The mixer's output under the cuts, right at every position where `changed` holds.
+
+        Args:
+            hidden: the mixer's input, from the first column of the prompt.
+            padding: 1 for tokens, 0 for padding.
+            cuts: over these T columns.
+
+        Returns:
+            Output, and the state after the last position where cut taps have changed it.
+        """
+        inputs, projected = self.inputs(hidden, padding, cuts)
+        y, state = self.mix(inputs, cuts, base=bool(on(Paths.CONV, cuts)))
+        return self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype), state
+
+    def mix(
+        self, inputs: Any, cuts: Sequence[Cut], base: bool, explicit: bool | None = None
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
+        """What is read under the cuts of the paths 'main' and 'erase'.
+
+        Equation: Knockout
+            alpha[t, s, f] = 0    for t in T, s in S, f in F, in every layer of the window
+            y_t = sum_{s<=t, s not in S} alpha[t, s] x_s + D x_t = C_t . h^-S_t + D x_t
+
+            Source: Endy et al. 2025, arXiv:2505.24244, eq. 5
+            Source: Geva et al. 2023, arXiv:2304.14767, section 4, for the knockout of attention that it adapts
+
+            T are the targets, S the sources, F the features. h^-S is the state of the same recurrence with x_s = 0 for
+            s in S: one more scan for every distinct S, and no T x T matrix. The skip D x_t stays.
+
+        One more scan for every different way in which targets are cut. Where these are many, as edges may be, the
+        entries of effective attention themselves are set to zero instead: it costs what half as many scans as there
+        are positions do. (Not where erasures are cut: every way of doing so has an effective attention of its own.)
+
+        Args:
+            inputs: inputs of the scan.
+            cuts: what is cut.
+            base: whether positions that are no target are needed too; without, they hold anything.
+            explicit: which of the two; by default whichever costs less.
+
+        Returns:
+            y without the skip, and with `base` the last state.
+        """
+        y, state = self.scan(inputs, end=True) if base else (torch.zeros_like(inputs.x), None)
+        written = on(WRITTEN, cuts)
+        if not written:
+            return y, state
+        found = patterns(written)
+        if explicit is None:
+            explicit = 2 * len(found) > inputs.x.shape[1]
+        if explicit and not on(Paths.ERASE, written):
+            return self._explicit(inputs, blocked_entries(written)), state
+        for where, kept in in_patterns(written, found):
+            masked, _ = self.scan(inputs.cut(*kept))
+            y = torch.where(where[..., None, None], masked, y)
+        return y, state
+
+    def _explicit(
+        self, inputs: Any, blocked: Bool[Tensor, " batch #feature time time"]
+    ) -> Float[Tensor, "batch time feature width"]:
+        """The scan as effective attention with the blocked entries set to zero."""
+        y = torch.empty_like(inputs.x)
+        batch, time, count, _ = inputs.x.shape
+        for features in torch.arange(count, device=y.device).split(max(1, EXPLICIT // (batch * time * time))):
+            alpha = self.alpha(inputs, features)  # [B, f, T, T]
+            alpha = alpha.masked_fill(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
+            y[:, :, features] = torch.einsum("bfts,bsfp->btfp", alpha, inputs.x[:, :, features])
+        return y
+
+    def attach(self, current: Callable[[], Pass]) -> Callable[[], None]:
+        histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
+
+        def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                given = bound(self.module, args, kwargs)
+                hidden, padding = given["hidden_states"], given.get("attention_mask")
+                cache = cache_among(given.values())
+                running = current()
+                history = histories.get(cache) if cache is not None else None
+                if running.keep_history and running.past and cache is not None:
+                    self._check(history, cache, hidden, running.past)
+                out = original(*args, **kwargs)
+                if running.keep_history and history is not None and running.past:
+                    hidden, padding = _continued(history, hidden, padding)
+                active = [cut.to(out.device) for cut in running.cuts_of(self)]
+                if active:
+                    changed = changed_positions(active, self.kernel)[:, running.past :]
+                    with weights_at_hand(self.module):
+                        ours, state = self.knocked_out(hidden, padding, active)
+                    out = torch.where(changed[..., None], ours[:, running.past :].to(out.dtype), out)
+                    if state is not None and cache is not None:
+                        self.cache_state(cache, state)
+                if running.keep_history and cache is not None:
+                    histories[cache] = History(hidden, padding, self.cached_state(cache).clone())
+                return out
+
+            return forward
+
+        return replace_forward(self.module, wrap)
+
+    def _check(self, history: History | None, cache: Any, hidden: Tensor, past: int) -> None:
+        """Refuse a cache that is not the one this knockout filled: its state says nothing of single sources."""
+        state = self.cached_state(cache)
+        same = history is not None and history.hidden.shape[:2] == (hidden.shape[0], past)
+        if history is None or not same or not torch.equal(history.state, state):
+            raise MambalensError(
+                "The cache was filled, reordered or cropped outside this knockout, so targets among generated tokens "
+                "cannot be computed: run the prompt inside the block and generate greedily or by sampling."
+            )
+
+    def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
+        given = call.arguments(self.module)
+        hidden = given["hidden_states"]
+        cuts = [cut.to(hidden.device) for cut in cuts]
+        with weights_at_hand(self.module):
+            inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
+            skip = self.skip(inputs)
+            y, _ = self.mix(inputs, cuts, base=True)
+            output = self.with_skip(y, inputs)
+        diagonal = inputs.own_entry()  # [B, T, F]
+        main, erased = on(Paths.MAIN, cuts), on(Paths.ERASE, cuts)
+        blocked = blocked_entries(main) if main else None  # [B, F or 1, T, T]
+        if blocked is not None:
+            diagonal = diagonal.masked_fill(blocked.diagonal(dim1=-2, dim2=-1).transpose(1, 2), 0.0)
+
+        def alpha_of(features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
+            alpha = self.alpha(inputs, features)
+            for where, kept in in_patterns(erased, patterns(erased)) if erased else ():
+                # What is erased no more stays for these targets.
+                theirs = self.alpha(inputs.cut(None, kept.erasures), features)
+                alpha = torch.where(where[:, None, :, None], theirs, alpha)
+            if blocked is None:
+                return alpha
+            return alpha.masked_fill_(blocked if blocked.shape[1] == 1 else blocked[:, features], 0.0)
+
+        return TokenMixing(inputs.x, skip[:, 0], output, diagonal, alpha_of, self.decay(inputs))
+
+    @contextmanager
+    def keeping(self, base: Base) -> Iterator[list[Kept]]:
+        kept: list[Kept] = []
+
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            with weights_at_hand(self.module):
+                out, of_layer = keep(self, base.to(hidden_states.device), hidden_states)
+            kept.append(of_layer)
+            return out
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield kept
+        finally:
+            restore()
+
+    def kept_numbers(self, time: int, sets: int) -> int:
+        return sets * self.state_numbers
+
+    @contextmanager
+    def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
+        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            device = hidden_states.device
+            with weights_at_hand(self.module):
+                return resume(self, kept, base.to(device), rows.to(device), hidden_states)
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield
+        finally:
+            restore()
+
+    def parity(self, call: Captured) -> float:
+        given = call.arguments(self.module)
+        hidden = given["hidden_states"]
+        with weights_at_hand(self.module):
+            inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
+            y, _ = self.mix(inputs, (), base=True)
+            ours = self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype)
+        return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
+
+
+def _continued(
+    history: History, hidden: Float[Tensor, "batch new hidden"], padding: Shaped[Tensor, "batch new"] | None
+) -> tuple[Float[Tensor, "batch time hidden"], Shaped[Tensor, "batch time"] | None]:
+    """Inputs and padding of the prompt so far with the new ones behind them."""
+    if history.padding is not None:
+        new = history.padding.new_ones(hidden.shape[:2]) if padding is None else padding
+        padding = torch.cat([history.padding, new], 1)
+    return torch.cat([history.hidden, hidden], 1), padding
+
+
+def _without_padding(
+    hidden: Float[Tensor, "batch time hidden"], padding: Shaped[Tensor, "batch time"] | None
+) -> Float[Tensor, "batch time hidden"]:
+    """Zero at padding, as transformers does before and after the convolution."""
+    return hidden if padding is None else (hidden * padding[..., None]).to(hidden.dtype)

@@ -160,7 +160,8 @@ class AttentionMixer(Mixer):
         def watch_read(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             given = reads(module, *args, **kwargs)
             if module is self.module:
-                probe.output = given[0].flatten(2)
+                # A cache may hold values in a compressed form (multi-head latent attention): here they are whole.
+                probe.values, probe.output = args[2], given[0].flatten(2)
             return given
 
         config = getattr(self.module, "config", None)  # without one there is one implementation only

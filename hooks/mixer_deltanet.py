@@ -58,7 +58,7 @@ class GatedDeltaNetMixer(DeltaMixer):
         else:  # OLMo hybrid
             inner = torch.cat([mixer.q_proj(hidden), mixer.k_proj(hidden), mixer.v_proj(hidden)], -1)
             gate, b, a = mixer.g_proj(hidden), mixer.b_proj(hidden), mixer.a_proj(hidden)
-        return Projected(gate.reshape(*hidden.shape[:2], -1), inner, torch.cat([b, a], -1))
+        return Projected(gate.flatten(2), inner, torch.cat([b, a], -1))
 
     def strengths(
         self, beside: Float[Tensor, "batch time other"]

@@ -47,8 +47,7 @@ class KimiDeltaMixer(DeltaMixer):
         gate = mixer.g_proj(hidden) if hasattr(mixer, "g_proj") else mixer.g_b_proj(mixer.g_a_proj(hidden))
         # The module's own code makes the decays, with or without a lower bound.
         log_decay = mixer.forget_gate(hidden).flatten(2)
-        strength = mixer.b_proj(hidden)
-        return Projected(gate, inner, torch.cat([strength.to(log_decay.dtype), log_decay], -1))
+        return Projected(gate, inner, torch.cat([mixer.b_proj(hidden), log_decay], -1))
 
     def strengths(
         self, beside: Float[Tensor, "batch time other"]

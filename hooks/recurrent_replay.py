@@ -41,9 +41,12 @@ def keep(
         hidden: the mixer's input.
     """
     batch, time = len(base.first), base.reach
-    gate, inner, beside = mixer.project(hidden[base.tokens][None])
-    inner = _spread(inner, base.tokens, batch, time)
-    beside = None if beside is None else _spread(beside, base.tokens, batch, time)
+    count = len(base.tokens[0])
+    # Where all is replayed there is none: one goes through then that nobody reads, since modules reshape with -1.
+    tokens = base.tokens if count else (base.first[:1] * 0, base.first[:1] * 0)
+    gate, inner, beside = mixer.project(hidden[tokens][None])
+    inner = _spread(inner[:, :count], base.tokens, batch, time)
+    beside = None if beside is None else _spread(beside[:, :count], base.tokens, batch, time)
     inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
     y, _ = mixer.scan(inputs)
     states = mixer.states(inputs.frozen(base.before[:, :time]), base.sources[..., :time])
@@ -51,8 +54,8 @@ def keep(
     at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
     window = F.pad(inner, (0, 0, past, 0))
     window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
-    y = mixer.with_skip(y, inputs)[base.tokens][None]
-    out = mixer.finish(y, gate, hidden.dtype)
+    y = mixer.with_skip(y, inputs)[tokens][None]
+    out = mixer.finish(y, gate, hidden.dtype)[:, :count]
     return _spread(out, base.tokens, *hidden.shape[:2]), Kept(states, window, sys.maxsize)
 
 

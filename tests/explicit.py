@@ -100,8 +100,70 @@ def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: T
     return m.out_proj(grouped.flatten(-2) * m.norm.weight)
 
 
+def delta_projection(m: Any, hidden: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys, values before the convolution [B, T, channels], gate, raw strengths and log decays [B, T, H, ...]."""
+    if hasattr(m, "forget_gate"):  # Kimi Delta Attention
+        gate = m.g_proj(hidden) if hasattr(m, "g_proj") else m.g_b_proj(m.g_a_proj(hidden))
+        return m.q_proj(hidden), m.k_proj(hidden), m.v_proj(hidden), gate, m.b_proj(hidden), m.forget_gate(hidden)
+    if hasattr(m, "in_proj_qkvz"):  # Qwen3-Next: the heads of a key side by side, each as [q | k | v of its heads | z]
+        per_key = m.num_v_heads // m.num_k_heads
+        qkvz = m.in_proj_qkvz(hidden).unflatten(-1, (m.num_k_heads, -1))
+        sizes = [m.head_k_dim, m.head_k_dim, per_key * m.head_v_dim, per_key * m.head_v_dim]
+        q, k, v, gate = (part.flatten(2) for part in qkvz.split(sizes, -1))
+        b, a = (part.flatten(2) for part in m.in_proj_ba(hidden).unflatten(-1, (m.num_k_heads, -1)).chunk(2, -1))
+    elif hasattr(m, "in_proj_qkv"):  # Qwen3.5
+        q, k, v = m.in_proj_qkv(hidden).split([m.key_dim, m.key_dim, m.value_dim], -1)
+        gate, b, a = m.in_proj_z(hidden), m.in_proj_b(hidden), m.in_proj_a(hidden)
+    else:  # OLMo hybrid
+        q, k, v, gate = m.q_proj(hidden), m.k_proj(hidden), m.v_proj(hidden), m.g_proj(hidden)
+        b, a = m.b_proj(hidden), m.a_proj(hidden)
+    return q, k, v, gate, b, (-torch.exp(m.A_log) * F.softplus(a + m.dt_bias))[..., None]
+
+
+def delta(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A delta rule, target by target: the state from the start, matrix by matrix (Yang et al. 2024, eq. 10).
+
+    Returns:
+        What is read [batch, T, heads x width], and the module's output.
+    """
+    pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
+    q, k, v, gate, b, g = delta_projection(m, hidden * pad)
+    batch, time, heads = main.shape[0], main.shape[1], main.shape[3]
+    groups = getattr(m, "num_k_heads", heads)
+    beta = torch.sigmoid(b) * (2 if getattr(m, "allow_neg_eigval", False) else 1)
+    width, inner = v.shape[-1] // heads, torch.cat([q, k, v], -1)
+    size = q.shape[-1] // groups
+    y = hidden.new_zeros(batch, time, heads, width)
+    for h in range(heads):
+        cut = conv[..., h, None].expand(-1, -1, -1, inner.shape[-1])  # this head's own view of q, k and v
+        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut))
+        own = h * groups // heads * size
+        q_h, k_h = (u[..., at : at + size] for at in (own, groups * size + own))
+        q_h, k_h = (t / torch.sqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q_h, k_h))
+        v_h = u[..., 2 * groups * size + h * width :][..., :width]
+        for t in range(time):
+            S = hidden.new_zeros(batch, size, width)
+            for s in range(t + 1):
+                S = torch.exp(g[:, s, h].to(S.dtype).expand(-1, size))[..., None] * S
+                erased = beta[:, s, h].masked_fill(erase[:, t, s, h], 0)[:, None, None]
+                S = S - erased * k_h[:, s, :, None] * (k_h[:, s, :, None] * S).sum(1, keepdim=True)
+                written = beta[:, s, h].masked_fill(main[:, t, s, h], 0)[:, None, None]
+                S = S + written * k_h[:, s, :, None] * v_h[:, s, None, :]
+            y[:, t, h] = (S * q_h[:, t, :, None]).sum(1) / size**0.5
+    norm, out = (m.o_norm, m.o_proj) if hasattr(m, "o_norm") else (m.norm, m.out_proj)
+    return y.flatten(2), out(norm(y, gate.view_as(y)).flatten(2))
+
+
 SCANS = {"mamba1": mamba1_scan, "mamba2": mamba2_scan}
 MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
+TWINS = dict.fromkeys(
+    ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "OlmoHybridGatedDeltaNet",
+     "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"),
+    delta,
+)  # fmt: skip
+"""By the module's class: `twin(m, hidden, padding, main, conv, erase)` gives what is read, and the module's output."""
 _blocked: dict[int, Tensor] = {}
 
 
@@ -159,7 +221,10 @@ def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[in
 
 @contextmanager
 def blocked_everywhere(
-    model: Any, main: dict[tuple[int, str], Tensor], conv: dict[tuple[int, str], Tensor]
+    model: Any,
+    main: dict[tuple[int, str], Tensor],
+    conv: dict[tuple[int, str], Tensor],
+    erase: dict[tuple[int, str], Tensor] | None = None,
 ) -> Iterator[None]:
     """Entries blocked by layer and kind of mixer, in any model with eager attention.
 
@@ -171,7 +236,9 @@ def blocked_everywhere(
         if place is None:
             continue
         layer, A_log = int(place[1]), getattr(module, "A_log", None)
-        if A_log is not None:
+        if type(module).__name__ in TWINS:
+            handles.append(_twin(module, layer, main, conv, erase or {}))
+        elif A_log is not None and path.rpartition(".")[2] != "forget_gate":
             handles.append(_explicit_scan(module, layer, ("mamba1", "mamba2")[A_log.ndim == 1], main, conv))
         elif (layer, "attention") in main and hasattr(type(module), "forward") and _is_attention(module):
             undo.append(_softmax_blocked(module, main[layer, "attention"]))
@@ -196,6 +263,24 @@ def _explicit_scan(module: Any, layer: int, kind: str, main: dict, conv: dict) -
         hidden = args[0] if args else kwargs["hidden_states"]
         none = torch.zeros(*hidden.shape[:2], hidden.shape[1], m.A_log.shape[0], dtype=torch.bool)
         return MIXERS[kind](m, hidden, None, main.get((layer, kind), none), conv.get((layer, kind), none))
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
+def _twin(module: Any, layer: int, *blocked: dict[tuple[int, str], Tensor]) -> Any:
+    def of_layer(entries: dict[tuple[int, str], Tensor]) -> Tensor | None:
+        return next((mask for (number, kind), mask in entries.items() if number == layer and kind != "attention"), None)
+
+    masks = [of_layer(entries) for entries in blocked]
+
+    def hook(m: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        known = next((mask for mask in masks if mask is not None), None)
+        if known is None:
+            return out
+        hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        given = [torch.zeros_like(known) if mask is None else mask for mask in masks]
+        ours = TWINS[type(m).__name__](m, hidden, kwargs.get("attention_mask"), *given)[1]
+        return ours if isinstance(out, Tensor) else (ours, *out[1:])
 
     return module.register_forward_hook(hook, with_kwargs=True)
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +54,11 @@ _LLAMA = _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_val
 _HYBRID = _LLAMA | {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_expand": 2,
                     "mamba_chunk_size": 8}  # fmt: skip
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_LINEAR = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+_DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6, "linear_value_head_dim": 5,
+          "linear_conv_kernel_dim": 4}  # fmt: skip
+_LATENT = _EXPERTS | {"num_key_value_heads": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
+                      "v_head_dim": 5, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}  # fmt: skip
 
 # Every architecture that the documentation names: its type in transformers (and a variant) -> name in the documentation,
 # and options of its configuration.
@@ -75,6 +83,18 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("Nemotron-H", _LLAMA | {
         "hybrid_override_pattern": "M-*-M", "num_hidden_layers": 5, "mamba_num_heads": 6, "mamba_head_dim": 8,
         "n_groups": 2, "ssm_state_size": 6, "chunk_size": 8, "head_dim": 6}),
+    "qwen3_next": ("Qwen3-Next", _LLAMA | _DELTA | _LINEAR | {
+        "head_dim": 6, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16, "mlp_only_layers": [0]}),
+    "qwen3_5_text": ("Qwen3.5", _LLAMA | _DELTA | _LINEAR | {"head_dim": 6}),
+    "qwen3_5_moe_text": ("Qwen3.5 MoE", _LLAMA | _DELTA | _LINEAR | {
+        "head_dim": 6, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16}),
+    "olmo_hybrid": ("OLMo hybrid", _LLAMA | _DELTA | _LINEAR | {"linear_num_key_heads": 4}),
+    "kimi_linear": ("Kimi Linear", _LLAMA | _LATENT | _LINEAR | {"linear_num_heads": 3, "linear_head_dim": 6,
+                                                                 "mlp_layer_types": ["dense", "sparse", "dense"]}),
+    "bailing_hybrid": ("Ling hybrid", _LLAMA | _LATENT | _LINEAR | {"head_dim": 6, "n_group": 1, "topk_group": 1,
+                                                                    "first_k_dense_replace": 1, "num_mtp_layers": 0}),
     "gpt2": ("GPT-2", {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128,
                        "bos_token_id": 1, "eos_token_id": 2}),
     "gpt_neox": ("GPT-NeoX, Pythia", _LLAMA),
@@ -149,6 +169,35 @@ def _set_weights(model: PreTrainedModel) -> None:
         else:
             # Weights of norms are ones by default, which hides whether they are applied.
             parameter.uniform_(0.7, 1.3)
+
+
+class _InDouble:
+    """torch, to a file of transformers that rounds to float32 whatever the model's dtype."""
+
+    float32 = torch.float64
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+@contextmanager
+def in_double(*models: Any) -> Iterator[None]:
+    """While the block runs, the models compute in float64 where their code says float32: norms, scans, decays.
+
+    What they differ by from an explicit form in float64 is then an error, and no rounding.
+    """
+    homes = {type(module).__module__ for model in models for module in model.modules()}
+    files = [sys.modules[home] for home in homes if home.startswith("transformers.models.")]
+    single = torch.Tensor.float
+    torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
+    for file in files:
+        file.torch = _InDouble()
+    try:
+        yield
+    finally:
+        torch.Tensor.float = single  # type: ignore[method-assign]
+        for file in files:
+            file.torch = torch
 
 
 def token_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:

@@ -40,6 +40,9 @@ class AttentionMixer(Mixer):
     def matches(cls, module: nn.Module) -> bool:
         if _output_projection(module) is None:
             return False
+        if hasattr(module, "indexer"):
+            # Which sources a target reads is chosen among all of them: one that is cut still takes another's place.
+            return False
         arguments = signature_of(type(module)).parameters
         causal = getattr(module, "is_causal", False) or "alibi" in arguments
         return causal and "attention_mask" in arguments and cache_argument(type(module)) is not None

@@ -24,7 +24,7 @@ class KimiDeltaMixer(DeltaMixer):
     """
 
     kind = "kda"
-    tested = frozenset({"KimiLinearDeltaAttention", "BailingHybridDeltaAttention"})
+    tested = frozenset({"KimiLinearDeltaAttention", "BailingHybridDeltaAttention", "Glm5NextTextLinearAttention"})
     parts = ("forget_gate", "b_proj", "q_proj", "k_proj", "v_proj", "conv1d", "conv_kernel_size", "activation",
              "num_heads", "head_dim", "o_norm", "o_proj")  # fmt: skip
 

@@ -160,7 +160,8 @@ SCANS = {"mamba1": mamba1_scan, "mamba2": mamba2_scan}
 MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
 TWINS = dict.fromkeys(
     ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "OlmoHybridGatedDeltaNet",
-     "KimiLinearDeltaAttention", "BailingHybridDeltaAttention"),
+     "Qwen4ExpTextGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention",
+     "Glm5NextTextLinearAttention"),
     delta,
 )  # fmt: skip
 """By the module's class: `twin(m, hidden, padding, main, conv, erase)` gives what is read, and the module's output."""

@@ -146,12 +146,12 @@ def _random(
     torch.manual_seed(0)
     config.vocab_size = vocabulary
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options).eval()
-    _set_weights(model)
+    set_weights(model)
     return model.to(dtype)
 
 
 @torch.no_grad()
-def _set_weights(model: PreTrainedModel) -> None:
+def set_weights(model: PreTrainedModel) -> None:
     """Random weights on the scale of trained ones."""
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):

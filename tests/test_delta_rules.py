@@ -12,11 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, VOCABULARY, architecture, in_double, token_ids
+from models import ARCHITECTURES, VOCABULARY, architecture, in_double, set_weights, token_ids
 from replays import Replayed, replayed
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
-from mambalens.hooks import HookManager, Knockout, delta
+from mambalens.hooks import HookManager, Knockout, MambalensError, delta
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Captured
@@ -30,13 +31,49 @@ TOLERANCE = 1e-9
 @pytest.fixture(autouse=True, scope="module")
 def exactly() -> Iterator[None]:
     """Transformers computes in float64 here, also where its code rounds to float32."""
-    with in_double(*(architecture(name) for name in DELTA_RULES)):
+    with in_double(*(hooked(name).model for name in (*DELTA_RULES, *ALONE))):
         yield
+
+
+ALONE = ("qwen4_exp_text", "glm5_next")
+"""Whose attention layers are refused: their delta rules are tried in models that have nothing else."""
+
+
+def only_delta_rules(name: str, types: tuple[str, ...] = ("linear_attention",) * 2) -> Any:
+    """A tiny model of an architecture in `ALONE`."""
+    shared = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": len(types), "num_attention_heads": 4,
+              "num_key_value_heads": 4, "intermediate_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+              "layer_types": list(types), "num_experts_per_tok": 1, "moe_intermediate_size": 16}  # fmt: skip
+    if name == "qwen4_exp_text":
+        own = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 6,
+               "linear_value_head_dim": 5, "head_dim": 6, "num_experts": 2, "shared_expert_intermediate_size": 16,
+               "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [], "indexer_n_heads": 2, "indexer_kv_heads": 1,
+               "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2}  # fmt: skip
+        config = AutoConfig.for_model(name, **shared, **own)
+        return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
+    text = AutoConfig.for_model("glm5_next_text", **shared, linear_num_heads=3, linear_head_dim=6, n_routed_experts=2,
+                                mlp_layer_types=["dense"] * len(types))  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 24}
+    config = AutoConfig.for_model(name, text_config=text, vision_config=vision)
+    return AutoModelForImageTextToText.from_config(config).eval()
 
 
 @cache
 def hooked(name: str) -> HookManager:
-    return HookManager(architecture(name))
+    if name not in ALONE:
+        return HookManager(architecture(name))
+    torch.manual_seed(0)
+    model = only_delta_rules(name)
+    set_weights(model)
+    return HookManager(model.double())
+
+
+@pytest.mark.parametrize(("name", "attention"), [("qwen4_exp_text", "Qwen4ExpTextAttention"),
+                                                  ("glm5_next", "Glm5NextTextAttention")])  # fmt: skip
+def test_attention_that_chooses_among_its_sources_is_refused_by_name(name: str, attention: str) -> None:
+    model = only_delta_rules(name, ("linear_attention", "full_attention"))
+    with pytest.raises(MambalensError, match=rf"layer 1 \(.*{attention}.*has no token mixer that mambalens knows"):
+        HookManager(model)
 
 
 def largest(a: Tensor, b: Tensor) -> float:
@@ -90,7 +127,7 @@ def cases(draw: st.DrawFn, name: str, longest: int = 7) -> Case:
     return Case(mixer, hidden, padding, cuts, blocked)
 
 
-@pytest.mark.parametrize("name", DELTA_RULES)
+@pytest.mark.parametrize("name", (*DELTA_RULES, *ALONE))
 @settings(deadline=None, max_examples=40)
 @given(data=st.data())
 def test_a_delta_rule_alone_equals_its_explicit_form(name: str, data: st.DataObject) -> None:
@@ -106,7 +143,7 @@ def test_a_delta_rule_alone_equals_its_explicit_form(name: str, data: st.DataObj
     assert largest(output[changed], slow_output[changed]) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", DELTA_RULES)
+@pytest.mark.parametrize("name", (*DELTA_RULES, *ALONE))
 @settings(deadline=None, max_examples=20)
 @given(data=st.data())
 def test_effective_attention_times_values_is_what_is_read(name: str, data: st.DataObject) -> None:

@@ -29,7 +29,7 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig, OlmoHybridConfig
 from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
@@ -57,8 +57,17 @@ def gpt2(width: int = 1024, layers: int = 24, vocabulary: int = 50257) -> GPT2Co
     return GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, n_positions=2048)
 
 
-SHAPES: dict[str, Callable[..., Any]] = {"mamba1": mamba1, "mamba2": mamba2, "gpt2": gpt2}
-NAMES = {"mamba1": "mamba-130m", "mamba2": "mamba2-130m", "gpt2": "gpt2-medium"}
+def deltanet(width: int = 768, layers: int = 24, vocabulary: int = 50257) -> OlmoHybridConfig:
+    """An OLMo hybrid of 140M parameters: three layers of Gated DeltaNet to one of attention, an MLP in each."""
+    heads = width // 128
+    return OlmoHybridConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=vocabulary, intermediate_size=width,
+                            num_attention_heads=width // 64, linear_num_key_heads=heads, linear_num_value_heads=heads,
+                            linear_key_head_dim=64, linear_value_head_dim=128, tie_word_embeddings=True,
+                            pad_token_id=0)  # fmt: skip
+
+
+SHAPES: dict[str, Callable[..., Any]] = {"mamba1": mamba1, "mamba2": mamba2, "deltanet": deltanet, "gpt2": gpt2}
+NAMES = {"mamba1": "mamba-130m", "mamba2": "mamba2-130m", "deltanet": "deltanet-140m", "gpt2": "gpt2-medium"}
 
 
 def load(config: Any) -> Any:
@@ -157,17 +166,26 @@ class Sweep:
 
     def bound(self) -> tuple[float, float]:
         """Seconds of the rows' multiply-adds, and the rate they are counted at in multiply-adds a second."""
-        weights = [p for name, p in self.hooks.layers[0].named_parameters() if p.ndim == 2 and "A_log" not in name]
         head = self.model.get_output_embeddings().weight
         rows = self.row_layers() // self.hooks.n_layers
         transposed = self.hooks.kinds == ["attention"]  # GPT-2 keeps its weights as [in, out]
-        inputs = [(torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights]
+        in_layers, adds, timed = 0.0, 0, {}
+        for layer in self.hooks.layers:
+            weights = [p for name, p in layer.named_parameters() if p.ndim == 2 and "A_log" not in name]
+            shapes = tuple(w.shape for w in weights)
+            if shapes not in timed:
+                inputs = [(torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights]
+                timed[shapes] = seconds(functools.partial(_multiplied, inputs), 7)
+            in_layers += timed[shapes]
+            adds += rows * sum(w.numel() for w in weights)
         behind = torch.randn((len(self.cuts) + 1) * len(self.ids), head.shape[1])
-        in_layer = seconds(lambda: [F.linear(x, w) for x, w in inputs], 7)
-        in_head = seconds(lambda: F.linear(behind, head), 3)
-        adds = sum(w.numel() for w in weights)
-        total = self.row_layers() * adds + len(behind) * head.numel()
-        return in_layer * self.hooks.n_layers + in_head, total / (in_layer * self.hooks.n_layers + in_head)
+        total_s = in_layers + seconds(lambda: F.linear(behind, head), 3)
+        return total_s, (adds + len(behind) * head.numel()) / total_s
+
+
+def _multiplied(inputs: list[tuple[Tensor, Tensor]]) -> None:
+    for x, w in inputs:
+        F.linear(x, w)
 
 
 def report(line: dict[str, Any]) -> dict[str, Any]:

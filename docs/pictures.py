@@ -21,6 +21,7 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from mambalens import Fact, Lens, load_facts
 from mambalens.experiments.comparison import compare
+from mambalens.hooks.delta import DeltaInputs, delta_attention
 
 # Okabe & Ito's palette. Hatches, markers and dashes say the same as colours, and numbers stand in cells.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -470,6 +471,50 @@ def exchange() -> Figure:
     return figure
 
 
+def delta_rule() -> Figure:
+    """What a later position reads of three tokens under a delta rule: whole, cut in three ways, and by a heuristic."""
+    # The third token's key is the first one's; the second one's lies between. The reader D asks along that key.
+    k = torch.tensor([[1.0, 0.0], [0.6, 0.8], [1.0, 0.0], [0.0, 1.0]])
+    q = torch.tensor([[1.0, 0.0]] * 4)
+    ones = torch.ones(1, 4, 1)
+    inputs = DeltaInputs(
+        torch.ones(1, 4, 1, 1), k[None, :, None], q[None, :, None], 0.9 * ones, 0.9 * ones, -0.05 * ones[..., None]
+    )
+    stays = torch.tensor([True, True, False, True])[None, :, None]  # all but what the third does
+    cases = {
+        "nothing cut": (inputs, "C has replaced\nwhat A wrote"),
+        "path='main'": (inputs.cut(stays, None), "C's value is gone,\nso is A's"),
+        "path='erase'": (inputs.cut(None, stays), "C erases nothing,\nA's is back"),
+        "path='both'": (inputs.cut(stays, stays), "as if C were\nnot there"),
+        "no removal": (inputs._replace(erase=0 * ones), "a heuristic: this is\nnot what is read"),
+    }
+    figure = plt.figure(figsize=(9.0, 3.2), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[1, 4.2])
+    plane = left.subplots()
+    for name, end, colour, place in (("A, C", (1, 0), VERMILLION, (0.7, -0.25)), ("B", (0.6, 0.8), BLUE, (0.66, 0.86))):
+        plane.annotate("", end, (0, 0), arrowprops={"arrowstyle": "-|>", "color": colour, "linewidth": 2})
+        plane.text(*place, name, color=colour, fontsize=10, weight="bold")
+    plane.set_xlim(-0.15, 1.25)
+    plane.set_ylim(-0.4, 1.1)
+    plane.set_aspect("equal")
+    bare(plane)
+    plane.set_title("keys of the tokens;\nD asks along A's", fontsize=9)
+    axes = right.subplots(1, len(cases), sharey=True)
+    for number, (axis, (name, (case, note))) in enumerate(zip(axes, cases.items(), strict=True)):
+        entries = delta_attention(case)[0, 0, -1, :3] * case.x[0, :3, 0, 0]  # a cut value is 0
+        bars = axis.bar(["A", "B", "C"], entries, color=[VERMILLION, BLUE, VERMILLION], edgecolor=GREY, linewidth=0.8)
+        bars[2].set_hatch("//")
+        axis.bar_label(bars, [f"{value:.2f}" for value in entries], fontsize=8, padding=1)
+        axis.set_title(name, fontsize=9.5, style="italic" if number == len(cases) - 1 else "normal")
+        axis.set_xlabel(note, fontsize=8.5)
+        axis.spines[["top", "right", "left"]].set_visible(False)
+        axis.tick_params(length=0, labelsize=9)
+        axis.set_yticks([])
+    axes[0].set_ylim(0, 1.0)
+    axes[0].set_ylabel("alpha[D, s]", fontsize=9)
+    return figure
+
+
 def half_life() -> Figure:
     """Decay norm is a number of the weights, half-life one of the data: they do not order features alike."""
     figure, axes = plt.subplots(1, 2, figsize=(7.6, 4.0), sharey=True, layout="constrained")
@@ -567,6 +612,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         paths,
         relayed,
         exchange,
+        delta_rule,
         half_life,
         flow,
         heatmap,

@@ -67,6 +67,8 @@ class Mixer(ABC):
 
     kind: ClassVar[str]
     """'mamba1', 'attention' and so on: what users call it, and tables and figures."""
+    features_are: ClassVar[str] = "heads"
+    """What its features are, in one word."""
     paths: ClassVar[Paths] = Paths.MAIN
     """The ways by which it carries information between positions."""
     decays: ClassVar[bool] = False

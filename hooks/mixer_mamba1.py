@@ -23,6 +23,7 @@ class Mamba1Mixer(SSMMixer):
     """A feature is a channel."""
 
     kind = "mamba1"
+    features_are = "channels"
 
     tested = frozenset({"MambaMixer", "FalconMambaMixer", "JambaMambaMixer"})
     parts = ("in_proj", "conv1d", "act", "x_proj", "dt_proj", "out_proj", "D", "time_step_rank", "ssm_state_size",

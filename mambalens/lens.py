@@ -61,11 +61,13 @@ class Lens(LoadedModel):
 
     def _repr_html_(self) -> str:
         """A model: its layers by kind of mixer, its size, where it is."""
-        layers = self.describe()
-        counted = layers[layers.mixer != ""].groupby("mixer", sort=False)
-        kinds = [
-            (kind, part.layer.nunique(), int(part.features.max()), bool(part.conv.any())) for kind, part in counted
-        ]
+        kinds = []
+        for kind in self.hooks.kinds:
+            mixers = self.hooks.mixers_of(None, kind)
+            features = f"{max(mixer.n_features for mixer in mixers)} {mixers[0].features_are}"
+            names = mixers[0].paths.names
+            paths = ", ".join((*names, "both") if len(names) > 1 else names)
+            kinds.append((kind, len({mixer.layer for mixer in mixers}), features, paths))
         size = sum(parameter.numel() for parameter in self.model.parameters())
         dtype = str(self.model.dtype).removeprefix("torch.")
         return render(

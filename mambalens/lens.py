@@ -63,9 +63,9 @@ class Lens(LoadedModel):
         """A model: its layers by kind of mixer, its size, where it is."""
         layers = self.describe()
         counted = layers[layers.mixer != ""].groupby("mixer", sort=False)
-        kinds = [
-            (kind, part.layer.nunique(), int(part.features.max()), bool(part.conv.any())) for kind, part in counted
-        ]
+        names = {mixer.kind: mixer.paths.names for mixer in self.hooks.mixers}
+        paths = {kind: ", ".join((*own, "both") if len(own) > 1 else own) for kind, own in names.items()}
+        kinds = [(kind, part.layer.nunique(), int(part.features.max()), paths[str(kind)]) for kind, part in counted]
         size = sum(parameter.numel() for parameter in self.model.parameters())
         dtype = str(self.model.dtype).removeprefix("torch.")
         return render(
@@ -297,7 +297,7 @@ class Lens(LoadedModel):
             source, target: roles (see `roles.ROLES`).
             layers: layer numbers or a kind of mixer; None: every layer.
             block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
-            path: 'main', 'conv', 'erase' or 'both'.
+            path: 'main', 'conv', 'erase' or 'both'; mixers that do not have it are left out.
             batch_size, memory, progress: as for `sweep`.
 
         Returns:

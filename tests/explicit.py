@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -159,11 +159,15 @@ def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[in
 
 @contextmanager
 def blocked_everywhere(
-    model: Any, main: dict[tuple[int, str], Tensor], conv: dict[tuple[int, str], Tensor]
+    model: Any,
+    main: dict[tuple[int, str], Tensor],
+    conv: dict[tuple[int, str], Tensor],
+    erase: dict[tuple[int, str], Tensor] | None = None,
 ) -> Iterator[None]:
     """Entries blocked by layer and kind of mixer, in any model with eager attention.
 
-    Scans compute the explicit form. Attention runs the model's code, in which `softmax` sees -inf where it is blocked.
+    Scans compute the explicit form, and so does what has a twin in `TWINS`: there `main` has an entry for every layer,
+    also where nothing is blocked. Attention runs the model's code, in which `softmax` sees -inf where it is blocked.
     """
     handles, undo = [], []
     for path, module in model.named_modules():
@@ -171,7 +175,9 @@ def blocked_everywhere(
         if place is None:
             continue
         layer, A_log = int(place[1]), getattr(module, "A_log", None)
-        if A_log is not None:
+        if type(module).__name__ in TWINS:
+            handles.append(_twin(module, layer, main, conv, erase or {}))
+        elif A_log is not None:
             handles.append(_explicit_scan(module, layer, ("mamba1", "mamba2")[A_log.ndim == 1], main, conv))
         elif (layer, "attention") in main and hasattr(type(module), "forward") and _is_attention(module):
             undo.append(_softmax_blocked(module, main[layer, "attention"]))
@@ -200,6 +206,25 @@ def _explicit_scan(module: Any, layer: int, kind: str, main: dict, conv: dict) -
     return module.register_forward_hook(hook, with_kwargs=True)
 
 
+def _twin(module: Any, layer: int, main: dict, conv: dict, erase: dict) -> Any:
+    kind = next(kind for at, kind in main if at == layer and kind != "attention")
+    none = torch.zeros_like(main[layer, kind])
+    blocked = [entries.get((layer, kind), none) for entries in (main, conv, erase)]
+    twin = TWINS[type(module).__name__]
+
+    def hook(m: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        hidden = args[0] if args else next(kwargs[name] for name in ("hidden_states", "input_states") if name in kwargs)
+        padding = kwargs.get("attention_mask")
+        padding = padding if padding is not None and padding.ndim == 2 else None
+        begins = {}
+        if "begins" in inspect.signature(twin).parameters:
+            begins["begins"] = (kwargs["position_ids"] == 0).expand(hidden.shape[:2])
+        ours = twin(m, hidden, padding, *blocked, **begins)[1]
+        return (ours, *out[1:]) if isinstance(out, tuple) else ours
+
+    return module.register_forward_hook(hook, with_kwargs=True)
+
+
 def _softmax_blocked(module: Any, blocked: Tensor) -> Any:
     forward = module.forward
     softmax = F.softmax
@@ -219,3 +244,110 @@ def _softmax_blocked(module: Any, blocked: Tensor) -> Any:
 
     module.forward = run
     return lambda: module.__dict__.pop("forward")
+
+
+def _tokens(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """1 for tokens, 0 for padding [batch, T, 1]."""
+    return hidden.new_ones(*hidden.shape[:2], 1) if padding is None else padding[..., None].to(hidden.dtype)
+
+
+def shortconv(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LFM2's gated short convolution: y = C * conv(B * x) (LFM2 technical report); its bias is no position's."""
+    B, C, x = m.in_proj(hidden * _tokens(hidden, padding)).chunk(3, -1)
+    y = convolution(B * x, m.conv.weight[:, 0], None, conv)
+    return y, m.out_proj(C * (y if m.conv.bias is None else y + m.conv.bias))
+
+
+def lightning(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MiniMax's lightning attention (arXiv:2501.08313, section 2.2), head by head, every target from the beginning."""
+    qkv = m.act_fn(m.qkv_proj(hidden)) * _tokens(hidden, padding)
+    width, heads = m.head_dim, []
+    for h in range(m.num_attention_heads):
+        q, k, v = qkv[..., 3 * h * width : 3 * (h + 1) * width].chunk(3, -1)
+        decay = torch.exp(-m.slope_rate[h, 0, 0])
+        y = torch.zeros_like(v)
+        for t in range(hidden.shape[1]):
+            S = hidden.new_zeros(len(hidden), width, width)
+            for s in range(t + 1):
+                S = decay * S + (k[:, s, :, None] * v[:, s, None]).masked_fill(main[:, t, s, h, None, None], 0.0)
+            y[:, t] = (S * q[:, t, :, None]).sum(1)
+        heads.append(y)
+    y = torch.cat(heads, -1)
+    normed = m.norm.weight * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
+    return y, m.out_proj(torch.sigmoid(m.output_gate(hidden)) * normed)
+
+
+def rglru(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor,
+    begins: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Griffin's recurrent block (arXiv:2402.19427, eq. 1 to 4), every target from the beginning; padding is heeded nowhere.
+
+    Documents begin where `begins` is 1 [batch, T], by default in the first column: the state is empty there, and the
+    input not normalised.
+    """
+    lru, (batch, time) = m.rg_lru, hidden.shape[:2]
+    u = convolution(m.linear_x(hidden), m.conv_1d.weight[:, 0], m.conv_1d.bias, conv)
+    width = lru.input_gate_weight.shape[1]
+
+    def gate(weight: Tensor, bias: Tensor) -> Tensor:
+        blocks = [u[..., n * width : (n + 1) * width] @ weight[n] + bias[n] for n in range(len(weight))]
+        return torch.sigmoid(torch.cat(blocks, -1))
+
+    if begins is None:
+        begins = (torch.arange(time) == 0).expand(batch, time)
+    first = begins[..., None]
+    # The parameter is -Lambda of the paper, in which a = sigmoid(Lambda) and a_t = a^(8 r_t).
+    a = torch.sigmoid(-lru.recurrent_param) ** (8 * gate(lru.recurrent_gate_weight, lru.recurrent_gate_bias))
+    x = gate(lru.input_gate_weight, lru.input_gate_bias) * u * torch.where(first, 1.0, torch.sqrt(1 - a**2))
+    y = torch.zeros_like(u)
+    for t in range(time):
+        h = torch.zeros_like(u[:, 0])
+        for s in range(t + 1):
+            h = torch.where(first[:, s], 0.0, a[:, s] * h) + x[:, s].masked_fill(main[:, t, s], 0.0)
+        y[:, t] = h
+    return y, m.linear_out(y * m.act_fn(m.linear_y(hidden)))
+
+
+def zamba(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Zamba's heads, each a Mamba-1 (arXiv:2312.00752, algorithm 2) of its own, every target from the beginning."""
+    tokens = _tokens(hidden, padding)
+    projected = m.in_proj(hidden * tokens)
+    inner, gate = projected[..., 0::2], projected[..., 1::2]
+    u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * tokens
+    width, heads = m.mamba_head_dim, []
+    for n in range(m.n_mamba_heads):
+        own = slice(n * width, (n + 1) * width)
+        x = u[..., own]
+        sizes = [m.time_step_rank, m.ssm_state_size, m.ssm_state_size]
+        dt, B, C = (x @ m.x_proj_weight[n].T).split(sizes, -1)
+        dt = F.softplus(dt @ m.dt_proj_weight[n].T + m.dt_proj_bias[n])
+        A, y = -torch.exp(m.A_log[n]), torch.zeros_like(x)
+        for t in range(hidden.shape[1]):
+            h = hidden.new_zeros(len(hidden), width, m.ssm_state_size)
+            for s in range(t + 1):
+                written = (dt[:, s] * x[:, s])[..., None] * B[:, s, None]
+                h = torch.exp(dt[:, s, :, None] * A) * h + written.masked_fill(main[:, t, s, own, None], 0.0)
+            y[:, t] = (h * C[:, t, None]).sum(-1) + m.D[n] * x[:, t]
+        heads.append(y)
+    y = torch.cat(heads, -1)
+    return y, m.out_proj(y * F.silu(gate))
+
+
+TWINS: dict[str, Callable] = {
+    "Lfm2ShortConv": shortconv,
+    "Lfm2MoeShortConv": shortconv,
+    "Lfm3ShortConv": shortconv,
+    "MiniMaxLightningAttention": lightning,
+    "RecurrentGemmaRecurrentBlock": rglru,
+    "ZambaMambaMixer": zamba,
+}
+"""Twins by class of module. A twin takes the module, hidden states, padding, and what is blocked on the paths 'main',
+'conv' and 'erase' [batch, target, source, feature]; it gives what is read, before gate and norm, with the skip
+[batch, T, features x width], and the mixer's output."""

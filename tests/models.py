@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
@@ -51,6 +52,7 @@ _LLAMA = _BASE | {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_val
 _HYBRID = _LLAMA | {"mamba_n_heads": 6, "mamba_d_head": 8, "mamba_n_groups": 2, "mamba_d_state": 6, "mamba_expand": 2,
                     "mamba_chunk_size": 8}  # fmt: skip
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_LFM2 = _LLAMA | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "conv_bias": True}
 
 # Every architecture that the documentation names: its type in transformers (and a variant) -> name in the documentation,
 # and options of its configuration.
@@ -75,6 +77,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "nemotron_h": ("Nemotron-H", _LLAMA | {
         "hybrid_override_pattern": "M-*-M", "num_hidden_layers": 5, "mamba_num_heads": 6, "mamba_head_dim": 8,
         "n_groups": 2, "ssm_state_size": 6, "chunk_size": 8, "head_dim": 6}),
+    "zamba": ("Zamba", _LLAMA | {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 5,
+                                 "mamba_dt_rank": 3, "attn_layer_period": 2, "attn_layer_offset": 1,
+                                 "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}),
+    "recurrent_gemma": ("RecurrentGemma", _LLAMA | {"attention_window_size": 5, "lru_width": 24}),
+    "minimax": ("MiniMax", _LLAMA | _EXPERTS | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 4, "head_dim": 6,
+        "linear_attn_alpha_factor": 1.2, "linear_attn_beta_factor": 0.8}),
+    "lfm2": ("LFM2", _LFM2 | {"block_multiple_of": 8}),
+    "lfm2_moe": ("LFM2 MoE", _LFM2 | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                                      "num_dense_layers": 1}),
+    "lfm3": ("LFM3", _LFM2 | {"head_dim": 6, "sliding_window": 5}),
     "gpt2": ("GPT-2", {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128,
                        "bos_token_id": 1, "eos_token_id": 2}),
     "gpt_neox": ("GPT-NeoX, Pythia", _LLAMA),
@@ -101,6 +114,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", _LLAMA | {"no_rope_layers": [1, 1, 0]}),
     "gpt_oss": ("gpt-oss", _LLAMA | _EXPERTS | {"head_dim": 6, "sliding_window": 5}),
 }  # fmt: skip
+# The oldest transformers in the range does not have all of them.
+ARCHITECTURES = {name: given for name, given in ARCHITECTURES.items() if name.partition("-")[0] in CONFIG_MAPPING}
 
 
 def tiny(
@@ -111,10 +126,14 @@ def tiny(
 
 
 def architecture(
-    model_type: str, dtype: torch.dtype = torch.float64, attention: str = "eager", vocabulary: int = VOCABULARY
+    model_type: str,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "eager",
+    vocabulary: int = VOCABULARY,
+    **others: Any,
 ) -> PreTrainedModel:
-    """A random model of `ARCHITECTURES` in eval mode."""
-    options = ARCHITECTURES[model_type][1]
+    """A random model of `ARCHITECTURES` in eval mode, with other options of its configuration."""
+    options = ARCHITECTURES[model_type][1] | others
     experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in options else {}
     config = AutoConfig.for_model(model_type.partition("-")[0], **options)
     return _random(config, dtype, attention, vocabulary, **experts)
@@ -137,7 +156,9 @@ def _set_weights(model: PreTrainedModel) -> None:
         if name.endswith("A_log"):
             # The default gives every feature the same decay, which hides errors.
             parameter.uniform_(-2.0, 1.5)
-        elif name.endswith(("dt_bias", "dt_proj.bias")):
+        elif name.endswith("recurrent_param"):
+            parameter.uniform_(-5.0, 0.0)
+        elif name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):
             parameter.uniform_(-1.5, 0.5)
         elif name.endswith(".D"):
             parameter.uniform_(-1.0, 1.0)

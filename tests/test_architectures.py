@@ -113,8 +113,8 @@ def knockouts(hooks: HookManager) -> list[Knockout]:
         kind = [None, *hooks.kinds][number % (1 + len(hooks.kinds))]
         path = ("main", "both", "conv")[number // 4 % 3]
         mixers = hooks.mixers_of(layers, kind)
-        if path == "conv" and not any(Paths.CONV in mixer.paths for mixer in mixers):
-            path = "main"
+        if not any(Paths.named(path) & mixer.paths for mixer in mixers):
+            path = "both"
         counts = {mixer.n_features for mixer in mixers}
         features: Any = "all"
         if kind is not None and len(counts) == 1 and number % 2:
@@ -145,7 +145,12 @@ def test_a_knockout_equals_its_explicit_form(model_type: str) -> None:
         blocked = entries(hooks, knockout)
         main = blocked if knockout.path != "conv" else {}
         conv = {key: value for key, value in blocked.items() if knockout.path != "main" and key[1] != "attention"}
-        with explicit.blocked_everywhere(model, main, conv):
+        nothing = {
+            (mixer.layer, mixer.kind): torch.zeros(BATCH, TIME, TIME, mixer.n_features, dtype=torch.bool)
+            for mixer in hooks.mixers
+            if type(mixer.module).__name__ in explicit.TWINS
+        }
+        with explicit.blocked_everywhere(model, nothing | main, conv, blocked if knockout.path == "both" else {}):
             assert largest(logits, model(ids).logits) < TOLERANCE
 
 
@@ -194,7 +199,11 @@ def row(model_type: str) -> str:
         return " + ".join(sorted({words(mixer) for mixer in hooks.mixers if mixer.layer == layer}))
 
     def words(mixer: Mixer) -> str:
-        return {"mamba1": "Mamba-1", "mamba2": "Mamba-2", "attention": "attention"}[mixer.kind]
+        return {
+            "mamba1": "Mamba-1", "mamba2": "Mamba-2", "attention": "attention", "shortconv": "short convolution",
+            "lightning": "lightning attention", "rglru": "RG-LRU", "deltanet": "Gated DeltaNet",
+            "kda": "Kimi Delta Attention",
+        }[mixer.kind]  # fmt: skip
 
     kinds = list(dict.fromkeys(mixers_of(layer) or "neither" for layer in range(hooks.n_layers)))
     layers = kinds[0] if len(kinds) == 1 else " or ".join(kinds)

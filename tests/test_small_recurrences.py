@@ -161,7 +161,7 @@ def _by_layer(case: dict[str, Any], layers: list[int]) -> dict[int, Tensor]:
 
 
 @pytest.mark.parametrize("name", list(MODELS))
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=8)
 @given(data=st.data())
 def test_replay_equals_the_hooks(name: str, data: st.DataObject) -> None:
     case, model = data.draw(cases(name)), MODELS[name]
@@ -173,7 +173,7 @@ def test_replay_equals_the_hooks(name: str, data: st.DataObject) -> None:
     other = torch.zeros_like(case["edges"])
     other[:, -1, 0] = True
     sources, targets, pairs = edge_sets([case["edges"], other])
-    memory = data.draw(st.sampled_from([2**30, 2**14, 1]))
+    memory = data.draw(st.sampled_from([2**30, 2**14]))
     with torch.no_grad():
         rows = [UNCUT, *(Row(cutting, of_mask) for of_mask in pairs)]
         replayed = dict(Replay(hooks, ids, last, sources, targets, memory).logits(rows))

@@ -51,3 +51,9 @@ def recurrent_state(cache: Cache, layer: int) -> Float[Tensor, " batch *state"]:
     """The state that a state-space layer has left in a cache; `get_recurrent_state` is not in every release."""
     held: Any = cache.layers[layer]
     return held.recurrent_states[0]
+
+
+def conv_state(cache: Cache, layer: int) -> Float[Tensor, "batch channel before"]:
+    """The last inputs of a layer's convolution that a cache holds."""
+    held: Any = cache.layers[layer]
+    return held.conv_states[0]

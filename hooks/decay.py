@@ -18,7 +18,7 @@ STEPS = 100
 
 
 def half_time(
-    A: Float[Tensor, "feature state"], B: Float[Tensor, "batch time state"]
+    A: Float[Tensor, "feature state"], B: Float[Tensor, "batch time *group state"]
 ) -> Float[Tensor, "batch time feature"]:
     """Sum of step sizes until a write's L1 norm over the state has halved; a write of nothing spreads evenly.
 
@@ -33,7 +33,14 @@ def half_time(
 
     Newton's method on log r, which is convex: from 0 it nears the solution from the left and does not overshoot. With
     one state it needs a single step, ln 2 / |A|.
+
+    Args:
+        A: rates.
+        B: how positions write; of every group where there are several, whose features lie side by side.
     """
+    if B.ndim == 4:
+        of_groups = zip(A.chunk(B.shape[2]), B.unbind(2), strict=True)
+        return torch.cat([half_time(rates, writes) for rates, writes in of_groups], -1)
     spread = B.abs() + torch.finfo(B.dtype).tiny
     spread = (spread / spread.sum(-1, keepdim=True)).flatten(0, 1)[..., None]  # [writes, N, 1]
     size = max(1, TILE // A.numel())

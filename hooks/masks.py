@@ -172,11 +172,11 @@ def blocked_entries(cuts: Sequence[Cut]) -> Bool[Tensor, "batch feature time sou
     return blocked
 
 
-def changed_positions(cuts: Sequence[Cut], kernel: int) -> Bool[Tensor, "batch time"]:
+def changed_positions(cuts: Sequence[Cut], kernel: int, remembers: bool = True) -> Bool[Tensor, "batch time"]:
     """Positions whose output the cuts can change.
 
     A cut of what the scan reads changes its targets. A cut tap changes what the target writes into the state, so
-    everything from it on.
+    everything from it on; its target alone where nothing is remembered.
     """
     changed = torch.zeros_like(cuts[0].targets)
     for cut in on(Paths.MAIN | Paths.ERASE, cuts):
@@ -184,7 +184,7 @@ def changed_positions(cuts: Sequence[Cut], kernel: int) -> Bool[Tensor, "batch t
     taps = kept_taps(on(Paths.CONV, cuts), kernel)
     if taps is not None:
         cut_here = torch.stack([(~keep).any(-1) for keep in taps]).any(0)
-        changed = changed | (cut_here.long().cumsum(1) > 0)
+        changed = changed | ((cut_here.long().cumsum(1) > 0) if remembers else cut_here)
     return changed
 
 

@@ -94,13 +94,13 @@ class Mixer(ABC):
     @property
     @abstractmethod
     def n_features(self) -> int:
-        """Channels in Mamba-1, heads in Mamba-2 and attention."""
+        """Channels (Mamba-1, RG-LRU, short convolutions) or heads (Mamba-2, attention and the rest)."""
 
     def decay_norm(self) -> Float[Tensor, " feature"]:
         """Decay norm of every feature, see `features.decay_norm`."""
         raise MambalensError(
             f"layer {self.layer} is {type(self.module).__name__}, whose features have no decay: use features='all', a "
-            "boolean mask or a list of heads."
+            "boolean mask or a list of their numbers."
         )
 
     @abstractmethod

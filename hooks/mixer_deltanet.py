@@ -45,7 +45,7 @@ class GatedDeltaNetMixer(DeltaMixer):
         with weights_at_hand(self.module):
             return decay_norm(self.module.A_log)
 
-    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         mixer = self.module
         if hasattr(mixer, "in_proj_qkvz"):  # Qwen3-Next
             q, k, v, gate, b, a = mixer.fix_query_key_value_ordering(

@@ -41,7 +41,7 @@ class KimiDeltaMixer(DeltaMixer):
         with weights_at_hand(self.module):
             return decay_norm(self.module.forget_gate.A_log.flatten())
 
-    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         mixer = self.module
         inner = torch.cat([mixer.q_proj(hidden), mixer.k_proj(hidden), mixer.v_proj(hidden)], -1)
         gate = mixer.g_proj(hidden) if hasattr(mixer, "g_proj") else mixer.g_b_proj(mixer.g_a_proj(hidden))

@@ -5,21 +5,18 @@ Dao & Gu 2024, arXiv:2405.21060, section 7.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import kernels, scan
-from mambalens.hooks.recurrence import Projected, State, States
-from mambalens.hooks.ssm import ScanInputs, SSMMixer
-from mambalens.hooks.token_mixing import Decay
+from mambalens.hooks import scan
+from mambalens.hooks.recurrence import Projected
+from mambalens.hooks.ssm import ScanInputs, SSDMixer, SSMMixer
 
 
-class Mamba2Mixer(SSMMixer):
+class Mamba2Mixer(SSDMixer, SSMMixer):
     """A feature is a head.
 
     The heads of a group share B and C, which go through the convolution too. Where taps are cut for some heads only,
@@ -35,7 +32,7 @@ class Mamba2Mixer(SSMMixer):
     parts = ("in_proj", "conv1d", "act", "dt_bias", "norm", "out_proj", "D", "num_heads", "head_dim", "n_groups",
              "ssm_state_size", "conv_kernel_size", "conv_dim", "intermediate_size", "time_step_limit")  # fmt: skip
 
-    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         mixer = self.module
         projected = mixer.in_proj(hidden * getattr(mixer, "ssm_in_multiplier", 1.0))  # multipliers: Falcon-H1
         projected = projected * getattr(mixer, "mup_vector", 1.0)
@@ -73,41 +70,9 @@ class Mamba2Mixer(SSMMixer):
         x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
 
-    def scan(
-        self, inputs: ScanInputs, end: bool = False
-    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
-        y, state = kernels.ssd_scan(inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
-        return y, None if state is None else state.mT
-
-    def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
-        found = scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, ~sources)
-        return lambda written, erased: found[written]
-
-    def resume_scan(
-        self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
-    ) -> Float[Tensor, "batch row time feature width"]:
-        x, dt, A, B, C = inputs
-        if x.shape[2] == 1:
-            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
-        y = torch.empty_like(x)
-        for index in number.unique().tolist():
-            rows = (number == index).nonzero().flatten()
-            for i, start in enumerate(scan.ssd_heads(states[index], x.shape[3])):
-                part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
-                y[i, rows] = scan.ssd_scan(*part, start[None])[0]
-        return y
-
     @property
     def state_numbers(self) -> int:
         return int(self.module.num_heads * self.module.head_dim * self.module.ssm_state_size)
-
-    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
-        group = features * inputs.B.shape[2] // inputs.dt.shape[2]
-        dt, A = inputs.dt[:, :, features], inputs.A[features]
-        return scan.ssd_attention(dt, A, inputs.B[:, :, group], inputs.C[:, :, group])
-
-    def decay(self, inputs: ScanInputs) -> Decay:
-        return Decay(inputs.dt, inputs.A[:, None], torch.ones_like(inputs.dt[..., :1]))
 
     def finish(
         self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype

@@ -10,7 +10,7 @@ decay the state (state-space models, gated linear recurrences) and remove someth
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -68,8 +68,14 @@ class Recurrence(Mixer):
 
     tested: ClassVar[frozenset[str]]
     """Classes of modules whose arithmetic the tests compare with the adapter's."""
+    masks_input: ClassVar[bool] = True
+    """Whether the module sets padding to zero before everything else."""
     masks_convolved: ClassVar[bool] = True
-    """Whether the module sets padding to zero behind the convolution too."""
+    """Whether the module sets padding to zero behind the convolution and its activation too."""
+    remembers: ClassVar[bool] = True
+    """Whether there is a state behind the convolution, by which a cut tap reaches positions right of its target."""
+    alone: ClassVar[bool] = True
+    """Whether the module gives its output alone, not with something behind it."""
 
     @property
     def familiar(self) -> bool:
@@ -84,8 +90,20 @@ class Recurrence(Mixer):
         """The activation behind the convolution."""
         return self.module.act(convolved)
 
+    def told(
+        self, given: Mapping[str, Any]
+    ) -> tuple[Float[Tensor, "batch time given"], Shaped[Tensor, "batch time"] | None]:
+        """What a call of the module says of every position, and its padding: 1 for tokens, 0 for padding.
+
+        The mixer's input, as `project` takes it. What else the module is told of a position stands behind it.
+
+        Args:
+            given: the call's arguments by name.
+        """
+        return given["hidden_states"], given.get("attention_mask")
+
     @abstractmethod
-    def project(self, hidden: Float[Tensor, "batch time hidden"]) -> Projected:
+    def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         """The input projection, which takes every position alone."""
 
     @abstractmethod

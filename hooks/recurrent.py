@@ -35,7 +35,7 @@ WRITTEN = Paths.MAIN | Paths.ERASE
 class History(NamedTuple):
     """A prompt's mixer inputs and padding so far, for targets that are generated later."""
 
-    hidden: Float[Tensor, "batch time hidden"]
+    hidden: Float[Tensor, "batch time given"]
     padding: Shaped[Tensor, "batch time"] | None
     state: Float[Tensor, " batch *state"]
     """The cached state after them, to notice a cache that was reordered in between."""
@@ -46,12 +46,12 @@ class RecurrentMixer(Recurrence):
 
     def inputs(
         self,
-        hidden: Float[Tensor, "batch time hidden"],
+        hidden: Float[Tensor, "batch time given"],
         padding: Shaped[Tensor, "batch time"] | None,
         cuts: Sequence[Cut],
     ) -> tuple[Any, Projected]:
         """Inputs of the recurrence under the cuts of the convolution's taps, and the projection they come from."""
-        projected = self.project(_without_padding(hidden, padding))
+        projected = self.project(_without_padding(hidden, padding) if self.masks_input else hidden)
         convolved = self.activate(self.convolve(projected.inner, kept_taps(on(Paths.CONV, cuts), self.kernel)))
         if self.masks_convolved:
             convolved = _without_padding(convolved, padding)
@@ -59,14 +59,14 @@ class RecurrentMixer(Recurrence):
 
     def knocked_out(
         self,
-        hidden: Float[Tensor, "batch time hidden"],
+        hidden: Float[Tensor, "batch time given"],
         padding: Shaped[Tensor, "batch time"] | None,
         cuts: Sequence[Cut],
     ) -> tuple[Float[Tensor, "batch time hidden"], Float[Tensor, " batch *state"] | None]:
         """The mixer's output under the cuts, right at every position where `changed` holds.
 
         Args:
-            hidden: the mixer's input, from the first column of the prompt.
+            hidden: the mixer's input as `told` gives it, from the first column of the prompt.
             padding: 1 for tokens, 0 for padding.
             cuts: over these T columns.
 
@@ -134,21 +134,22 @@ class RecurrentMixer(Recurrence):
     def attach(self, current: Callable[[], Pass]) -> Callable[[], None]:
         histories: WeakKeyDictionary[Any, History] = WeakKeyDictionary()
 
-        def wrap(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 given = bound(self.module, args, kwargs)
-                hidden, padding = given["hidden_states"], given.get("attention_mask")
+                hidden, padding = self.told(given)
                 cache = cache_among(given.values())
                 running = current()
                 history = histories.get(cache) if cache is not None else None
                 if running.keep_history and running.past and cache is not None:
                     self._check(history, cache, hidden, running.past)
-                out = original(*args, **kwargs)
+                returned = original(*args, **kwargs)
+                out = _output(returned)
                 if running.keep_history and history is not None and running.past:
                     hidden, padding = _continued(history, hidden, padding)
                 active = [cut.to(out.device) for cut in running.cuts_of(self)]
                 if active:
-                    changed = changed_positions(active, self.kernel)[:, running.past :]
+                    changed = changed_positions(active, self.kernel, self.remembers)[:, running.past :]
                     with weights_at_hand(self.module):
                         ours, state = self.knocked_out(hidden, padding, active)
                     out = torch.where(changed[..., None], ours[:, running.past :].to(out.dtype), out)
@@ -156,7 +157,7 @@ class RecurrentMixer(Recurrence):
                         self.cache_state(cache, state)
                 if running.keep_history and cache is not None:
                     histories[cache] = History(hidden, padding, self.cached_state(cache).clone())
-                return out
+                return out if self.alone else (out, *returned[1:])
 
             return forward
 
@@ -173,11 +174,10 @@ class RecurrentMixer(Recurrence):
             )
 
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
-        given = call.arguments(self.module)
-        hidden = given["hidden_states"]
+        hidden, padding = self.told(call.arguments(self.module))
         cuts = [cut.to(hidden.device) for cut in cuts]
         with weights_at_hand(self.module):
-            inputs, _ = self.inputs(hidden, given.get("attention_mask"), cuts)
+            inputs, _ = self.inputs(hidden, padding, cuts)
             skip = self.skip(inputs)
             y, _ = self.mix(inputs, cuts, base=True)
             output = self.with_skip(y, inputs)
@@ -203,11 +203,12 @@ class RecurrentMixer(Recurrence):
     def keeping(self, base: Base) -> Iterator[list[Kept]]:
         kept: list[Kept] = []
 
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, _ = self.told(bound(self.module, args, kwargs))
             with weights_at_hand(self.module):
-                out, of_layer = keep(self, base.to(hidden_states.device), hidden_states)
+                out, of_layer = keep(self, base.to(hidden.device), hidden)
             kept.append(of_layer)
-            return out
+            return out if self.alone else (out, None)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
@@ -220,10 +221,11 @@ class RecurrentMixer(Recurrence):
 
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
-        def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            device = hidden_states.device
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, _ = self.told(bound(self.module, args, kwargs))
             with weights_at_hand(self.module):
-                return resume(self, kept, base.to(device), rows.to(device), hidden_states)
+                out = resume(self, kept, base.to(hidden.device), rows.to(hidden.device), hidden)
+            return out if self.alone else (out, None)
 
         restore = replace_forward(self.module, lambda original: forward)
         try:
@@ -232,18 +234,23 @@ class RecurrentMixer(Recurrence):
             restore()
 
     def parity(self, call: Captured) -> float:
-        given = call.arguments(self.module)
-        hidden = given["hidden_states"]
+        hidden, padding = self.told(call.arguments(self.module))
         with weights_at_hand(self.module):
-            inputs, projected = self.inputs(hidden, given.get("attention_mask"), ())
+            inputs, projected = self.inputs(hidden, padding, ())
             y, _ = self.mix(inputs, (), base=True)
             ours = self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype)
-        return float((ours - call.output).abs().max() / call.output.abs().max().clamp_min(1e-30))
+        theirs = _output(call.output)
+        return float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-30))
+
+
+def _output(returned: Any) -> Float[Tensor, "batch time hidden"]:
+    """The mixer's output, of what its module returns."""
+    return returned[0] if isinstance(returned, tuple) else returned
 
 
 def _continued(
-    history: History, hidden: Float[Tensor, "batch new hidden"], padding: Shaped[Tensor, "batch new"] | None
-) -> tuple[Float[Tensor, "batch time hidden"], Shaped[Tensor, "batch time"] | None]:
+    history: History, hidden: Float[Tensor, "batch new given"], padding: Shaped[Tensor, "batch new"] | None
+) -> tuple[Float[Tensor, "batch time given"], Shaped[Tensor, "batch time"] | None]:
     """Inputs and padding of the prompt so far with the new ones behind them."""
     if history.padding is not None:
         new = history.padding.new_ones(hidden.shape[:2]) if padding is None else padding
@@ -252,7 +259,7 @@ def _continued(
 
 
 def _without_padding(
-    hidden: Float[Tensor, "batch time hidden"], padding: Shaped[Tensor, "batch time"] | None
-) -> Float[Tensor, "batch time hidden"]:
+    hidden: Float[Tensor, "batch time given"], padding: Shaped[Tensor, "batch time"] | None
+) -> Float[Tensor, "batch time given"]:
     """Zero at padding, as transformers does before and after the convolution."""
     return hidden if padding is None else (hidden * padding[..., None]).to(hidden.dtype)

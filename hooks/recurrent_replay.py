@@ -29,7 +29,7 @@ class Kept(NamedTuple):
 
 
 def keep(
-    mixer: Recurrence, base: Base, hidden: Float[Tensor, "batch time hidden"]
+    mixer: Recurrence, base: Base, hidden: Float[Tensor, "batch time given"]
 ) -> tuple[Float[Tensor, "batch time hidden"], Kept]:
     """The mixer's output left of what is replayed, and what rows have to know.
 
@@ -38,7 +38,7 @@ def keep(
     Args:
         mixer: the mixer.
         base: which positions are replayed, and the source sets.
-        hidden: the mixer's input.
+        hidden: the mixer's input, as `told` gives it.
     """
     batch, time = len(base.first), base.reach
     count = len(base.tokens[0])
@@ -60,7 +60,7 @@ def keep(
 
 
 def resume(
-    mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Float[Tensor, "batch row_time hidden"]
+    mixer: Recurrence, kept: Kept, base: Base, rows: Rows, hidden: Float[Tensor, "batch row_time given"]
 ) -> Float[Tensor, "batch row_time hidden"]:
     """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)

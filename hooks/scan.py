@@ -403,6 +403,35 @@ def causal_conv(
     return out
 
 
+def conv_attention(
+    weight: Float[Tensor, "some kernel"],
+    keep: list[Bool[Tensor, "*#batch #time #some"]] | None,
+    batch: int,
+    time: int,
+) -> Float[Tensor, "batch some time time"]:
+    """A causal convolution read as attention: its taps, those that are cut set to zero.
+
+    Equation: Effective attention
+        alpha[t, s] = keep_{t-s}[t] w[K-1-(t-s)]    for 0 <= t-s < K, else 0
+
+        Source: this package, from the convolution's equation
+
+        Of one channel of a convolution that nothing follows; its bias comes from no position.
+
+    Args:
+        weight: taps, the nearest last.
+        keep: as for `causal_conv`.
+        batch, time: prompts and positions.
+    """
+    some, kernel = weight.shape
+    alpha = weight.new_zeros(batch, some, time, time)
+    for k in range(min(kernel, time)):
+        tap = weight[:, kernel - 1 - k].expand(batch, time, some)
+        tap = tap if keep is None else tap * keep[k]
+        alpha.diagonal(-k, -2, -1).copy_(tap[:, k:].transpose(1, 2))
+    return alpha
+
+
 def _cut_conv(
     inner: Float[Tensor, "*batch time channel"],
     weight: Float[Tensor, "channel kernel"],

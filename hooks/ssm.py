@@ -7,17 +7,21 @@ with x after a causal convolution and an activation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
-from jaxtyping import Bool, Float
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import scan
+from mambalens.hooks import fused, kernels, scan
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import weights_at_hand
-from mambalens.hooks.recurrence import side_by_side
+from mambalens.hooks.recurrence import State, States, side_by_side
 from mambalens.hooks.recurrent import RecurrentMixer
+from mambalens.hooks.token_mixing import Decay
 
 
 class ScanInputs(NamedTuple):
@@ -86,3 +90,96 @@ class SSMMixer(RecurrentMixer):
     ) -> Float[Tensor, "*batch feature width"]:
         """The scan's output with the skip, see `scan.add_skip`."""
         return scan.add_skip(y, self.skip(inputs)[:, 0], inputs.x, in_place)
+
+
+class S6Mixer(SSMMixer):
+    """Base of the adapters for mixers with decays for every number of a channel's state: the scan of Mamba-1 (S6)."""
+
+    kind = "mamba1"
+    features_are = "channels"
+
+    def convolve(
+        self,
+        inner: Float[Tensor, "*batch time channel"],
+        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
+        past: Float[Tensor, "*#batch before channel"] | None = None,
+    ) -> Float[Tensor, "*batch time wider"]:
+        return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
+
+    def scan(
+        self, inputs: ScanInputs, end: bool = False
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
+        B, C = inputs.B[:, :, 0], inputs.C[:, :, 0]
+        y, state = kernels.selective_scan(inputs.x[..., 0], inputs.dt, inputs.A, B, C)
+        return y[..., None], state.mT
+
+    def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
+        found = scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], ~sources)
+        return lambda written, erased: found[written]
+
+    def resume_scan(
+        self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
+    ) -> Float[Tensor, "batch row time feature width"]:
+        dt, A, B, C = inputs.dt, inputs.A, inputs.B[..., 0, :], inputs.C[..., 0, :]
+        x = inputs.x[..., 0]  # [B, R, L, D]
+        if x.shape[2] == 1:
+            y = scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)
+            return y[:, :, None, :, None]
+        y = torch.empty_like(x)
+        for index in number.unique().tolist():
+            rows = (number == index).nonzero().flatten()
+            for i, start in enumerate(states[index]):
+                y[i, rows] = scan.selective_scan(x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows], start[None])[0]
+        return y[..., None]
+
+    def expect(self, rows: int) -> None:
+        fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
+
+    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
+        return scan.selective_attention(
+            inputs.dt[:, :, features], inputs.A[features], inputs.B[:, :, 0], inputs.C[:, :, 0]
+        )
+
+    def decay(self, inputs: ScanInputs) -> Decay:
+        return Decay(inputs.dt, inputs.A, inputs.B[:, :, 0])
+
+    def finish(
+        self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch time hidden"]:
+        return self.module.out_proj((y[..., 0] * F.silu(gate)).to(dtype))
+
+
+class SSDMixer(RecurrentMixer):
+    """Base of the adapters for mixers with one decay a head: the scan of Mamba-2 (SSD), linear attention with decay."""
+
+    def scan(
+        self, inputs: ScanInputs, end: bool = False
+    ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
+        y, state = kernels.ssd_scan(inputs.x, inputs.dt, inputs.A, inputs.B, inputs.C, end)
+        return y, None if state is None else state.mT
+
+    def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
+        found = scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, ~sources)
+        return lambda written, erased: found[written]
+
+    def resume_scan(
+        self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
+    ) -> Float[Tensor, "batch row time feature width"]:
+        x, dt, A, B, C = inputs
+        if x.shape[2] == 1:
+            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
+        y = torch.empty_like(x)
+        for index in number.unique().tolist():
+            rows = (number == index).nonzero().flatten()
+            for i, start in enumerate(scan.ssd_heads(states[index], x.shape[3])):
+                part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
+                y[i, rows] = scan.ssd_scan(*part, start[None])[0]
+        return y
+
+    def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
+        group = features * inputs.B.shape[2] // inputs.dt.shape[2]
+        dt, A = inputs.dt[:, :, features], inputs.A[features]
+        return scan.ssd_attention(dt, A, inputs.B[:, :, group], inputs.C[:, :, group])
+
+    def decay(self, inputs: ScanInputs) -> Decay:
+        return Decay(inputs.dt, inputs.A[:, None], torch.ones_like(inputs.dt[..., :1]))

@@ -31,8 +31,8 @@ class Decay(NamedTuple):
     """Step sizes."""
     A: Float[Tensor, "feature state"]
     """One state where A is a scalar (Mamba-2)."""
-    B: Float[Tensor, "batch time state"]
-    """How a position's write spreads over the state."""
+    B: Float[Tensor, "batch time *group state"]
+    """How a position's write spreads over the state; of every group where there are several."""
 
 
 @dataclass(frozen=True, eq=False)

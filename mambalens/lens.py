@@ -299,7 +299,7 @@ class Lens(LoadedModel):
             source, target: roles (see `roles.ROLES`).
             layers: layer numbers or a kind of mixer; None: every layer.
             block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
-            path: 'main', 'conv', 'erase' or 'both'.
+            path: 'main', 'conv', 'erase' or 'both'; mixers that do not have it are left out.
             batch_size, memory, progress: as for `sweep`.
 
         Returns:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -158,13 +158,6 @@ def delta(
 
 SCANS = {"mamba1": mamba1_scan, "mamba2": mamba2_scan}
 MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
-TWINS = dict.fromkeys(
-    ("Qwen3NextGatedDeltaNet", "Qwen3_5GatedDeltaNet", "Qwen3_5MoeGatedDeltaNet", "OlmoHybridGatedDeltaNet",
-     "Qwen4ExpTextGatedDeltaNet", "KimiLinearDeltaAttention", "BailingHybridDeltaAttention",
-     "Glm5NextTextLinearAttention"),
-    delta,
-)  # fmt: skip
-"""By the module's class: `twin(m, hidden, padding, main, conv, erase)` gives what is read, and the module's output."""
 _blocked: dict[int, Tensor] = {}
 
 
@@ -229,7 +222,8 @@ def blocked_everywhere(
 ) -> Iterator[None]:
     """Entries blocked by layer and kind of mixer, in any model with eager attention.
 
-    Scans compute the explicit form. Attention runs the model's code, in which `softmax` sees -inf where it is blocked.
+    Scans compute the explicit form, and so does what has a twin in `TWINS` where anything is blocked. Attention runs
+    the model's code, in which `softmax` sees -inf where it is blocked.
     """
     handles, undo = [], []
     for path, module in model.named_modules():
@@ -272,16 +266,21 @@ def _twin(module: Any, layer: int, *blocked: dict[tuple[int, str], Tensor]) -> A
     def of_layer(entries: dict[tuple[int, str], Tensor]) -> Tensor | None:
         return next((mask for (number, kind), mask in entries.items() if number == layer and kind != "attention"), None)
 
-    masks = [of_layer(entries) for entries in blocked]
+    masks, twin = [of_layer(entries) for entries in blocked], TWINS[type(module).__name__]
 
     def hook(m: Any, args: Any, kwargs: Any, out: Any) -> Any:
         known = next((mask for mask in masks if mask is not None), None)
         if known is None:
             return out
-        hidden = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
+        hidden = args[0] if args else next(kwargs[name] for name in ("hidden_states", "input_states") if name in kwargs)
+        padding = kwargs.get("attention_mask")
+        padding = padding if padding is not None and padding.ndim == 2 else None
+        begins = {}
+        if "begins" in inspect.signature(twin).parameters:
+            begins["begins"] = (kwargs["position_ids"] == 0).expand(hidden.shape[:2])
         given = [torch.zeros_like(known) if mask is None else mask for mask in masks]
-        ours = TWINS[type(m).__name__](m, hidden, kwargs.get("attention_mask"), *given)[1]
-        return ours if isinstance(out, Tensor) else (ours, *out[1:])
+        ours = twin(m, hidden, padding, *given, **begins)[1]
+        return (ours, *out[1:]) if isinstance(out, tuple) else ours
 
     return module.register_forward_hook(hook, with_kwargs=True)
 
@@ -305,3 +304,118 @@ def _softmax_blocked(module: Any, blocked: Tensor) -> Any:
 
     module.forward = run
     return lambda: module.__dict__.pop("forward")
+
+
+def _tokens(hidden: Tensor, padding: Tensor | None) -> Tensor:
+    """1 for tokens, 0 for padding [batch, T, 1]."""
+    return hidden.new_ones(*hidden.shape[:2], 1) if padding is None else padding[..., None].to(hidden.dtype)
+
+
+def shortconv(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """LFM2's gated short convolution: y = C * conv(B * x) (LFM2 technical report); its bias is no position's."""
+    B, C, x = m.in_proj(hidden * _tokens(hidden, padding)).chunk(3, -1)
+    y = convolution(B * x, m.conv.weight[:, 0], None, conv)
+    return y, m.out_proj(C * (y if m.conv.bias is None else y + m.conv.bias))
+
+
+def lightning(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """MiniMax's lightning attention (arXiv:2501.08313, section 2.2), head by head, every target from the beginning."""
+    qkv = m.act_fn(m.qkv_proj(hidden)) * _tokens(hidden, padding)
+    width, heads = m.head_dim, []
+    for h in range(m.num_attention_heads):
+        q, k, v = qkv[..., 3 * h * width : 3 * (h + 1) * width].chunk(3, -1)
+        decay = torch.exp(-m.slope_rate[h, 0, 0])
+        y = torch.zeros_like(v)
+        for t in range(hidden.shape[1]):
+            S = hidden.new_zeros(len(hidden), width, width)
+            for s in range(t + 1):
+                S = decay * S + (k[:, s, :, None] * v[:, s, None]).masked_fill(main[:, t, s, h, None, None], 0.0)
+            y[:, t] = (S * q[:, t, :, None]).sum(1)
+        heads.append(y)
+    y = torch.cat(heads, -1)
+    normed = m.norm.weight * y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.variance_epsilon)
+    return y, m.out_proj(torch.sigmoid(m.output_gate(hidden)) * normed)
+
+
+def rglru(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor,
+    begins: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Griffin's recurrent block (arXiv:2402.19427, eq. 1 to 4), every target from the beginning; padding is heeded nowhere.
+
+    Documents begin where `begins` is 1 [batch, T], by default in the first column: the state is empty there, and the
+    input not normalised.
+    """
+    lru, (batch, time) = m.rg_lru, hidden.shape[:2]
+    u = convolution(m.linear_x(hidden), m.conv_1d.weight[:, 0], m.conv_1d.bias, conv)
+    width = lru.input_gate_weight.shape[1]
+
+    def gate(weight: Tensor, bias: Tensor) -> Tensor:
+        blocks = [u[..., n * width : (n + 1) * width] @ weight[n] + bias[n] for n in range(len(weight))]
+        return torch.sigmoid(torch.cat(blocks, -1))
+
+    if begins is None:
+        begins = (torch.arange(time) == 0).expand(batch, time)
+    first = begins[..., None]
+    # The parameter is -Lambda of the paper, in which a = sigmoid(Lambda) and a_t = a^(8 r_t).
+    a = torch.sigmoid(-lru.recurrent_param) ** (8 * gate(lru.recurrent_gate_weight, lru.recurrent_gate_bias))
+    x = gate(lru.input_gate_weight, lru.input_gate_bias) * u * torch.where(first, 1.0, torch.sqrt(1 - a**2))
+    y = torch.zeros_like(u)
+    for t in range(time):
+        h = torch.zeros_like(u[:, 0])
+        for s in range(t + 1):
+            h = torch.where(first[:, s], 0.0, a[:, s] * h) + x[:, s].masked_fill(main[:, t, s], 0.0)
+        y[:, t] = h
+    return y, m.linear_out(y * m.act_fn(m.linear_y(hidden)))
+
+
+def zamba(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Zamba's heads, each a Mamba-1 (arXiv:2312.00752, algorithm 2) of its own, every target from the beginning."""
+    tokens = _tokens(hidden, padding)
+    projected = m.in_proj(hidden * tokens)
+    inner, gate = projected[..., 0::2], projected[..., 1::2]
+    u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * tokens
+    width, heads = m.mamba_head_dim, []
+    for n in range(m.n_mamba_heads):
+        own = slice(n * width, (n + 1) * width)
+        x = u[..., own]
+        sizes = [m.time_step_rank, m.ssm_state_size, m.ssm_state_size]
+        dt, B, C = (x @ m.x_proj_weight[n].T).split(sizes, -1)
+        dt = F.softplus(dt @ m.dt_proj_weight[n].T + m.dt_proj_bias[n])
+        A, y = -torch.exp(m.A_log[n]), torch.zeros_like(x)
+        for t in range(hidden.shape[1]):
+            h = hidden.new_zeros(len(hidden), width, m.ssm_state_size)
+            for s in range(t + 1):
+                written = (dt[:, s] * x[:, s])[..., None] * B[:, s, None]
+                h = torch.exp(dt[:, s, :, None] * A) * h + written.masked_fill(main[:, t, s, own, None], 0.0)
+            y[:, t] = (h * C[:, t, None]).sum(-1) + m.D[n] * x[:, t]
+        heads.append(y)
+    y = torch.cat(heads, -1)
+    return y, m.out_proj(y * F.silu(gate))
+
+
+TWINS: dict[str, Callable] = {
+    "Qwen3NextGatedDeltaNet": delta,
+    "Qwen3_5GatedDeltaNet": delta,
+    "Qwen3_5MoeGatedDeltaNet": delta,
+    "Qwen4ExpTextGatedDeltaNet": delta,
+    "OlmoHybridGatedDeltaNet": delta,
+    "KimiLinearDeltaAttention": delta,
+    "BailingHybridDeltaAttention": delta,
+    "Glm5NextTextLinearAttention": delta,
+    "Lfm2ShortConv": shortconv,
+    "Lfm2MoeShortConv": shortconv,
+    "Lfm3ShortConv": shortconv,
+    "MiniMaxLightningAttention": lightning,
+    "RecurrentGemmaRecurrentBlock": rglru,
+    "ZambaMambaMixer": zamba,
+}
+"""Twins by class of module. A twin takes the module, hidden states, padding, and what is blocked on the paths 'main',
+'conv' and 'erase' [batch, target, source, feature]; it gives what is read, before gate and norm, with the skip
+[batch, T, features x width], and the mixer's output."""

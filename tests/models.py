@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
@@ -59,6 +60,7 @@ _DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_he
           "linear_conv_kernel_dim": 4}  # fmt: skip
 _LATENT = _EXPERTS | {"num_key_value_heads": 4, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
                       "v_head_dim": 5, "moe_intermediate_size": 16, "n_group": 1, "topk_group": 1}  # fmt: skip
+_LFM2 = _LLAMA | {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "conv_bias": True}
 
 # Every architecture that the documentation names: its type in transformers (and a variant) -> name in the documentation,
 # and options of its configuration.
@@ -95,6 +97,17 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
                                                                  "mlp_layer_types": ["dense", "sparse", "dense"]}),
     "bailing_hybrid": ("Ling hybrid", _LLAMA | _LATENT | _LINEAR | {"head_dim": 6, "n_group": 1, "topk_group": 1,
                                                                     "first_k_dense_replace": 1, "num_mtp_layers": 0}),
+    "zamba": ("Zamba", _LLAMA | {"num_hidden_layers": 4, "num_key_value_heads": 4, "n_mamba_heads": 2, "mamba_d_state": 5,
+                                 "mamba_dt_rank": 3, "attn_layer_period": 2, "attn_layer_offset": 1,
+                                 "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"]}),
+    "recurrent_gemma": ("RecurrentGemma", _LLAMA | {"attention_window_size": 5, "lru_width": 24}),
+    "minimax": ("MiniMax", _LLAMA | _EXPERTS | {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"], "block_size": 4, "head_dim": 6,
+        "linear_attn_alpha_factor": 1.2, "linear_attn_beta_factor": 0.8}),
+    "lfm2": ("LFM2", _LFM2 | {"block_multiple_of": 8}),
+    "lfm2_moe": ("LFM2 MoE", _LFM2 | {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+                                      "num_dense_layers": 1}),
+    "lfm3": ("LFM3", _LFM2 | {"head_dim": 6, "sliding_window": 5}),
     "gpt2": ("GPT-2", {"vocab_size": VOCABULARY, "n_embd": 24, "n_layer": 3, "n_head": 4, "n_positions": 128,
                        "bos_token_id": 1, "eos_token_id": 2}),
     "gpt_neox": ("GPT-NeoX, Pythia", _LLAMA),
@@ -121,6 +134,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("SmolLM3", _LLAMA | {"no_rope_layers": [1, 1, 0]}),
     "gpt_oss": ("gpt-oss", _LLAMA | _EXPERTS | {"head_dim": 6, "sliding_window": 5}),
 }  # fmt: skip
+# The oldest transformers in the range does not have all of them.
+ARCHITECTURES = {name: given for name, given in ARCHITECTURES.items() if name.partition("-")[0] in CONFIG_MAPPING}
 
 
 def tiny(
@@ -131,10 +146,14 @@ def tiny(
 
 
 def architecture(
-    model_type: str, dtype: torch.dtype = torch.float64, attention: str = "eager", vocabulary: int = VOCABULARY
+    model_type: str,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "eager",
+    vocabulary: int = VOCABULARY,
+    **others: Any,
 ) -> PreTrainedModel:
-    """A random model of `ARCHITECTURES` in eval mode."""
-    options = ARCHITECTURES[model_type][1]
+    """A random model of `ARCHITECTURES` in eval mode, with other options of its configuration."""
+    options = ARCHITECTURES[model_type][1] | others
     experts = {"experts_implementation": "eager"} if "num_experts_per_tok" in options else {}
     config = AutoConfig.for_model(model_type.partition("-")[0], **options)
     return _random(config, dtype, attention, vocabulary, **experts)
@@ -147,7 +166,11 @@ def _random(
     config.vocab_size = vocabulary
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, **options).eval()
     set_weights(model)
-    return model.to(dtype)
+    model = model.to(dtype)
+    for module in model.modules():
+        if hasattr(module, "decay_factors"):  # powers of a fixed decay (MiniMax), which it has made in float32
+            module.query_decay, module.key_decay, module.diagonal_decay = module.decay_factors(module.slope_rate)
+    return model
 
 
 @torch.no_grad()
@@ -157,7 +180,9 @@ def set_weights(model: PreTrainedModel) -> None:
         if name.endswith("A_log"):
             # The default gives every feature the same decay, which hides errors.
             parameter.uniform_(-2.0, 1.5)
-        elif name.endswith(("dt_bias", "dt_proj.bias")):
+        elif name.endswith("recurrent_param"):
+            parameter.uniform_(-5.0, 0.0)
+        elif name.endswith(("dt_bias", "dt_proj.bias", "dt_proj_bias")):
             parameter.uniform_(-1.5, 0.5)
         elif name.endswith(".D"):
             parameter.uniform_(-1.0, 1.0)
@@ -186,18 +211,27 @@ def in_double(*models: Any) -> Iterator[None]:
 
     What they differ by from an explicit form in float64 is then an error, and no rounding.
     """
-    homes = {type(module).__module__ for model in models for module in model.modules()}
-    files = [sys.modules[home] for home in homes if home.startswith("transformers.models.")]
+    classes = {type(module) for model in models for module in model.modules()}
+    classes = {one for one in classes if one.__module__.startswith("transformers.models.")}
+    files = [sys.modules[home] for home in {one.__module__ for one in classes}]
+    methods = [
+        m for one in classes for m in vars(one).values() if torch.float32 in (getattr(m, "__defaults__", None) or ())
+    ]
+    defaults = [method.__defaults__ for method in methods]
     single = torch.Tensor.float
     torch.Tensor.float = torch.Tensor.double  # type: ignore[method-assign]
     for file in files:
         file.torch = _InDouble()
+    for method, given in zip(methods, defaults, strict=True):
+        method.__defaults__ = tuple(torch.float64 if value is torch.float32 else value for value in given)
     try:
         yield
     finally:
         torch.Tensor.float = single  # type: ignore[method-assign]
         for file in files:
             file.torch = torch
+        for method, given in zip(methods, defaults, strict=True):
+            method.__defaults__ = given
 
 
 def token_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:

@@ -197,7 +197,8 @@ def test_nothing_is_left_behind(model_type: str, attention: str) -> None:
 
 NAMES = {
     "mamba1": "Mamba-1", "mamba2": "Mamba-2", "attention": "attention", "deltanet": "Gated DeltaNet",
-    "kda": "Kimi Delta Attention",
+    "kda": "Kimi Delta Attention", "shortconv": "short convolution", "lightning": "lightning attention",
+    "rglru": "RG-LRU",
 }  # fmt: skip
 """What the README calls each kind of mixer."""
 

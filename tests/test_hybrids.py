@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from mambalens import Fact, Lens, MambalensError, Selection
 from mambalens.data import checkpoints
 from mambalens.facts.files import as_facts
+from mambalens.figures.style import main_path
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.run import run
 
@@ -98,3 +99,35 @@ def test_single_features_of_both_kinds_are_knocked_out(lens: Lens) -> None:
         with lens.knockout(FACTS[1], layers=[int(row.layer)], features=list(row.features), mixers="attention"):
             cut = float(lens.model(ids).logits[0, -1].softmax(-1)[first])
     assert found.drops[1, row.name] == pytest.approx(100 * (base - cut) / base, rel=1e-3, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "main"),
+    [
+        ("lfm2", "shortconv", "attention"),
+        ("minimax", "lightning", "scan or attention"),
+        ("recurrent_gemma", "rglru", "scan or attention"),
+        ("zamba", "mamba1", "scan or attention"),
+    ],
+)
+def test_a_lens_takes_models_with_other_recurrences(name: str, kind: str, main: str) -> None:
+    lens = Lens(architecture(name, vocabulary=len(TOKENIZER)), TOKENIZER, name)
+    of_kind = lens.hooks.mixers_of(kind)
+    paths = ("both",) if kind == "shortconv" else ("main", "both")
+    plan = Plan(("subject", "relation"), "last", 2, ("all",), paths, kind)
+    tables = [run(lens, as_facts(FACTS), plan, progress=False, replay=replay).table for replay in (True, False)]
+    assert np.allclose(tables[0].prob, tables[1].prob, rtol=1e-4)
+    assert tables[0].change_pct.abs().max() > 0.1
+    assert main_path(lens.sweep(FACTS, window=2, progress=False)) == main
+    lens.heatmap(FACTS[0], 2)
+    row = f"<td>{kind}</td><td>{len(of_kind)}</td><td>{of_kind[0].n_features} "
+    assert row + ("heads" if kind == "lightning" else "channels") in lens._repr_html_()
+    table = lens.features(FACTS, progress=False)
+    assert (table[table.kind == kind].decay_norm.notna() == of_kind[0].decays).all()
+    assert (table[table.kind == kind].half_life.notna() == of_kind[0].decays).all()
+    diagnosed = lens.diagnose(FACTS, progress=False)
+    assert set(zip(diagnosed.layer, diagnosed.kind, strict=True)) == set(zip(table.layer, table.kind, strict=True))
+    path = "conv" if kind == "shortconv" else "main"
+    causal = lens.causal_features(FACTS, path=path, progress=False).table
+    expected = {(mixer.layer, mixer.kind) for mixer in lens.hooks.mixers if kind != "shortconv" or mixer in of_kind}
+    assert set(zip(causal.layer, causal.kind, strict=True)) == expected

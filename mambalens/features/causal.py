@@ -15,7 +15,7 @@ from mambalens.facts.prompts import Skip, none_usable, read_facts
 from mambalens.facts.roles import check_role
 from mambalens.features.measures import MEASURED, feature_table
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.knockout import Path
+from mambalens.hooks.knockout import Path, Paths
 from mambalens.model import LoadedModel
 from mambalens.runs.intervals import LEVEL, RESAMPLES
 from mambalens.sweep.answers import Answerer, Asked
@@ -130,8 +130,9 @@ def causal_features(
         raise MambalensError("'each' is for heatmaps: name one role as the source and one as the target.")
     if block < 1:
         raise MambalensError(f"block={block}: give 1 or more features to knock out together.")
-    chosen = {(mixer.layer, mixer.kind) for mixer in lens.hooks.mixers_of(layers)}
     lens.hooks.resolve(layers, "all", path)  # a path that these layers do not have is refused before any long work
+    having = [mixer for mixer in lens.hooks.mixers_of(layers) if Paths.named(path) & mixer.paths]
+    chosen = {(mixer.layer, mixer.kind) for mixer in having}
     room = budget(memory, lens.device)
     prompts, skipped = read_facts(facts, lens.tokenizer)
     usable = []

@@ -27,6 +27,8 @@ STYLES: dict[str, tuple[str, str]] = {
 }
 _SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
 PATHS = {"conv": "convolution", "erase": "erasing", "both": "all paths"}
+WITHOUT_MAIN = {"shortconv"}
+"""Kinds of mixers that have no main path."""
 
 
 def style(role: str, index: int = 0) -> tuple[str, str]:
@@ -36,7 +38,8 @@ def style(role: str, index: int = 0) -> tuple[str, str]:
 
 def main_path(result: SweepData) -> str:
     """What the main path is in these models: 'scan', 'attention', or 'scan or attention' ('main path' if not known)."""
-    kinds = {"attention" if kind == "attention" else "scan" for config in result.configs for kind in config.kinds}
+    has = {kind for config in result.configs for kind in config.kinds} - WITHOUT_MAIN
+    kinds = {"attention" if kind == "attention" else "scan" for kind in has}
     return " or ".join(sorted(kinds, reverse=True)) or "main path"
 
 

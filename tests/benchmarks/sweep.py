@@ -174,7 +174,9 @@ class Sweep:
             weights = [p for name, p in layer.named_parameters() if p.ndim == 2 and "A_log" not in name]
             shapes = tuple(w.shape for w in weights)
             if shapes not in timed:
-                inputs = [(torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights]
+                inputs = [
+                    (torch.randn(rows, w.shape[0 if transposed else 1]), w.T if transposed else w) for w in weights
+                ]
                 timed[shapes] = seconds(functools.partial(_multiplied, inputs), 7)
             in_layers += timed[shapes]
             adds += rows * sum(w.numel() for w in weights)

@@ -8,6 +8,7 @@ from typing import Any
 import explicit
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import ARCHITECTURES, architecture, token_ids
@@ -29,6 +30,10 @@ KIND = {"minimax": "lightning", "recurrent_gemma": "rglru", "zamba": "mamba1"}
 """The kind that is not attention; short convolutions in all others."""
 MODEL_TOLERANCE = 1e-5  # modules round scans, states or norms to float32
 MIXER_TOLERANCE = 1e-9
+
+
+OLD = tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23)
+"""Releases in which RecurrentGemma's masks of generated tokens do not fit what its attention has cached."""
 
 
 def kind_of(name: str) -> str:
@@ -204,6 +209,8 @@ def test_effective_attention_reproduces_the_token_mixing_output(name: str) -> No
 @pytest.mark.parametrize("targets", [[-1], [2, 4], [7], [5, 8], [-2, 6, 7, 8, 9]], ids=str)
 @pytest.mark.parametrize("mixers", [None, "one kind"])
 def test_generate_equals_running_every_prefix_anew(name: str, targets: list[int], mixers: str | None) -> None:
+    if name == "recurrent_gemma" and mixers is None and OLD and max(targets) > 5:
+        pytest.skip("its masks of generated tokens do not fit its cache in this release")
     model, ids, new = MODELS[name], token_ids(2, 6), 5
     hooks, kind = HookManager(model), mixers and kind_of(name)
     with torch.no_grad(), hooks.knockout([0, 2, 3, 5], targets, path="both", mixers=kind):
@@ -226,6 +233,8 @@ def test_generate_equals_running_every_prefix_anew(name: str, targets: list[int]
 def test_generate_from_left_padded_prompts_equals_running_every_prefix_anew(name: str) -> None:
     if name == "minimax":
         pytest.skip("transformers itself generates something else where the first layer is linear: see the next test")
+    if name == "recurrent_gemma" and OLD:
+        pytest.skip("transformers itself generates something else in this release")
     order = {"layer_types": ["full_attention", "linear_attention", "linear_attention"]}
     model = MODELS[name] if name in MODELS else architecture("minimax", attention="sdpa", **order)
     ids, new = token_ids(2, 6), 4

@@ -156,30 +156,15 @@ class AttentionMixer(Mixer):
             if not hasattr(probe, "output"):
                 probe.output = args[0]
 
-        # Some models gate what the heads read before the output projection: their function gives it ungated.
-        home = vars(sys.modules[type(self.module).__module__])
-        reads = home.get(EAGER)
-
-        def watch_read(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            given = reads(module, *args, **kwargs)
-            if module is self.module:
-                # A cache may hold values in a compressed form (multi-head latent attention): here they are whole.
-                probe.values, probe.output = args[2], given[0].flatten(2)
-            return given
-
         config = getattr(self.module, "config", None)  # without one there is one implementation only
         before = getattr(config, "_attn_implementation", None)
         if config is not None:
             config._attn_implementation = "eager"
         handle = projection.register_forward_pre_hook(watch_output)
-        if reads is not None:
-            home[EAGER] = watch_read
         try:
-            with self._with_cache(probe):
+            with self._with_cache(probe), _watched_reading(self.module, probe):
                 yield probe
         finally:
-            if reads is not None:
-                home[EAGER] = reads
             if config is not None:
                 config._attn_implementation = before
             handle.remove()
@@ -223,6 +208,9 @@ class AttentionMixer(Mixer):
         group = self.n_features // values.shape[1]  # query heads that read the same values
         values = repeat(values, "batch group time width -> batch time (group head) width", head=group)
         output = rearrange(call.probe.output, "batch time (head width) -> batch time head width", head=self.n_features)
+        if main:  # what is read of no source at all is silenced behind the function that the probe watches
+            read = rearrange((alpha != 0).any(-1), "batch head time -> batch time head 1")
+            output = output.masked_fill(~read, 0.0)
         diagonal = rearrange(alpha.diagonal(dim1=-2, dim2=-1), "batch head time -> batch time head")
         skip = output.new_zeros(self.n_features)
         return TokenMixing(values, skip, output, diagonal, lambda features: alpha[:, features], None)
@@ -391,6 +379,32 @@ class _Probe:
     def get_seq_length(self, *_: Any) -> int:
         """Tokens of earlier passes."""
         return 0
+
+
+@contextmanager
+def _watched_reading(attention: nn.Module, probe: _Probe) -> Iterator[None]:
+    """While the block runs, the probe gets what the heads read, and their values, from the function that reads.
+
+    Some models gate what was read before the output projection, and some keep values in a compressed form in their
+    cache (multi-head latent attention): there it is not gated yet, and values are whole.
+    """
+    home = vars(sys.modules[type(attention).__module__])
+    reads: Any = home.get(EAGER)
+    if reads is None:
+        yield
+        return
+
+    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = reads(module, *args, **kwargs)
+        if module is attention:
+            probe.values, probe.output = args[2], given[0].flatten(2)
+        return given
+
+    home[EAGER] = watched
+    try:
+        yield
+    finally:
+        home[EAGER] = reads
 
 
 def _output_projection(module: nn.Module) -> nn.Module | None:

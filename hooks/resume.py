@@ -121,5 +121,5 @@ class Rows:
         if device == self.main.device:
             return self
         features = None if self.features is None else self.features.to(device)
-        given = (self.source, self.target, self.main, self.conv, self.erase)
-        return Rows(*(t.to(device) for t in given), features)
+        source, target, main = (t.to(device) for t in (self.source, self.target, self.main))
+        return Rows(source, target, main, self.conv.to(device), self.erase.to(device), features)

@@ -256,16 +256,16 @@ def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
     inside = torch.tensor([mixer in cut.cutting.features for cut in cuts])
     most = max(len(cut.pairs) for cut in cuts)
     pairs = torch.tensor([(*cut.pairs, *((0, 0),) * (most - len(cut.pairs))) for cut in cuts])  # [cuts, pairs, 2]
-    on = [
+    main, conv, erase = (
         torch.tensor([path in cut.cutting.paths & mixer.paths for cut in cuts]) & inside
         for path in (Paths.MAIN, Paths.CONV, Paths.ERASE)
-    ]
+    )
     masks = [cut.cutting.features.get(mixer) for cut in cuts]
     features = None
     if any(mask is not None for mask in masks):
         everything = torch.ones(mixer.n_features, dtype=torch.bool)
         features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
-    return Rows(pairs[..., 0].T * inside, pairs[..., 1].T, *on, features)
+    return Rows(pairs[..., 0].T * inside, pairs[..., 1].T, main, conv, erase, features)
 
 
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:

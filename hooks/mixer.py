@@ -71,6 +71,8 @@ class Mixer(ABC):
     """Whether a causal convolution carries information between positions too."""
     decays: ClassVar[bool] = False
     """Whether what features carry decays with time, so that they have a decay norm."""
+    tested: ClassVar[frozenset[str]] = frozenset()
+    """Classes of modules that the tests hold the adapter against."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
         self.module: Any = module  # its attributes are the architecture's, which only the adapter knows
@@ -86,8 +88,8 @@ class Mixer(ABC):
 
     @property
     def familiar(self) -> bool:
-        """Whether the adapter's arithmetic has been compared with this class of modules in the tests."""
-        return True
+        """Whether the adapter has been held against this class of modules in the tests."""
+        return type(self.module).__name__ in self.tested
 
     @property
     @abstractmethod

@@ -32,6 +32,13 @@ class AttentionMixer(Mixer):
     """A feature is a query head."""
 
     kind = "attention"
+    tested = frozenset({
+        "BambaAttention", "BloomAttention", "CohereAttention", "FalconAttention", "FalconH1Attention",
+        "GPT2Attention", "GPTJAttention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
+        "GptOssAttention", "GraniteMoeHybridAttention", "JambaAttention", "LlamaAttention", "MistralAttention",
+        "NemotronHAttention", "OPTAttention", "Olmo2Attention", "Phi3Attention", "Qwen2Attention", "Qwen3Attention",
+        "SmolLM3Attention", "StableLmAttention", "Zamba2Attention",
+    })  # fmt: skip
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mambalens.hooks.adapters import find_mixers
+from mambalens.hooks.adapters import SUPPORTED, find_mixers
 from mambalens.hooks.calls import cache_among
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.groups import explicit_mask, for_layer, group_mask, parse_group
@@ -27,6 +27,7 @@ from mambalens.hooks.knockout import (
     edge_mask,
     position_mask,
 )
+from mambalens.hooks.leaks import refuse_leaks
 from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Captured, Mixer, Pass
 from mambalens.hooks.token_mixing import TokenMixing
@@ -64,12 +65,16 @@ class HookManager:
 
     Args:
         model: the loaded model. It is changed only while a `knockout` block runs.
-        check: compare every adapter with the module it stands for, on random tokens, and raise where they differ.
+        check: run `check` also where every mixer is of a class that the tests know, in a layer of its own architecture;
+            otherwise it runs anyway.
 
     Attributes:
         model: the model.
         layers: its layers, in order.
         mixers: their token mixers, in the order of the layers (see `mixer.Mixer`).
+
+    Raises:
+        MambalensError: naming the model's class, the layer or the module that is not supported.
     """
 
     def __init__(self, model: nn.Module, check: bool = False) -> None:
@@ -78,12 +83,21 @@ class HookManager:
         self._blocks: list[_Block] = []
         self._pass: Pass | None = None
         self._prompts: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()  # cache -> prompt, columns so far
-        if check or not all(mixer.familiar for mixer in self.mixers):
+        if check or not all(self._familiar(mixer) for mixer in self.mixers):
             self.check()
 
     def __repr__(self) -> str:
         kinds = {kind: sum(mixer.kind == kind for mixer in self.mixers) for kind in self.kinds}
         return f"<HookManager of {type(self.model).__name__}: {', '.join(f'{n} {kind}' for kind, n in kinds.items())}>"
+
+    def _familiar(self, mixer: Mixer) -> bool:
+        """Whether the tests know the mixer's class and what is around it.
+
+        Each of transformers' architectures has a module of its own, layers and mixers in it: a known mixer in a layer
+        from elsewhere may have anything beside it, and so may a class from elsewhere that has a known one's name.
+        """
+        home = type(mixer.module).__module__
+        return mixer.familiar and home.startswith("transformers.") and type(self.layers[mixer.layer]).__module__ == home
 
     @property
     def n_layers(self) -> int:
@@ -388,10 +402,15 @@ class HookManager:
 
     @torch.no_grad()
     def check(self) -> None:
-        """Compare every adapter's arithmetic with the module's own output, on random tokens.
+        """Compare every adapter's arithmetic with the module's own output, and see that knockouts leave no way past.
+
+        Four forward passes on random tokens: in three every edge into two targets is cut, and what a layer gives at
+        these must not change with the other tokens (see `leaks`); one compares the arithmetic. The model is left as it
+        was.
 
         Raises:
-            MambalensError: naming the first layer where they differ.
+            MambalensError: naming the model's class, the layer and the module that still mixes positions; or the first
+                layer whose arithmetic differs, or that cannot be compared.
         """
         device = next(self.model.parameters()).device
         vocabulary = self.model.get_input_embeddings().weight.shape[0]
@@ -401,12 +420,29 @@ class HookManager:
         def compare(mixer: Mixer, call: Captured) -> None:
             difference = mixer.parity(call)
             if difference > PARITY_TOLERANCE.get(self.model.dtype, 5e-2):
+                why = "this version of transformers is not one" if mixer.familiar else "its class is not one"
                 raise MambalensError(
                     f"layer {mixer.layer}: the {mixer.kind} adapter differs from {type(mixer.module).__name__} by "
-                    f"{difference:.1e} (relative); this version of transformers is not one it was made for."
+                    f"{difference:.1e} (relative); {why} it was made for."
                 )
 
-        self._capture(self.mixers, ids, None, compare)
+        # First, since it runs the model as it is: parity asks mixers for more, and they are not all made for that.
+        training = [module for module in self.model.modules() if module.training]
+        self.model.eval()  # no dropout
+        try:
+            refuse_leaks(self.model, self.layers, self.mixers, self.knockout)
+            self._capture(self.mixers, ids, None, compare)
+        except (AttributeError, TypeError, LookupError, RuntimeError) as error:
+            strange = sorted({type(mixer.module).__name__ for mixer in self.mixers if not self._familiar(mixer)})
+            if not strange or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise MambalensError(
+                f"{type(self.model).__name__}: {', '.join(strange)} cannot be compared with the adapters: "
+                f"{type(error).__name__}: {error}. Supported: {SUPPORTED}."
+            ) from error
+        finally:
+            for module in training:
+                module.training = True
 
 
 def _holds_tokens(cache: Any) -> bool:

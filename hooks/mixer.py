@@ -73,6 +73,8 @@ class Mixer(ABC):
     """The ways by which it carries information between positions."""
     decays: ClassVar[bool] = False
     """Whether what features carry decays with time, so that they have a decay norm."""
+    tested: ClassVar[frozenset[str]] = frozenset()
+    """Classes of modules that the tests hold the adapter against."""
 
     def __init__(self, module: nn.Module, layer: int) -> None:
         self.module: Any = module  # its attributes are the architecture's, which only the adapter knows
@@ -88,8 +90,8 @@ class Mixer(ABC):
 
     @property
     def familiar(self) -> bool:
-        """Whether the adapter's arithmetic has been compared with this class of modules in the tests."""
-        return True
+        """Whether the adapter has been held against this class of modules in the tests."""
+        return type(self.module).__name__ in self.tested
 
     @property
     @abstractmethod

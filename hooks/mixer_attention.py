@@ -35,6 +35,15 @@ class AttentionMixer(Mixer):
     """A feature is a query head."""
 
     kind = "attention"
+    tested = frozenset({
+        "BailingHybridAttention", "BambaAttention", "BloomAttention", "CohereAttention", "FalconAttention",
+        "FalconH1Attention", "GPT2Attention", "GPTJAttention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
+        "GptOssAttention", "GraniteMoeHybridAttention", "JambaAttention", "KimiLinearAttention", "Lfm2Attention",
+        "Lfm2MoeAttention", "Lfm3Attention", "LlamaAttention", "MiniMaxAttention", "MistralAttention",
+        "NemotronHAttention", "OPTAttention", "Olmo2Attention", "OlmoHybridAttention", "Phi3Attention",
+        "Qwen2Attention", "Qwen3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RecurrentGemmaAttention",
+        "SmolLM3Attention", "StableLmAttention", "Zamba2Attention", "ZambaAttention",
+    })  # fmt: skip
 
     @classmethod
     def matches(cls, module: nn.Module) -> bool:

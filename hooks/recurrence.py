@@ -66,8 +66,6 @@ States = Callable[[int, int], State]
 class Recurrence(Mixer):
     """The arithmetic of a mixer that is a recurrence."""
 
-    tested: ClassVar[frozenset[str]]
-    """Classes of modules whose arithmetic the tests compare with the adapter's."""
     masks_input: ClassVar[bool] = True
     """Whether the module sets padding to zero before everything else."""
     masks_convolved: ClassVar[bool] = True
@@ -76,10 +74,6 @@ class Recurrence(Mixer):
     """Whether there is a state behind the convolution, by which a cut tap reaches positions right of its target."""
     alone: ClassVar[bool] = True
     """Whether the module gives its output alone, not with something behind it."""
-
-    @property
-    def familiar(self) -> bool:
-        return type(self.module).__name__ in self.tested
 
     @property
     def kernel(self) -> int:

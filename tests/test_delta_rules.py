@@ -39,7 +39,7 @@ ALONE = ("qwen4_exp_text", "glm5_next")
 """Whose attention layers are refused: their delta rules are tried in models that have nothing else."""
 
 
-def only_delta_rules(name: str, types: tuple[str, ...] = ("linear_attention",) * 2) -> Any:
+def only_delta_rules(name: str, types: tuple[str, ...] = ("linear_attention",) * 2, **options: Any) -> Any:
     """A tiny model of an architecture in `ALONE`."""
     shared = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": len(types), "num_attention_heads": 4,
               "num_key_value_heads": 4, "intermediate_size": 40, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
@@ -49,7 +49,7 @@ def only_delta_rules(name: str, types: tuple[str, ...] = ("linear_attention",) *
                "linear_value_head_dim": 5, "head_dim": 6, "num_experts": 2, "shared_expert_intermediate_size": 16,
                "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [], "indexer_n_heads": 2, "indexer_kv_heads": 1,
                "indexer_head_dim": 8, "indexer_budget": 4, "indexer_compress_ratio": 2}  # fmt: skip
-        config = AutoConfig.for_model(name, **shared, **own)
+        config = AutoConfig.for_model(name, **shared | own | options)
         return AutoModelForCausalLM.from_config(config, experts_implementation="eager").eval()
     text = AutoConfig.for_model("glm5_next_text", **shared, linear_num_heads=3, linear_head_dim=6, n_routed_experts=2,
                                 mlp_layer_types=["dense"] * len(types))  # fmt: skip
@@ -73,6 +73,15 @@ def hooked(name: str) -> HookManager:
 def test_attention_that_chooses_among_its_sources_is_refused_by_name(name: str, attention: str) -> None:
     model = only_delta_rules(name, ("linear_attention", "full_attention"))
     with pytest.raises(MambalensError, match=rf"layer 1 \(.*{attention}.*has no token mixer that mambalens knows"):
+        HookManager(model)
+
+
+def test_a_convolution_of_embeddings_beside_a_delta_rule_is_refused_by_name() -> None:
+    model = only_delta_rules(
+        "qwen4_exp_text", ple_layer_ids=[2], ple_embed_dim=8, heads_per_ngram=2, ngram_vocab_size_base=50
+    )
+    set_weights(model)
+    with pytest.raises(MambalensError, match=r"Qwen4ExpForCausalLM leaks: .* layer 1 "):
         HookManager(model)
 
 

@@ -41,7 +41,8 @@ class AttentionMixer(Mixer):
         "GptOssAttention", "GraniteMoeHybridAttention", "JambaAttention", "KimiLinearAttention", "Lfm2Attention",
         "Lfm2MoeAttention", "Lfm3Attention", "LlamaAttention", "MiniMaxAttention", "MistralAttention",
         "NemotronHAttention", "OPTAttention", "Olmo2Attention", "OlmoHybridAttention", "Phi3Attention",
-        "Qwen2Attention", "Qwen3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention", "RecurrentGemmaAttention",
+        "Qwen2Attention", "Qwen3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention",
+        "RecurrentGemmaAttention",
         "SmolLM3Attention", "StableLmAttention", "Zamba2Attention", "ZambaAttention",
     })  # fmt: skip
 

@@ -61,6 +61,7 @@ checkpoints: $(VENV)/installed-data
 	$(BIN)/python data/train.py atlas-mamba1
 	$(BIN)/python data/train.py atlas-mamba2
 	$(BIN)/python data/train.py atlas-gpt-neox
+	$(BIN)/python data/train.py atlas-deltanet
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

@@ -36,10 +36,12 @@ class AttentionMixer(Mixer):
 
     kind = "attention"
     tested = frozenset({
-        "BailingHybridAttention", "BambaAttention", "BloomAttention", "CohereAttention", "FalconAttention",
+        "BailingHybridAttention", "BambaAttention", "BloomAttention", "CohereAttention", "DeepseekV2Attention",
+        "DeepseekV3Attention", "FalconAttention",
         "FalconH1Attention", "GPT2Attention", "GPTJAttention", "GPTNeoXAttention", "Gemma2Attention", "Gemma3Attention",
         "GptOssAttention", "GraniteMoeHybridAttention", "JambaAttention", "KimiLinearAttention", "Lfm2Attention",
         "Lfm2MoeAttention", "Lfm3Attention", "LlamaAttention", "MiniMaxAttention", "MistralAttention",
+        "MixtralAttention",
         "NemotronHAttention", "OPTAttention", "Olmo2Attention", "OlmoHybridAttention", "Phi3Attention",
         "Qwen2Attention", "Qwen3Attention", "Qwen3NextAttention", "Qwen3_5Attention", "Qwen3_5MoeAttention",
         "RecurrentGemmaAttention",

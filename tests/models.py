@@ -132,6 +132,9 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", _LLAMA),
     "stablelm": ("StableLM", _LLAMA),
     "smollm3": ("SmolLM3", _LLAMA | {"no_rope_layers": [1, 1, 0]}),
+    "mixtral": ("Mixtral", _LLAMA | _EXPERTS),
+    "deepseek_v2": ("DeepSeek-V2", _LLAMA | _LATENT | {"q_lora_rank": 8, "n_routed_experts": 2, "first_k_dense_replace": 1}),
+    "deepseek_v3": ("DeepSeek-V3", _LLAMA | _LATENT | {"q_lora_rank": 8, "n_routed_experts": 2, "first_k_dense_replace": 1}),
     "gpt_oss": ("gpt-oss", _LLAMA | _EXPERTS | {"head_dim": 6, "sliding_window": 5}),
 }  # fmt: skip
 # The oldest transformers in the range does not have all of them.

@@ -16,12 +16,12 @@ import pytest
 from mambalens import Lens, load_facts
 from mambalens.data import checkpoints
 
-NAMES = ("atlas-gpt-neox", "atlas-mamba1", "atlas-mamba2")
+NAMES = ("atlas-deltanet", "atlas-gpt-neox", "atlas-mamba1", "atlas-mamba2")
 ROOT = Path(__file__).parent.parent
 FIRST_BLOCK = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
-def test_there_are_three_of_at_most_five_megabytes_each_with_one_tokenizer() -> None:
+def test_there_are_four_of_at_most_five_megabytes_each_with_one_tokenizer() -> None:
     assert tuple(checkpoints()) == NAMES
     tokenizers = set()
     for folder in checkpoints().values():

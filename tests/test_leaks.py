@@ -14,6 +14,7 @@ from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
+    GemmaConfig,
     LlamaConfig,
     MambaConfig,
     MixtralConfig,
@@ -286,9 +287,9 @@ def test_the_tables_of_tested_classes_are_what_the_tests_have(monkeypatch: pytes
     monkeypatch.setattr(HookManager, "check", unexpected)
     mixers = [mixer for model_type in ARCHITECTURES for mixer in HookManager(architecture(model_type)).mixers]
     assert {type(m.module).__name__ for m in mixers if m.kind == "attention"} == AttentionMixer.tested
-    mixtral = AutoModelForCausalLM.from_config(MixtralConfig(**_SMALL, num_local_experts=4))
+    unknown = AutoModelForCausalLM.from_config(GemmaConfig(**_SMALL, head_dim=6))
     with pytest.raises(AssertionError, match="was checked"):
-        HookManager(mixtral)
+        HookManager(unknown)
 
 
 _SMALL = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4,

@@ -15,13 +15,18 @@ from mambalens import Fact, Lens, MambalensError, load_facts
 from mambalens.data import checkpoints
 
 FACTS = load_facts("atlas").sample(5)
-PARTS = {"atlas-mamba1": "backbone", "atlas-mamba2": "backbone", "atlas-gpt-neox": "gpt_neox"}
+PARTS = {
+    "atlas-mamba1": "backbone",
+    "atlas-mamba2": "backbone",
+    "atlas-gpt-neox": "gpt_neox",
+    "atlas-deltanet": "model",
+}
 
 
 @pytest.mark.parametrize("name", list(PARTS))
 def test_weights_offloaded_to_disk_give_the_same(name: str, tmp_path: Path) -> None:
     lens = Lens.load(name)
-    paths = ("main", "both") if "mamba" in name else ("main",)
+    paths = ("main",) if name == "atlas-gpt-neox" else ("main", "both")
     expected = lens.sweep(FACTS, ("subject", "relation"), window=6, paths=paths, progress=False).table
     trunk = getattr(lens.model, PARTS[name])
     places: dict[str, str] = {child: "cpu" for child, _ in lens.model.named_children() if child != PARTS[name]}
@@ -50,7 +55,8 @@ def test_dtype_and_device_are_heard(name: str) -> None:
     if name != "atlas-gpt-neox":
         seen: list[torch.dtype] = []
         ids = torch.tensor([half.prompt(FACTS[0]).ids])
-        half.hooks.watch(ids, lambda mixer, mixing: seen.append(mixing.output.dtype))
+        recurrences = [mixer.layer for mixer in half.hooks.mixers if mixer.kind != "attention"]
+        half.hooks.watch(ids, lambda mixer, mixing: seen.append(mixing.output.dtype), recurrences)
         assert set(seen) == {torch.float32}
 
 

@@ -1,4 +1,4 @@
-"""The demo behind `make demo`: three trained models, facts in near and far wordings, curves and a table."""
+"""The demo behind `make demo`: four trained models, facts in near and far wordings, curves and a table."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import argparse
 import math
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import (
     GPTNeoXConfig,
     Mamba2Config,
     MambaConfig,
+    OlmoHybridConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
 )
@@ -41,7 +43,7 @@ SAVE_EVERY_S = 120.0
 
 
 def configs() -> dict[str, Any]:
-    """The three architectures, about 0.8 to 1.1 million parameters each."""
+    """The four architectures, about 0.7 to 1.1 million parameters each."""
     common: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -58,6 +60,12 @@ def configs() -> dict[str, Any]:
         ),
         "atlas-gpt-neox": GPTNeoXConfig(
             **common, num_attention_heads=5, intermediate_size=4 * WIDTH, max_position_embeddings=512,
+        ),
+        # Every fourth layer is attention, the rest Gated DeltaNet: the class's default.
+        "atlas-deltanet": OlmoHybridConfig(
+            **common, num_attention_heads=5, intermediate_size=2 * WIDTH, max_position_embeddings=512,
+            linear_num_key_heads=4, linear_num_value_heads=4, linear_key_head_dim=16, linear_value_head_dim=32,
+            linear_conv_kernel_dim=4,
         ),
     }  # fmt: skip
 
@@ -99,6 +107,15 @@ def mamba2_scan(
     values = (dt[..., None] * hidden_states).transpose(1, 2)  # [B, H, T, P]
     y = (scores * difference.exp()) @ values
     return y.transpose(1, 2) + D[:, None] * hidden_states
+
+
+def deltanet_rule(chunked: Callable[..., Any]) -> Callable[..., Any]:
+    """Gated DeltaNet's rule for training: the library's own, a sentence being one chunk instead of padded to 64."""
+
+    def rule(query: torch.Tensor, *others: torch.Tensor, **options: Any) -> Any:  # query [B, T, H, N]
+        return chunked(query, *others, **options, chunk_size=query.shape[1])
+
+    return rule
 
 
 def triples() -> list[tuple[str, str, str, str]]:
@@ -187,9 +204,12 @@ def train(name: str, steps: int, batch_size: int, learning_rate: float, seed: in
     """Train one checkpoint, or go on where it stopped, and save it as an ordinary Hugging Face folder."""
     from transformers.models.mamba import modeling_mamba
     from transformers.models.mamba2 import modeling_mamba2
+    from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
     modeling_mamba.mamba_selective_scan = mamba1_scan
     modeling_mamba2.mamba2_chunk_scan = mamba2_scan
+    delta_rule = deltanet_rule(modeling_olmo_hybrid.torch_chunk_gated_delta_rule)
+    modeling_olmo_hybrid.torch_chunk_gated_delta_rule = delta_rule
     torch.manual_seed(seed)
     folder = CHECKPOINTS / name
     state_file = Path(__file__).parent / ".training" / f"{name}.pt"

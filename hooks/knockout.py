@@ -77,7 +77,7 @@ class Knockout:
     """What a source writes ('main': the scan, or attention), hands on by the convolution before the scan ('conv') or
     removes from a delta rule's state ('erase'); 'both' is all that the mixer has."""
     mixers: str | None = None
-    """Only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several; None: all."""
+    """Only mixers of this kind ('attention', 'mamba1', 'deltanet'), in models that have several; None: all."""
     edges: Bool[Tensor, "*batch time time"] | None = None
     """Instead of sources and targets: which edges are cut, a boolean mask [T, T] or [batch, T, T], targets in rows and
     sources in columns. What lies above the diagonal says nothing: no position reads a later one."""

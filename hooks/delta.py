@@ -23,6 +23,8 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mambalens.hooks.recurrence import side_by_side
+
 CHUNK = {True: 64, False: 16}
 """Positions that are solved as one system: with one decay a head, and with one for every channel of its keys."""
 
@@ -59,7 +61,7 @@ class DeltaInputs(NamedTuple):
 
     def by_row(self, rows: int) -> DeltaInputs:
         """What belongs to rows, row by row."""
-        return DeltaInputs(*(t.unflatten(1, (rows, -1)) for t in self))
+        return DeltaInputs(*(side_by_side(t, rows) for t in self))
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t].
@@ -178,7 +180,7 @@ def delta_states(
     found: dict[tuple[int, int], Tensor] = {}
     values = rearrange(inputs.x, "batch time feature width -> batch feature time width")
 
-    def state(written: int, erased: int) -> Tensor:
+    def state(written: int, erased: int) -> Float[Tensor, "batch feature key width"]:
         if erased not in writes:
             stays = None if erased == 0 else ~sources[erased][..., None]
             writes[erased] = delta_writes(inputs.cut(None, stays))

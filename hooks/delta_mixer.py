@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from mambalens.hooks import delta, scan
+from mambalens.hooks import delta
 from mambalens.hooks.delta import DeltaInputs
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.recurrence import State, States
@@ -60,31 +60,21 @@ class DeltaMixer(RecurrentMixer):
 
     def kept_numbers(self, time: int, sets: int) -> int:
         _, heads, key, value = self.sizes
-        return sets * self.state_numbers + 2 * time * heads * (key + value)
+        # A set may be left out of what is written, of what is erased or of both: a state each, and writes of its own.
+        return sets * (3 * self.state_numbers + time * heads * key) + 2 * time * heads * (key + value)
 
     def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return ACT2FN[self.module.activation](convolved)
 
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        weight, bias = self.module.conv1d.weight[:, 0], self.module.conv1d.bias
-        if keep is None or keep[0].shape[-1] == 1:
-            return scan.causal_conv(inner, weight, bias, keep, past)
-        # Queries and keys once for each head: [q of head 1, q of head 2, ... | k of head 1, ... | v].
+    def channels_by_feature(self, device: torch.device) -> tuple[Int[Tensor, " wider"], Int[Tensor, " wider"]]:
+        """Queries and keys once for each head: [q of head 1, q of head 2, ... | k of head 1, ... | v]."""
         groups, heads, key, value = self.sizes
-        at = torch.arange(groups * key, device=weight.device)
+        at = torch.arange(groups * key, device=device)
         at = repeat(at, "(group key) -> (group head key)", group=groups, head=heads // groups)
-        values = torch.arange(heads * value, device=weight.device)
+        values = torch.arange(heads * value, device=device)
+        of_keys, of_values = (torch.arange(heads, device=device).repeat_interleave(n) for n in (key, value))
         channels = torch.cat([at, at + groups * key, values + 2 * groups * key])
-        of_keys, of_values = (torch.arange(heads, device=weight.device).repeat_interleave(n) for n in (key, value))
-        head = torch.cat([of_keys, of_keys, of_values])
-        bias = None if bias is None else bias[channels]
-        past = None if past is None else past[..., channels]
-        return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
+        return channels, torch.cat([of_keys, of_keys, of_values])
 
     def scan_inputs(
         self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None

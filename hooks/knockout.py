@@ -40,6 +40,11 @@ class Paths(enum.Flag):
         """The name of each of them."""
         return tuple(str(path.name).lower() for path in self)
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """What a path may be called where these are the ways: each of them, and 'both' where they are several."""
+        return (*self.names, "both") if len(self) > 1 else self.names
+
     @classmethod
     def named(cls, path: str) -> Paths:
         """The ways that a path's name stands for.

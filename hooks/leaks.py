@@ -150,7 +150,14 @@ class _LeakTest:
                 f"be tested for leaks. Supported: {SUPPORTED}."
             )
 
-    def _compare(self, number: int, before: _Call | None, now: _Call, ids: Tensor, elsewhere: Tensor) -> None:
+    def _compare(
+        self,
+        number: int,
+        before: _Call | None,
+        now: _Call,
+        ids: Int[Tensor, "1 time"],
+        elsewhere: Int[Tensor, "1 time"],
+    ) -> None:
         """Raise if a layer was given other, or gave other, at the targets than in the first pass."""
         if before is None:
             raise self._error(f"in what decides whether {self._layer(number)} runs")
@@ -159,7 +166,7 @@ class _LeakTest:
         if not _same(before.output, now.output):
             raise self._error(self._place(number, ids, elsewhere))
 
-    def _place(self, number: int, ids: Tensor, elsewhere: Tensor) -> str:
+    def _place(self, number: int, ids: Int[Tensor, "1 time"], elsewhere: Int[Tensor, "1 time"]) -> str:
         """Where in a layer positions are mixed: the first module given the same at the targets that gives other."""
         layer = self.layers[number]
         mixers = {mixer.module: mixer for mixer in self.mixers if mixer.layer == number}
@@ -232,8 +239,8 @@ def _watching(watched: Sequence[nn.Module], forced_layers: Sequence[nn.Module], 
         yield calls
 
 
-def _inputs(model: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Random tokens [1, T]; others but at the targets; others everywhere. None is of a kind that models ask for."""
+def _inputs(model: Any) -> tuple[Int[Tensor, "1 time"], Int[Tensor, "1 time"], Int[Tensor, "1 time"]]:
+    """Random tokens; others but at the targets; others everywhere. None is of a kind that models ask for."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     special = {
         token
@@ -251,7 +258,7 @@ def _inputs(model: Any) -> tuple[Tensor, Tensor, Tensor]:
     return tokens[ids].to(device), tokens[elsewhere].to(device), tokens[everywhere].to(device)
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> Iterator[Shaped[Tensor, " ..."]]:
     """The tensors of a call's arguments or outputs, in their order."""
     if isinstance(value, Tensor):
         yield value
@@ -262,7 +269,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _axis(tensor: Tensor) -> int | None:
+def _axis(tensor: Shaped[Tensor, " ..."]) -> int | None:
     """The first axis that positions can be; targets come before sources."""
     return next((axis for axis, size in enumerate(tensor.shape) if size == TIME), None)
 
@@ -291,14 +298,18 @@ def _with_targets(output: Any, rows: list[Shaped[Tensor, "position ..."]]) -> An
     return hidden if isinstance(output, Tensor) else (hidden, *output[1:])
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor], positions: slice = AT_TARGETS) -> bool:
+def _same(
+    one: Sequence[Shaped[Tensor, "position ..."]],
+    other: Sequence[Shaped[Tensor, "position ..."]],
+    positions: slice = AT_TARGETS,
+) -> bool:
     """Whether tensors are equal up to rounding, at the targets or at other positions of what was kept."""
     if len(one) != len(other):
         return False
     return all(_close(a[positions], b[positions]) for a, b in zip(one, other, strict=True))
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _close(one: Shaped[Tensor, " ..."], other: Shaped[Tensor, " ..."]) -> bool:
     if one.shape != other.shape:
         return False
     if not one.is_floating_point():
@@ -313,5 +324,5 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return True
 
 
-def _largest(tensor: Tensor) -> float:
+def _largest(tensor: Shaped[Tensor, " ..."]) -> float:
     return float(tensor.abs().max()) if tensor.numel() else 0.0

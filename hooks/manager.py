@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -108,6 +110,11 @@ class HookManager:
     def kinds(self) -> list[str]:
         """The kinds of mixers that the model has."""
         return list(dict.fromkeys(mixer.kind for mixer in self.mixers))
+
+    @property
+    def paths(self) -> Paths:
+        """The ways between positions that any of its mixers has."""
+        return reduce(operator.or_, (mixer.paths for mixer in self.mixers))
 
     @property
     def backend(self) -> str:

@@ -71,7 +71,7 @@ class Mixer(ABC):
     """What its features are, in one word."""
     paths: ClassVar[Paths] = Paths.MAIN
     """The ways by which it carries information between positions."""
-    decays: ClassVar[bool] = False
+    decays: bool = False
     """Whether what features carry decays with time, so that they have a decay norm."""
     tested: ClassVar[frozenset[str]] = frozenset()
     """Classes of modules that the tests hold the adapter against."""

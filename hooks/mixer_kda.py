@@ -19,8 +19,9 @@ from mambalens.hooks.recurrence import Projected
 class KimiDeltaMixer(DeltaMixer):
     """A decay for every channel of a head's keys.
 
-    The decay norm is of the head's rate, which its channels share; a half-life would be of each channel alone, and is
-    not computed.
+    The decay norm is of the head's rate, which its channels share. Where the gate has a lower bound (Ling hybrid), the
+    rate says how steep the gate is and not how fast the head forgets: there is no decay norm then. A half-life would be
+    of each channel alone, and is not computed.
     """
 
     kind = "kda"
@@ -37,7 +38,15 @@ class KimiDeltaMixer(DeltaMixer):
         heads, width = int(self.module.num_heads), int(self.module.head_dim)
         return heads, heads, width, width
 
+    def __init__(self, module: nn.Module, layer: int) -> None:
+        super().__init__(module, layer)
+        gate = self.module.forget_gate
+        bounded = getattr(gate, "safe_gate", False) or getattr(gate, "safe_gate_lower_bound", None) is not None
+        self.decays = not bounded
+
     def decay_norm(self) -> Float[Tensor, " feature"]:
+        if not self.decays:
+            return super().decay_norm()
         with weights_at_hand(self.module):
             return decay_norm(self.module.forget_gate.A_log.flatten())
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError
@@ -31,7 +31,6 @@ class LightningMixer(SSDMixer):
     decays = True
     masks_input = False
     alone = False
-    kernel = 1
     tested = frozenset({"MiniMaxLightningAttention"})
     parts = ("slope_rate", "qkv_proj", "act_fn", "output_gate", "norm", "out_proj", "num_attention_heads", "head_dim")
 
@@ -42,6 +41,10 @@ class LightningMixer(SSDMixer):
     @property
     def n_features(self) -> int:
         return int(self.module.num_attention_heads)
+
+    @property
+    def convolution(self) -> None:
+        return None
 
     @property
     def state_numbers(self) -> int:
@@ -66,14 +69,6 @@ class LightningMixer(SSDMixer):
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         return Projected(self.module.output_gate(hidden), self.module.qkv_proj(hidden), None)
 
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        return inner
-
     def scan_inputs(
         self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None
     ) -> ScanInputs:
@@ -88,7 +83,7 @@ class LightningMixer(SSDMixer):
     ) -> Float[Tensor, "batch time hidden"]:
         return self.module.out_proj(torch.sigmoid(gate) * self.module.norm(y.flatten(2).to(dtype)))
 
-    def _check(self, history: History | None, cache: Any, hidden: Tensor, past: int) -> None:
+    def _check(self, history: History | None, cache: Any, hidden: Float[Tensor, "batch new given"], past: int) -> None:
         super()._check(history, cache, hidden, past)
         assert history is not None
         if self.layer == 0 and history.padding is not None:

@@ -8,10 +8,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import scan
 from mambalens.hooks.recurrence import Projected
 from mambalens.hooks.ssm import ScanInputs, SSDMixer, SSMMixer
 
@@ -39,21 +38,16 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
         gate, inner, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
         return Projected(gate, inner, dt)
 
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        weight, bias = self.module.conv1d.weight[:, 0], self.module.conv1d.bias
-        if keep is None or keep[0].shape[-1] == 1:
-            return scan.causal_conv(inner, weight, bias, keep, past)
-        # B and C once for each head: [x | B of head 1, B of head 2, ... | C of head 1, ...].
-        channels = self._channels_by_head(weight.device)
-        head = self._head_of_channel(weight.device)
-        bias = None if bias is None else bias[channels]
-        past = None if past is None else past[..., channels]
-        return scan.causal_conv(inner[..., channels], weight[channels], bias, [k[..., head] for k in keep], past)
+    def channels_by_feature(self, device: torch.device) -> tuple[Int[Tensor, " wider"], Int[Tensor, " wider"]]:
+        """B and C once for each head: [x | B of head 1, B of head 2, ... | C of head 1, ...]."""
+        mixer = self.module
+        inner, state, groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
+        heads, x = torch.arange(mixer.num_heads, device=device), torch.arange(inner, device=device)
+        group_of_head = heads // (mixer.num_heads // groups)
+        b = (inner + group_of_head[:, None] * state + torch.arange(state, device=device)).flatten()
+        of_state = repeat(heads, "head -> (head state)", state=state)
+        head = torch.cat([repeat(heads, "head -> (head width)", width=mixer.head_dim), of_state, of_state])
+        return torch.cat([x, b, b + groups * state]), head
 
     def scan_inputs(
         self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None
@@ -80,19 +74,3 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
         flat = y.flatten(2)
         gated = flat * F.silu(gate) if isinstance(self.module.norm, nn.Identity) else self.module.norm(flat, gate)
         return self.module.out_proj(gated.to(dtype))
-
-    def _channels_by_head(self, device: torch.device) -> Int[Tensor, " wider"]:
-        """Channels of the convolution with those of B and C repeated for every head."""
-        mixer = self.module
-        inner, state, groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
-        group_of_head = torch.arange(mixer.num_heads, device=device) // (mixer.num_heads // groups)
-        in_group = torch.arange(state, device=device)
-        b = (inner + group_of_head[:, None] * state + in_group).flatten()
-        return torch.cat([torch.arange(inner, device=device), b, b + groups * state])
-
-    def _head_of_channel(self, device: torch.device) -> Int[Tensor, " wider"]:
-        """The head that each of those channels belongs to."""
-        mixer = self.module
-        heads = torch.arange(mixer.num_heads, device=device)
-        state = repeat(heads, "head -> (head state)", state=mixer.ssm_state_size)
-        return torch.cat([repeat(heads, "head -> (head width)", width=mixer.head_dim), state, state])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from mambalens.hooks import gated, scan
+from mambalens.hooks import gated
 from mambalens.hooks.gated import GatedInputs
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import weights_at_hand
@@ -58,8 +58,8 @@ class RGLRUMixer(RecurrentMixer):
         return self.n_features
 
     @property
-    def kernel(self) -> int:
-        return int(self.module.conv1d_width)
+    def convolution(self) -> nn.Conv1d:
+        return self.module.conv_1d
 
     def decay_norm(self) -> Float[Tensor, " feature"]:
         """What a channel keeps from one position to the next where its recurrence gate is open.
@@ -88,14 +88,6 @@ class RGLRUMixer(RecurrentMixer):
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         hidden, anew = hidden[..., :-1], hidden[..., -1:]
         return Projected(self.module.act_fn(self.module.linear_y(hidden)), self.module.linear_x(hidden), anew)
-
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        return scan.causal_conv(inner, self.module.conv_1d.weight[:, 0], self.module.conv_1d.bias, keep, past)
 
     def scan_inputs(
         self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None

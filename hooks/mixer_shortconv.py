@@ -73,6 +73,10 @@ class ShortConvMixer(RecurrentMixer):
     def n_features(self) -> int:
         return int(self.module.conv.weight.shape[0])
 
+    @property
+    def convolution(self) -> nn.Conv1d:
+        return self.module.conv
+
     def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         return convolved
 

@@ -15,8 +15,9 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
+from mambalens.hooks import scan
 from mambalens.hooks.calls import recurrent_state
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
@@ -76,9 +77,14 @@ class Recurrence(Mixer):
     """Whether the module gives its output alone, not with something behind it."""
 
     @property
+    def convolution(self) -> nn.Conv1d | None:
+        """The causal convolution before the recurrence; None where there is none."""
+        return self.module.conv1d
+
+    @property
     def kernel(self) -> int:
         """Positions that the convolution sees, the own one among them; 1 where there is none."""
-        return int(self.module.conv_kernel_size)
+        return 1 if self.convolution is None else int(self.convolution.kernel_size[0])
 
     def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The activation behind the convolution."""
@@ -100,7 +106,13 @@ class Recurrence(Mixer):
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         """The input projection, which takes every position alone."""
 
-    @abstractmethod
+    def channels_by_feature(self, device: torch.device) -> tuple[Int[Tensor, " wider"], Int[Tensor, " wider"]] | None:
+        """Channels of the convolution, those that features share once for each, and the feature of each of them.
+
+        None where every channel is a feature.
+        """
+        return None
+
     def convolve(
         self,
         inner: Float[Tensor, "*batch time channel"],
@@ -109,11 +121,23 @@ class Recurrence(Mixer):
     ) -> Float[Tensor, "*batch time wider"]:
         """The causal convolution without activation.
 
+        Where taps are cut for some features only, what features share is convolved for each of them.
+
         Args:
             inner: input.
             keep: for every distance k, which taps stay, of every feature or of all; None for all.
             past: inputs before the first; zero by default.
         """
+        if self.convolution is None:
+            return inner
+        weight, bias = self.convolution.weight[:, 0], self.convolution.bias
+        found = None if keep is None or keep[0].shape[-1] == 1 else self.channels_by_feature(inner.device)
+        if keep is not None and found is not None:
+            channels, feature = found
+            inner, weight, keep = inner[..., channels], weight[channels], [taps[..., feature] for taps in keep]
+            bias = None if bias is None else bias[channels]
+            past = None if past is None else past[..., channels]
+        return scan.causal_conv(inner, weight, bias, keep, past)
 
     @abstractmethod
     def scan_inputs(

@@ -163,7 +163,7 @@ class RecurrentMixer(Recurrence):
 
         return replace_forward(self.module, wrap)
 
-    def _check(self, history: History | None, cache: Any, hidden: Tensor, past: int) -> None:
+    def _check(self, history: History | None, cache: Any, hidden: Float[Tensor, "batch new given"], past: int) -> None:
         """Refuse a cache that is not the one this knockout filled: its state says nothing of single sources."""
         state = self.cached_state(cache)
         same = history is not None and history.hidden.shape[:2] == (hidden.shape[0], past)

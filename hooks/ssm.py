@@ -98,14 +98,6 @@ class S6Mixer(SSMMixer):
     kind = "mamba1"
     features_are = "channels"
 
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        return scan.causal_conv(inner, self.module.conv1d.weight[:, 0], self.module.conv1d.bias, keep, past)
-
     def scan(
         self, inputs: ScanInputs, end: bool = False
     ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
@@ -126,9 +118,9 @@ class S6Mixer(SSMMixer):
             y = scan.selective_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)
             return y[:, :, None, :, None]
         y = torch.empty_like(x)
-        for index in number.unique().tolist():
+        for index, state in enumerate(states):
             rows = (number == index).nonzero().flatten()
-            for i, start in enumerate(states[index]):
+            for i, start in enumerate(state):
                 y[i, rows] = scan.selective_scan(x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows], start[None])[0]
         return y[..., None]
 
@@ -169,9 +161,9 @@ class SSDMixer(RecurrentMixer):
         if x.shape[2] == 1:
             return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
         y = torch.empty_like(x)
-        for index in number.unique().tolist():
+        for index, state in enumerate(states):
             rows = (number == index).nonzero().flatten()
-            for i, start in enumerate(scan.ssd_heads(states[index], x.shape[3])):
+            for i, start in enumerate(scan.ssd_heads(state, x.shape[3])):
                 part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
                 y[i, rows] = scan.ssd_scan(*part, start[None])[0]
         return y

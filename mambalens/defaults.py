@@ -15,7 +15,7 @@ WINDOW = 9
 GROUP = "all"
 """Features that are cut."""
 FEATURES = (GROUP,)
-PATH: Literal["main", "conv", "erase", "both"] = "main"
+PATH: Literal["main"] = "main"
 """Path that is cut."""
 PATHS = (PATH,)
 FACTS = "atlas"

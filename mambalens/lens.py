@@ -65,9 +65,7 @@ class Lens(LoadedModel):
         for kind in self.hooks.kinds:
             mixers = self.hooks.mixers_of(None, kind)
             features = f"{max(mixer.n_features for mixer in mixers)} {mixers[0].features_are}"
-            names = mixers[0].paths.names
-            paths = ", ".join((*names, "both") if len(names) > 1 else names)
-            kinds.append((kind, len({mixer.layer for mixer in mixers}), features, paths))
+            kinds.append((kind, len({mixer.layer for mixer in mixers}), features, ", ".join(mixers[0].paths.choices)))
         size = sum(parameter.numel() for parameter in self.model.parameters())
         dtype = str(self.model.dtype).removeprefix("torch.")
         return render(

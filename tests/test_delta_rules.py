@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import explicit
@@ -17,6 +19,7 @@ from replays import Replayed, replayed
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from mambalens import Lens, load_facts
 from mambalens.hooks import HookManager, Knockout, MambalensError, delta
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut
@@ -224,6 +227,44 @@ def test_leaving_out_the_removal_of_keys_misses_the_output() -> None:
         heuristic = delta.delta_attention(inputs._replace(erase=torch.zeros_like(inputs.erase)))
     missed = torch.einsum("bfts,bsfp->btfp", heuristic, inputs.x) - read
     assert missed.abs().max() > 0.1 * read.abs().max()
+
+
+def test_the_page_of_concepts_says_what_the_heuristic_misses() -> None:
+    """Of what heads read in atlas-deltanet, layer by layer, in far prompts."""
+    lens = Lens.load("atlas-deltanet")
+    facts = lens.known(load_facts("atlas").where(wording="far"), limit=20, progress=False)
+    missed: dict[int, float] = defaultdict(float)
+    size: dict[int, float] = defaultdict(float)
+
+    def compare(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        mixer = by_module[module]
+        inputs, _ = mixer.inputs(kwargs["hidden_states"], None, ())
+        heuristic = delta.delta_attention(inputs._replace(erase=torch.zeros_like(inputs.erase)))
+        read = mixer.scan(inputs)[0]
+        missed[mixer.layer] += float((torch.einsum("bfts,bsfp->btfp", heuristic, inputs.x) - read).square().sum())
+        size[mixer.layer] += float(read.square().sum())
+
+    by_module = {mixer.module: mixer for mixer in lens.hooks.mixers if mixer.kind == "deltanet"}
+    handles = [module.register_forward_hook(compare, with_kwargs=True) for module in by_module]
+    with torch.no_grad():
+        for fact in facts:
+            lens.model(torch.tensor([lens.prompt(fact).ids]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    shares = [100 * (missed[layer] / size[layer]) ** 0.5 for layer in size]
+    page = (Path(__file__).parent.parent / "docs/pages/concepts.md").read_text()
+    assert f"by {min(shares):.0f} % of its\nsize in the best layer and by {max(shares):.0f} % in the worst" in page
+
+
+def test_a_gate_with_a_lower_bound_has_no_decay_norm() -> None:
+    assert hooked("kimi_linear").mixers[0].decay_norm().shape == (3,)
+    for name in ("bailing_hybrid", "glm5_next"):
+        mixer = hooked(name).mixers[0]
+        bounded = mixer.module.forget_gate(torch.randn(1, 50, 24).double() * 100).min()
+        assert mixer.decays == (bounded < -5.5)  # what the gate lets go down to
+        if not mixer.decays:
+            with pytest.raises(MambalensError, match="whose features have no decay"):
+                mixer.decay_norm()
 
 
 @pytest.mark.parametrize("name", DELTA_RULES)

@@ -14,7 +14,6 @@ from mambalens.facts.fact import Facts
 from mambalens.facts.files import load_facts
 from mambalens.features.selection import Selection
 from mambalens.figures import flow
-from mambalens.hooks.knockout import Paths
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
 from mambalens.runs.data import dearest_rows
@@ -39,11 +38,7 @@ def demo(out: Path, models: Sequence[str], n_facts: int = FACTS) -> SweepResult:
         atlas = load_facts("atlas")
         known = [lens.known(atlas.where(wording=wording), limit=n_facts) for wording in ("near", "far")]
         facts = Facts([fact for part in known for fact in part], [row for part in known for row in part.extra], "atlas")
-        has = Paths.NONE
-        for mixer in lens.hooks.mixers:
-            has |= mixer.paths
-        paths = (*has.names, *(("both",) if len(has) > 1 else ()))
-        result = lens.sweep(facts, SOURCES, "last", WINDOW, ("all",), paths)
+        result = lens.sweep(facts, SOURCES, "last", WINDOW, ("all",), lens.hooks.paths.choices)
         result.save(out / name)
         flow(result, columns="wording").savefig(out / name / "flow.png", dpi=130)
         lens.heatmap(facts.where(relation="capital", wording="far")[0], WINDOW).savefig(

@@ -16,7 +16,9 @@ state, along its key, is u_t = w_t v_t - e_t S_{t-1}'^T k_t, with S' the decayed
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -83,7 +85,7 @@ class DeltaInputs(NamedTuple):
         return DeltaInputs(x, k, q, self.write[..., heads], self.erase[..., heads], self.log_decay[..., heads, :])
 
 
-class _Chunk(NamedTuple):
+class Chunk(NamedTuple):
     """Positions that are solved as one system, head by head."""
 
     v: Float[Tensor, "batch feature time width"]
@@ -106,7 +108,7 @@ class _Chunk(NamedTuple):
 
 
 def delta_scan(
-    inputs: DeltaInputs, start: Float[Tensor, "#batch feature key width"] | None = None, end: bool = True
+    inputs: DeltaInputs | list[Chunk], start: Float[Tensor, "#batch feature key width"] | None = None, end: bool = True
 ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "batch feature key width"] | None]:
     """A delta rule: chunks of positions, a recurrence between them.
 
@@ -120,7 +122,7 @@ def delta_scan(
         Of one head of a delta rule.
 
     Args:
-        inputs: as in the recurrence above.
+        inputs: as in the recurrence above, or its chunks.
         start: state before the first position; zero by default.
         end: whether the state after the last position is wanted.
 
@@ -128,7 +130,7 @@ def delta_scan(
         y, and the state after the last position or None.
     """
     state, outputs = start, []
-    chunks = list(_chunks(inputs))
+    chunks = inputs if isinstance(inputs, list) else in_chunks(inputs)
     for number, chunk in enumerate(chunks):
         added = chunk.write * chunk.v
         if state is not None:
@@ -144,7 +146,7 @@ def delta_scan(
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], state if end else None
 
 
-def delta_writes(inputs: DeltaInputs) -> Float[Tensor, "batch feature key time"]:
+def delta_writes(inputs: DeltaInputs | list[Chunk]) -> Float[Tensor, "batch feature key time"]:
     """What is left after the last position of what each position writes: the state is `sum_s writes[:, s] v_s^T`.
 
     Equation: Knockout
@@ -153,65 +155,98 @@ def delta_writes(inputs: DeltaInputs) -> Float[Tensor, "batch feature key time"]
         Source: this package, from Yang et al. 2024, arXiv:2412.06464, eq. 10, which is linear in v
 
         For knockouts of what delta rules write; where erasures are cut, e_s = 0 for the sources.
+
+    Args:
+        inputs: as in the recurrence, or its chunks.
     """
     parts: list[Tensor] = []
     later: Tensor | None = None  # the product of the transitions of later chunks [B, H, K, K]
-    for chunk in reversed(list(_chunks(inputs))):
+    chunks = inputs if isinstance(inputs, list) else in_chunks(inputs)
+    for number, chunk in reversed(list(enumerate(chunks))):
         keys = chunk.k * chunk.to_end
         # The transposed system, so that it is solved for the keys and not for the positions.
         solved = torch.linalg.solve_triangular(chunk.system.mT, keys, upper=True, unitriangular=True)  # [B, H, L, K]
         own = (solved * chunk.write).mT
         parts.append(own if later is None else later @ own)
-        decay = torch.diag_embed(chunk.since_start[:, :, -1].expand(*keys.shape[:2], keys.shape[-1]))
-        transition = decay - (solved * chunk.erase).mT @ (chunk.k * chunk.since_start)
-        later = transition if later is None else later @ transition
+        if number:
+            decay = torch.diag_embed(chunk.since_start[:, :, -1].expand(*keys.shape[:2], keys.shape[-1]))
+            transition = decay - (solved * chunk.erase).mT @ (chunk.k * chunk.since_start)
+            later = transition if later is None else later @ transition
     return torch.cat(parts[::-1], -1)
 
 
+@dataclass(frozen=True, eq=False)
+class Left:
+    """A state as what positions have left in it, by their keys and values."""
+
+    writes: Float[Tensor, "batch feature key time"]
+    """See `delta_writes`; one tensor for all states of the same erasures."""
+    stays: Bool[Tensor, "batch time"]
+    """1 for positions whose values are in it."""
+    values: Float[Tensor, "batch feature time width"]
+
+    @cached_property
+    def state(self) -> Float[Tensor, "batch feature key width"]:
+        """The state itself."""
+        return (self.writes * self.stays[:, None, None]) @ self.values
+
+    @property
+    def is_long(self) -> bool:
+        """Whether the state is faster read than the positions that it consists of."""
+        key, time = self.writes.shape[2:]
+        return time * (key + self.values.shape[3]) > key * self.values.shape[3]
+
+
 def delta_states(
-    inputs: DeltaInputs, sources: Bool[Tensor, "set batch time"]
-) -> Callable[[int, int], Float[Tensor, "batch feature key width"]]:
+    inputs: DeltaInputs, chunks: list[Chunk], sources: Bool[Tensor, "set batch time"]
+) -> Callable[[int, int], Left]:
     """States after the last position without what some source set writes and another erases, by their numbers.
 
-    They are computed when they are asked for the first time: one matrix product for each that only a value is missing
-    from, and `delta_writes` once more for each set of erasures.
+    `delta_writes` is computed once, and once more for each set of erasures that is asked for.
     """
-    writes: dict[int, Tensor] = {}
-    found: dict[tuple[int, int], Tensor] = {}
     values = rearrange(inputs.x, "batch time feature width -> batch feature time width")
+    writes = {0: delta_writes(chunks)}
+    found: dict[tuple[int, int], Left] = {}
 
-    def state(written: int, erased: int) -> Float[Tensor, "batch feature key width"]:
+    def state(written: int, erased: int) -> Left:
         if erased not in writes:
-            stays = None if erased == 0 else ~sources[erased][..., None]
-            writes[erased] = delta_writes(inputs.cut(None, stays))
+            writes[erased] = delta_writes(inputs.cut(None, ~sources[erased][..., None]))
         if (written, erased) not in found:
-            left = writes[erased] if written == 0 else writes[erased] * ~sources[written][:, None, None]
-            found[written, erased] = left @ values
+            found[written, erased] = Left(writes[erased], ~sources[written], values)
         return found[written, erased]
 
     return state
 
 
 def delta_step(
-    inputs: DeltaInputs, states: Sequence[Float[Tensor, "batch feature key width"]], number: Int[Tensor, " row"]
+    inputs: DeltaInputs, states: Sequence[Left], number: Int[Tensor, " row"]
 ) -> Float[Tensor, "batch row feature width"]:
     """One position of a delta rule for many rows, each from one of its prompt's states.
 
     Args:
         inputs: of that position [batch, row, ...].
-        states: states before the position.
+        states: states before the position, from `delta_states`.
         number: which of them each row resumes from.
     """
     heads = inputs.write.shape[-1]
-    own = (inputs.k * inputs.q).sum(-1, keepdim=True)  # [B, R, G, 1]
-    overlap = _by_head(own, heads, -2) * inputs.erase[..., None]  # [B, R, H, 1]
+    own = _by_head((inputs.k * inputs.q).sum(-1), heads, -1)[..., None]  # [B, R, H, 1]
     k, q = _by_head(inputs.k, heads, -2), _by_head(inputs.q, heads, -2)
-    read = torch.exp(inputs.log_decay) * (q - overlap * k)  # p of the position before
-    y = inputs.own_entry()[..., None] * inputs.x
+    read = torch.addcmul(q, own * inputs.erase[..., None], k, value=-1).mul_(torch.exp(inputs.log_decay))  # p before
     read = rearrange(read, "batch row feature key -> batch feature row key")
+    y = own * inputs.write[..., None] * inputs.x
+    # In one go what differs in nothing but the values that it lacks: short prompts are read position by position.
+    together: dict[int, list[int]] = {}
     for index, state in enumerate(states):
-        rows = (number == index).nonzero().flatten() if len(states) > 1 else slice(None)
-        carried = read[:, :, rows] @ state
+        together.setdefault(index if state.is_long else id(state.writes) + len(states), []).append(index)
+    for indices in together.values():
+        of_group = torch.isin(number, torch.tensor(indices, device=number.device))
+        rows: Any = slice(None) if len(together) == 1 else of_group.nonzero().flatten()
+        first = states[indices[0]]
+        if first.is_long:
+            carried = read[:, :, rows] @ first.state
+        else:
+            stays = torch.stack([state.stays for state in states], 1)[:, number[rows]]  # [B, R, T]
+            carried = ((read[:, :, rows] @ first.writes) * stays[:, None]) @ first.values
         y[:, rows] += rearrange(carried, "batch feature row width -> batch row feature width")
     return y
 
@@ -228,12 +263,12 @@ def delta_attention(inputs: DeltaInputs) -> Float[Tensor, "batch feature time ti
 
         Of one head of a delta rule; D_ts = diag(exp(sum_{j=s+1..t} g_j)). The last line is the first, for all t.
     """
-    (chunk,) = _chunks(inputs, inputs.x.shape[-3])
+    (chunk,) = in_chunks(inputs, inputs.x.shape[-3])
     alpha = torch.linalg.solve_triangular(chunk.system, chunk.scores, upper=False, left=False, unitriangular=True)
     return alpha * chunk.write.mT
 
 
-def _chunks(inputs: DeltaInputs, size: int | None = None) -> list[_Chunk]:
+def in_chunks(inputs: DeltaInputs, size: int | None = None) -> list[Chunk]:
     """The positions in chunks, head by head."""
     heads = inputs.write.shape[-1]
     size = size or CHUNK[inputs.log_decay.shape[-1] == 1]
@@ -250,7 +285,7 @@ def _chunks(inputs: DeltaInputs, size: int | None = None) -> list[_Chunk]:
         running = g.double().cumsum(2)
         to_end = torch.exp((running[:, :, -1:] - running).to(g.dtype))
         of_keys, of_queries = _decayed_products(k, q, running)
-        parts.append(_Chunk(v, k, q, write, erase, torch.exp(running.to(g.dtype)), to_end, erase * of_keys, of_queries))
+        parts.append(Chunk(v, k, q, write, erase, torch.exp(running.to(g.dtype)), to_end, erase * of_keys, of_queries))
     return parts
 
 

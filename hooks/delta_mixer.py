@@ -95,7 +95,13 @@ class DeltaMixer(RecurrentMixer):
         return delta.delta_scan(inputs, end=end)
 
     def states(self, inputs: DeltaInputs, sources: Bool[Tensor, "set batch time"]) -> States:
-        return delta.delta_states(inputs, sources)
+        return delta.delta_states(inputs, delta.in_chunks(inputs), sources)
+
+    def scan_and_states(
+        self, inputs: DeltaInputs, sources: Bool[Tensor, "set batch time"]
+    ) -> tuple[Float[Tensor, "batch time feature width"], States]:
+        chunks = delta.in_chunks(inputs)  # for both
+        return delta.delta_scan(chunks, end=False)[0], delta.delta_states(inputs, chunks, sources)
 
     def resume_scan(
         self, inputs: DeltaInputs, states: Sequence[State], number: Int[Tensor, " row"]
@@ -105,7 +111,7 @@ class DeltaMixer(RecurrentMixer):
         y = torch.empty_like(inputs.x)
         for index, state in enumerate(states):
             rows = (number == index).nonzero().flatten()
-            for i, start in enumerate(state):
+            for i, start in enumerate(state.state):
                 y[i, rows] = delta.delta_scan(DeltaInputs(*(t[i, rows] for t in inputs)), start[None], end=False)[0]
         return y
 
@@ -123,7 +129,7 @@ class DeltaMixer(RecurrentMixer):
 
 def _unit(vectors: Float[Tensor, "*batch key"]) -> Float[Tensor, "*batch key"]:
     """Vectors of length 1."""
-    return vectors * torch.rsqrt(vectors.square().sum(-1, keepdim=True) + EPSILON)
+    return vectors * torch.rsqrt(torch.linalg.vecdot(vectors, vectors)[..., None] + EPSILON)
 
 
 def _first(module: Any, *names: str) -> nn.Module:

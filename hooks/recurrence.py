@@ -160,6 +160,12 @@ class Recurrence(Mixer):
     def states(self, inputs: Any, sources: Bool[Tensor, "set batch time"]) -> States:
         """States after the last position without each of the source sets; set 0 is empty."""
 
+    def scan_and_states(
+        self, inputs: Any, sources: Bool[Tensor, "set batch time"]
+    ) -> tuple[Float[Tensor, "batch time feature width"], States]:
+        """`scan` and `states` of the same inputs."""
+        return self.scan(inputs)[0], self.states(inputs, sources)
+
     @abstractmethod
     def resume_scan(
         self, inputs: Any, states: Sequence[State], number: Int[Tensor, " row"]

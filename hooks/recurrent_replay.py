@@ -48,8 +48,8 @@ def keep(
     inner = _spread(inner[:, :count], base.tokens, batch, time)
     beside = None if beside is None else _spread(beside[:, :count], base.tokens, batch, time)
     inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
-    y, _ = mixer.scan(inputs)
-    states = mixer.states(inputs.frozen(base.before[:, :time]), base.sources[..., :time])
+    # What is replayed leaves the states alone; nobody reads what it reads here.
+    y, states = mixer.scan_and_states(inputs.frozen(base.before[:, :time]), base.sources[..., :time])
     past = mixer.kernel - 1
     at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
     window = F.pad(inner, (0, 0, past, 0))

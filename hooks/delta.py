@@ -65,6 +65,10 @@ class DeltaInputs(NamedTuple):
         """What belongs to rows, row by row."""
         return DeltaInputs(*(side_by_side(t, rows) for t in self))
 
+    def of(self, prompts: Int[Tensor, " some"]) -> DeltaInputs:
+        """The inputs of these prompts."""
+        return DeltaInputs(*(t[prompts] for t in self))
+
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t].
 
@@ -251,6 +255,24 @@ def delta_step(
     return y
 
 
+def delta_erasures(inputs: DeltaInputs) -> DeltaInputs:
+    """A delta rule whose values are what its positions erase: alpha[t, s] x_s is what erasing by s adds to y_t.
+
+    Equation: Erasing
+        y_t - y^-E_t = (k_s . p_s) (u_s - w_s v_s)    for E = {s}
+        u = (I + L)^-1 diag(w) V    what positions really add to the state, along their keys
+
+        Source: this package, from Yang et al. 2024, arXiv:2412.06464, eq. 10, where one erasure is linear
+
+        Of one head of a delta rule; y^-E is read of a state from which s has removed nothing, p_s is what its target
+        reads after position s.
+    """
+    (chunk,) = in_chunks(inputs, inputs.x.shape[-3])
+    written = chunk.write * chunk.v
+    erased = rearrange(chunk.solved(written) - written, "batch feature time width -> batch time feature width")
+    return inputs._replace(x=erased, write=torch.ones_like(inputs.write))
+
+
 def delta_attention(inputs: DeltaInputs) -> Float[Tensor, "batch feature time time"]:
     """Effective attention of a delta rule, the removals by the positions in between included: O(features T^2) memory.
 
@@ -308,9 +330,9 @@ def _decayed_products(
     # Channel by channel: all at once would need the memory of time x time x key.
     of_keys, of_queries = (k.new_zeros(*k.shape[:3], time) for _ in range(2))
     for channel in range(running.shape[-1]):
-        between = decay(running[..., channel]).mul_(k[..., None, :, channel])
-        of_keys.addcmul_(between, k[..., channel, None])
-        of_queries.addcmul_(between, q[..., channel, None])
+        between = decay(running[..., channel]) * k[..., None, :, channel]
+        of_keys = torch.addcmul(of_keys, between, k[..., channel, None])
+        of_queries = torch.addcmul(of_queries, between, q[..., channel, None])
     return of_keys, of_queries
 
 

@@ -115,6 +115,9 @@ class DeltaMixer(RecurrentMixer):
                 y[i, rows] = delta.delta_scan(DeltaInputs(*(t[i, rows] for t in inputs)), start[None], end=False)[0]
         return y
 
+    def erasures(self, inputs: DeltaInputs) -> DeltaInputs:
+        return delta.delta_erasures(inputs)
+
     def alpha(self, inputs: DeltaInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         return delta.delta_attention(inputs.of_heads(features))
 

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.recurrence import side_by_side
@@ -49,6 +49,10 @@ class GatedInputs(NamedTuple):
     def by_row(self, rows: int) -> GatedInputs:
         """What belongs to rows, row by row."""
         return GatedInputs(*(side_by_side(t, rows) for t in self))
+
+    def of(self, prompts: Int[Tensor, " some"]) -> GatedInputs:
+        """The inputs of these prompts."""
+        return GatedInputs(*(t[prompts] for t in self))
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t] = 1."""

@@ -11,10 +11,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound
+from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, on
@@ -150,6 +151,17 @@ class Mixer(ABC):
     @abstractmethod
     def kept_numbers(self, time: int, sets: int) -> int:
         """How many numbers are kept of a prompt of so many positions and so many source sets, to plan batches."""
+
+    @abstractmethod
+    def attributing(
+        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+    ) -> AbstractContextManager[list[Arrivals]]:
+        """Around a differentiable pass; after the module's call the list has, at its end, what arrived over its edges.
+
+        Args:
+            weakened: edges that are cut in part.
+            features: which features edges are cut for; None for every one.
+        """
 
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""

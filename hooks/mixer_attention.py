@@ -18,11 +18,13 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from mambalens.hooks.attention_edges import AttentionArrivals
 from mambalens.hooks.calls import cache_argument, signature_of
+from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, on
-from mambalens.hooks.mixer import Captured, Mixer, Pass
+from mambalens.hooks.mixer import Captured, Mixer, Pass, replace_forward
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.token_mixing import TokenMixing
 
@@ -168,18 +170,25 @@ class AttentionMixer(Mixer):
             if not hasattr(probe, "output"):
                 probe.output = args[0]
 
+        handle = projection.register_forward_pre_hook(watch_output)
+        try:
+            with self._openly(), self._with_cache(probe), _watched_reading(self.module, probe):
+                yield probe
+        finally:
+            handle.remove()
+
+    @contextmanager
+    def _openly(self) -> Iterator[None]:
+        """The module computes its attention weights while the block runs."""
         config = getattr(self.module, "config", None)  # without one there is one implementation only
         before = getattr(config, "_attn_implementation", None)
         if config is not None:
             config._attn_implementation = "eager"
-        handle = projection.register_forward_pre_hook(watch_output)
         try:
-            with self._with_cache(probe), _watched_reading(self.module, probe):
-                yield probe
+            yield
         finally:
             if config is not None:
                 config._attn_implementation = before
-            handle.remove()
 
     @contextmanager
     def _with_cache(self, cache: Any, **arguments: Any) -> Iterator[None]:
@@ -293,6 +302,48 @@ class AttentionMixer(Mixer):
             if handle is not None:
                 handle.remove()
 
+    @contextmanager
+    def attributing(
+        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+    ) -> Iterator[list[Arrivals]]:
+        found: list[Arrivals] = []
+        projection = _output_projection(self.module)
+        assert projection is not None
+
+        def arrive(
+            weights: Float[Tensor, "batch head time time"],
+            values: Float[Tensor, "batch group time width"],
+            read: Float[Tensor, "batch time head width"],
+        ) -> Float[Tensor, "batch time head width"]:
+            found.append(AttentionArrivals(weights, values, read, weakened, features))
+            return found[-1].arrived
+
+        def forward(original: Callable[..., Any]) -> Callable[..., Any]:
+            """Where no function of the module's file reads, weights are known when all is over: it runs twice."""
+
+            def twice(*args: Any, **kwargs: Any) -> Any:
+                with torch.no_grad(), self.probing() as probe:
+                    weights = original(*args, **kwargs)[1]
+
+                def before_projection(module: nn.Module, given: tuple[Any, ...]) -> Any:
+                    read = rearrange(given[0], "batch time (head width) -> batch time head width", head=self.n_features)
+                    return (arrive(weights, probe.values, read).flatten(2), *given[1:])
+
+                handle = projection.register_forward_pre_hook(before_projection)
+                try:
+                    with self._with_cache(probe):
+                        return original(*args, **kwargs)
+                finally:
+                    handle.remove()
+
+            return twice
+
+        with ExitStack() as stack:
+            stack.enter_context(self._openly())
+            if not stack.enter_context(_changed_reading(self.module, arrive)):
+                stack.callback(replace_forward(self.module, forward))
+            yield found
+
     def parity(self, call: Captured) -> float:
         mixing = self.token_mixing(call, ())
         ours = torch.einsum("bfts,bsfp->btfp", mixing.alpha, mixing.values)
@@ -395,26 +446,45 @@ class _Probe:
 
 @contextmanager
 def _watched_reading(attention: nn.Module, probe: _Probe) -> Iterator[None]:
-    """While the block runs, the probe gets what the heads read, and their values, from the function that reads.
+    """While the block runs, the probe gets what the heads read, and their values, from the function that reads."""
+
+    def watch(
+        weights: Float[Tensor, "batch head time time"],
+        values: Float[Tensor, "batch group time width"],
+        read: Float[Tensor, "batch time head width"],
+    ) -> Float[Tensor, "batch time head width"]:
+        probe.values, probe.output = values, read.flatten(2)
+        return read
+
+    with _changed_reading(attention, watch):
+        yield
+
+
+@contextmanager
+def _changed_reading(attention: nn.Module, change: Callable[..., Tensor]) -> Iterator[bool]:
+    """While the block runs, what the heads read goes through a function, with their weights and values beside it.
 
     Some models gate what was read before the output projection, and some keep values in a compressed form in their
     cache (multi-head latent attention): there it is not gated yet, and values are whole.
+
+    Yields:
+        Whether a function of the module's file reads.
     """
     home = vars(sys.modules[type(attention).__module__])
     reads: Any = home.get(EAGER)
     if reads is None:
-        yield
+        yield False
         return
 
-    def watched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = reads(module, *args, **kwargs)
+    def changed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        read, weights = reads(module, *args, **kwargs)
         if module is attention:
-            probe.values, probe.output = args[2], given[0].flatten(2)
-        return given
+            read = change(weights, args[2], read)
+        return read, weights
 
-    home[EAGER] = watched
+    home[EAGER] = changed
     try:
-        yield
+        yield True
     finally:
         home[EAGER] = reads
 

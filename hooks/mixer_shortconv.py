@@ -42,6 +42,10 @@ class Convolved(NamedTuple):
         """What belongs to rows, row by row."""
         return Convolved(side_by_side(self.x, rows))
 
+    def of(self, prompts: Int[Tensor, " some"]) -> Convolved:
+        """What it gave of these prompts."""
+        return Convolved(self.x[prompts])
+
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """Every position reads itself."""
         return torch.ones_like(self.x[..., 0])

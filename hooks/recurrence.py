@@ -54,6 +54,9 @@ class Inputs(Protocol):
     def by_row(self, rows: int) -> Inputs:
         """What belongs to rows side by side [batch, rows x length, ...], row by row [batch, rows, length, ...]."""
 
+    def of(self, prompts: Int[Tensor, " some"]) -> Inputs:
+        """The inputs of these prompts, which may be named several times."""
+
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t]: what a position's own value adds to its output, without the skip."""
 
@@ -195,6 +198,10 @@ class Recurrence(Mixer):
     @abstractmethod
     def state_numbers(self) -> int:
         """Numbers of a prompt's state, of all features."""
+
+    def erasures(self, inputs: Any) -> Any:
+        """Inputs whose values are what positions erase: alpha[t, s] x_s of them is what erasing by s adds to y_t."""
+        raise NotImplementedError(f"{self.kind} erases nothing")
 
     def decay(self, inputs: Any) -> Decay | None:
         """How the features forget; None where that says nothing."""

@@ -17,11 +17,13 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mambalens.hooks.calls import bound, cache_among
+from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, changed_positions, in_patterns, kept_taps, on, patterns
 from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_hand
 from mambalens.hooks.recurrence import Projected, Recurrence
+from mambalens.hooks.recurrent_edges import RecurrentArrivals, without_padding
 from mambalens.hooks.recurrent_replay import Kept, keep, resume
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.token_mixing import TokenMixing
@@ -51,10 +53,10 @@ class RecurrentMixer(Recurrence):
         cuts: Sequence[Cut],
     ) -> tuple[Any, Projected]:
         """Inputs of the recurrence under the cuts of the convolution's taps, and the projection they come from."""
-        projected = self.project(_without_padding(hidden, padding) if self.masks_input else hidden)
+        projected = self.project(without_padding(hidden, padding) if self.masks_input else hidden)
         convolved = self.activate(self.convolve(projected.inner, kept_taps(on(Paths.CONV, cuts), self.kernel)))
         if self.masks_convolved:
-            convolved = _without_padding(convolved, padding)
+            convolved = without_padding(convolved, padding)
         return self.scan_inputs(convolved, projected.beside), projected
 
     def knocked_out(
@@ -233,6 +235,25 @@ class RecurrentMixer(Recurrence):
         finally:
             restore()
 
+    @contextmanager
+    def attributing(
+        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+    ) -> Iterator[list[Arrivals]]:
+        found: list[Arrivals] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, padding = self.told(bound(self.module, args, kwargs))
+            with weights_at_hand(self.module):
+                arrivals = RecurrentArrivals(self, hidden, padding, weakened, features)
+            found.append(arrivals)
+            return arrivals.output if self.alone else (arrivals.output, None)
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield found
+        finally:
+            restore()
+
     def parity(self, call: Captured) -> float:
         hidden, padding = self.told(call.arguments(self.module))
         with weights_at_hand(self.module):
@@ -256,10 +277,3 @@ def _continued(
         new = history.padding.new_ones(hidden.shape[:2]) if padding is None else padding
         padding = torch.cat([history.padding, new], 1)
     return torch.cat([history.hidden, hidden], 1), padding
-
-
-def _without_padding(
-    hidden: Float[Tensor, "batch time given"], padding: Shaped[Tensor, "batch time"] | None
-) -> Float[Tensor, "batch time given"]:
-    """Zero at padding, as transformers does before and after the convolution."""
-    return hidden if padding is None else (hidden * padding[..., None]).to(hidden.dtype)

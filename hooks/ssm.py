@@ -51,6 +51,11 @@ class ScanInputs(NamedTuple):
         x, dt, B, C = (side_by_side(t, rows) for t in (self.x, self.dt, self.B, self.C))
         return ScanInputs(x, dt, self.A, B, C)
 
+    def of(self, prompts: Int[Tensor, " some"]) -> ScanInputs:
+        """The inputs of these prompts."""
+        x, dt, B, C = (t[prompts] for t in (self.x, self.dt, self.B, self.C))
+        return ScanInputs(x, dt, self.A, B, C)
+
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t], see `scan.own_entry`."""
         return scan.own_entry(self.B, self.C, self.dt)

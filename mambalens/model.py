@@ -79,6 +79,10 @@ class LoadedModel:
     @torch.no_grad()
     def last_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
         """Logits behind every prompt's last token, in float32 or better."""
+        return self.differentiable_logits(batch)
+
+    def differentiable_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
+        """`last_logits` with a graph, where something of the pass wants a gradient."""
         rows = torch.arange(len(batch.prompts))
 
         def keep_last(module: Any, args: tuple[Any, ...]) -> Any:

@@ -1,0 +1,91 @@
+"""Every edge of softmax attention, see `edges`."""
+
+from __future__ import annotations
+
+import torch
+from einops import repeat
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from mambalens.hooks.edges import Arrivals, Places, Weakened
+from mambalens.hooks.knockout import Paths
+
+SINK = 1e-4
+"""A row of weights that lacks more than this to 1 leaves the rest to a sink; less is rounding."""
+
+
+class AttentionArrivals(Arrivals):
+    """What arrives over the edges of an attention layer: what its heads read, before the output projection.
+
+    Without s the other weights grow, so that they add up to 1 again.
+
+    Equation: Every edge
+        y^-s_t - y_t = A[t, s] (y_t - v_s) / (1 - A[t, s])
+
+        Source: this package, from the knockout of Geva et al. 2023, arXiv:2304.14767, section 4
+
+        Of one head of attention. 1 - A[t, s] is added up from the other weights, so that it keeps its digits where s
+        has nearly all; 0 where s is all that t reads, as in a knockout.
+
+    Attributes:
+        arrived: what the heads read, some edges cut in part, in the model's precision.
+    """
+
+    def __init__(
+        self,
+        weights: Float[Tensor, "batch head time time"],
+        values: Float[Tensor, "batch group time width"],
+        read: Float[Tensor, "batch time head width"],
+        weakened: Weakened | None,
+        features: Bool[Tensor, " head"] | None,
+    ) -> None:
+        self.features = features
+        self.weights = weights
+        shared = weights.shape[1] // values.shape[1]  # by so many heads
+        self.values = repeat(values, "batch group time width -> batch (group head) time width", head=shared)
+        node = read.to(torch.promote_types(read.dtype, torch.float32))
+        self.nodes = {Paths.MAIN: node}
+        places = None if weakened is None else weakened.places.get(Paths.MAIN)
+        if places is not None and weakened is not None:
+            change = self.changes(Paths.MAIN, places) * weakened.share
+            node = self.nodes[Paths.MAIN] = node.index_put(places.at, change, accumulate=True)
+        self.arrived = node.to(read.dtype)
+
+    def forget_graph(self) -> None:
+        self.weights, self.values = self.weights.detach(), self.values.detach()
+        self.nodes = {path: node.detach() for path, node in self.nodes.items()}
+
+    def changes(self, path: Paths, places: Places) -> Float[Tensor, "edge head width"]:
+        read = self.nodes[path][places.at]  # [E, H, P]
+        rows = self.weights[places.prompt, :, places.target].to(read.dtype)  # [E, H, T]
+        of_source = torch.zeros_like(rows, dtype=torch.bool)
+        of_source[torch.arange(len(rows), device=rows.device), :, places.source] = True
+        others = rows.masked_fill(of_source, 0.0)
+        left = others.sum(-1, keepdim=True) + _sink(rows)
+        values = self.values[places.prompt].to(read.dtype)  # [E, H, T, P]
+        without = (others[:, :, None] @ values)[:, :, 0] / torch.where(left > 0, left, 1.0)
+        change = without - read
+        return change if self.features is None else change * self.features[:, None]
+
+    def effects(
+        self, path: Paths, gradient: Float[Tensor, "batch time head width"]
+    ) -> Float[Tensor, "batch time source"]:
+        read = (gradient * self.nodes[path]).sum(-1).mT.double()[..., None]  # [B, H, T, 1]
+        handed = (gradient.transpose(1, 2) @ self.values.to(gradient.dtype).mT).double()  # [B, H, T, S]
+        weights = self.weights.double()
+        entries = weights * handed
+        # Left and what is read of it are sums without s; in float64 they keep the digits of what the others have.
+        left = weights.sum(-1, keepdim=True) - weights + _sink(weights)
+        without = (entries.sum(-1, keepdim=True) - entries) / torch.where(left > 0, left, 1.0)
+        effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - read, 0.0)
+        effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
+        return effect.tril_(-1).to(gradient.dtype)
+
+    def by_feature(self, change: Float[Tensor, "edge head width"], path: Paths) -> Float[Tensor, "edge head"]:
+        return change.sum(-1)
+
+
+def _sink(weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
+    """What rows of weights leave to a sink."""
+    lacks = 1.0 - weights.sum(-1, keepdim=True)
+    return torch.where(lacks > SINK, lacks, 0.0)

@@ -117,9 +117,9 @@ def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Bool[Tensor, 
         columns = base.columns - k  # [B, L]
         reached = base.sources.gather(2, columns.clamp_min(0).expand(len(base.sources), -1, -1)) & (columns >= 0)
         cut = torch.zeros((), dtype=torch.bool, device=columns.device)
-        for source, target in zip(rows.source, rows.target, strict=True):
-            cut = cut | (reached[source] & base.targets[target])  # [R, B, L]
-        cut = (cut & rows.conv[:, None, None]).transpose(0, 1)
+        for source, target in zip(rows.conv, rows.target, strict=True):
+            cut = cut | (reached[source] & base.targets[target])  # [R, B, L]; set 0 is empty
+        cut = cut.transpose(0, 1)
         keep.append(~by_feature(cut, None if rows.features is None else rows.features[None, :, None]))
     return keep
 

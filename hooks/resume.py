@@ -91,35 +91,31 @@ class Base:
 class Rows:
     """The cuts of rows in one layer; every cut has a row for every prompt.
 
-    A row loses what one or several source sets hand to a target set each: sources x targets is one such pair, edges are
-    as many as they have different rows.
+    A row loses what one or several source sets hand to a target set each, path by path: sources x targets is one such
+    pair, edges are as many as they have different rows.
     """
 
-    source: Int[Tensor, "pair cut"]
-    """Source set of every pair in this layer, 0 for none."""
+    main: Int[Tensor, "pair cut"]
+    """Source set of every pair that the scan or attention does without, 0 for none."""
+    conv: Int[Tensor, "pair cut"]
+    """Source set whose taps the convolution does without."""
+    erase: Int[Tensor, "pair cut"]
+    """Source set that removes nothing from the state."""
     target: Int[Tensor, "pair cut"]
     """Target set of every pair."""
-    main: Bool[Tensor, " cut"]
-    """Whether the scan or attention is cut."""
-    conv: Bool[Tensor, " cut"]
-    """Whether the convolution's taps are cut."""
-    erase: Bool[Tensor, " cut"]
-    """Whether what sources remove from the state is cut."""
     features: Bool[Tensor, "cut feature"] | None
     """Which features are cut; None for all."""
 
     def __len__(self) -> int:
-        return len(self.main)
+        return self.target.shape[1]
 
     def on(self, path: Paths) -> Int[Tensor, "pair cut"]:
         """Source set of every pair on one path, 0 where that is not cut."""
-        cut = {Paths.MAIN: self.main, Paths.CONV: self.conv, Paths.ERASE: self.erase}[path]
-        return torch.where(cut, self.source, 0)
+        return {Paths.MAIN: self.main, Paths.CONV: self.conv, Paths.ERASE: self.erase}[path]
 
     def to(self, device: torch.device) -> Rows:
         """The same on a device."""
-        if device == self.main.device:
+        if device == self.target.device:
             return self
         features = None if self.features is None else self.features.to(device)
-        source, target, main = (t.to(device) for t in (self.source, self.target, self.main))
-        return Rows(source, target, main, self.conv.to(device), self.erase.to(device), features)
+        return Rows(*(t.to(device) for t in (self.main, self.conv, self.erase, self.target)), features)

@@ -12,7 +12,7 @@ and where even their hidden states are too many, a few knockouts at a time get a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -32,16 +32,33 @@ SHARES = 4
 
 
 class Row(NamedTuple):
-    """One knockout of every prompt of a batch."""
+    """One knockout of every prompt of a batch, or several at once."""
 
     cutting: Cutting
     pairs: tuple[tuple[int, int], ...]
     """What it blocks: number of a source set (from 1; 0 blocks nothing) and of the target set that does without it."""
+    also: tuple[Row, ...] = ()
+    """What else is cut, in other mixers or on other paths, or for other target sets."""
+
+    @property
+    def parts(self) -> tuple[Row, ...]:
+        """All that is cut, one by one."""
+        return (self, *self.also)
 
     @property
     def start(self) -> int:
         """The layer before which it joins."""
-        return self.cutting.start
+        return min(part.cutting.start for part in self.parts)
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """Numbers of its source sets."""
+        return tuple(source for part in self.parts for source, _ in part.pairs)
+
+    def renumbered(self, number: Mapping[int, int]) -> Row:
+        """The same with other numbers of the source sets."""
+        pairs = tuple((number[source], target) for source, target in self.pairs)
+        return Row(self.cutting, pairs, tuple(part.renumbered(number) for part in self.also))
 
 
 UNCUT = Row(Cutting({}, Paths.NONE), ((0, 0),))
@@ -136,7 +153,7 @@ class Replay:
         sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
         inside: set[int] = set()
-        of = [tuple(source for source, _ in cut.pairs) for cut in cuts]
+        of = [cut.sources for cut in cuts]
         for number in sorted(range(len(cuts)), key=of.__getitem__):
             added = inside.union(of[number])
             if group and (len(group) == most or (len(added) > len(inside) and len(added) > sets)):
@@ -153,14 +170,13 @@ class _Walk:
 
     def __init__(self, replay: Replay, cuts: Sequence[Row]) -> None:
         self.replay, self.model = replay, replay.model
-        used = sorted({source for cut in cuts for source, _ in cut.pairs} - {0})
+        used = sorted({source for cut in cuts for source in cut.sources} - {0})
         number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
         sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
         self.base = Base(replay.first, replay.targets, sources)
         # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
         order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: cuts[i].start)
-        numbered = [tuple((number[source], target) for source, target in cuts[i].pairs) for i in order]
-        self.cuts = [UNCUT, *(cuts[i]._replace(pairs=pairs) for i, pairs in zip(order, numbered, strict=True))]
+        self.cuts = [UNCUT, *(cuts[i].renumbered(number) for i in order)]
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -253,19 +269,25 @@ class _Walk:
 
 def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
     """What is cut of each row in one mixer."""
-    inside = torch.tensor([mixer in cut.cutting.features for cut in cuts])
-    most = max(len(cut.pairs) for cut in cuts)
-    pairs = torch.tensor([(*cut.pairs, *((0, 0),) * (most - len(cut.pairs))) for cut in cuts])  # [cuts, pairs, 2]
-    main, conv, erase = (
-        torch.tensor([path in cut.cutting.paths & mixer.paths for cut in cuts]) & inside
-        for path in (Paths.MAIN, Paths.CONV, Paths.ERASE)
-    )
-    masks = [cut.cutting.features.get(mixer) for cut in cuts]
+    listed: list[list[tuple[int, ...]]] = []
+    masks: list[Bool[Tensor, " feature"] | None] = []
+    for cut in cuts:
+        here = [part for part in cut.parts if mixer in part.cutting.features]
+        of_target: dict[int, dict[Paths, int]] = {}
+        for part in here:
+            for source, target in part.pairs:
+                of_target.setdefault(target, {}).update(dict.fromkeys(part.cutting.paths & mixer.paths, source))
+        ways = (Paths.MAIN, Paths.CONV, Paths.ERASE)
+        listed.append([(*(of.get(path, 0) for path in ways), target) for target, of in of_target.items()])
+        masks.append(here[0].cutting.features[mixer] if here else None)
+    most = max(1, *map(len, listed))
+    pairs = torch.tensor([of + [(0, 0, 0, 0)] * (most - len(of)) for of in listed])  # [cuts, pairs, 4]
+    main, conv, erase, target = pairs.permute(2, 1, 0)
     features = None
     if any(mask is not None for mask in masks):
         everything = torch.ones(mixer.n_features, dtype=torch.bool)
         features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
-    return Rows(pairs[..., 0].T * inside, pairs[..., 1].T, main, conv, erase, features)
+    return Rows(main, conv, erase, target, features)
 
 
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:

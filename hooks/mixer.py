@@ -163,6 +163,10 @@ class Mixer(ABC):
             features: which features edges are cut for; None for every one.
         """
 
+    def reach(self, path: Paths) -> int | None:
+        """How many positions back a path reaches; None: to the first."""
+        return None
+
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""
 

@@ -315,8 +315,9 @@ class AttentionMixer(Mixer):
             values: Float[Tensor, "batch group time width"],
             read: Float[Tensor, "batch time head width"],
         ) -> Float[Tensor, "batch time head width"]:
-            found.append(AttentionArrivals(weights, values, read, weakened, features))
-            return found[-1].arrived
+            arrivals = AttentionArrivals(weights, values, read, weakened, features)
+            found.append(arrivals)
+            return arrivals.arrived
 
         def forward(original: Callable[..., Any]) -> Callable[..., Any]:
             """Where no function of the module's file reads, weights are known when all is over: it runs twice."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mambalens.hooks import scan
 from mambalens.hooks.calls import recurrent_state
+from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
@@ -88,6 +89,9 @@ class Recurrence(Mixer):
     def kernel(self) -> int:
         """Positions that the convolution sees, the own one among them; 1 where there is none."""
         return 1 if self.convolution is None else int(self.convolution.kernel_size[0])
+
+    def reach(self, path: Paths) -> int | None:
+        return self.kernel - 1 if path is Paths.CONV else None
 
     def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """The activation behind the convolution."""

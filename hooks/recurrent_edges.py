@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
@@ -42,7 +44,8 @@ class RecurrentArrivals(Arrivals):
             activated = self.nodes[Paths.CONV].to(activated.dtype)
         if mixer.masks_convolved:
             activated = without_padding(activated, padding)
-        self.inputs = inputs = mixer.scan_inputs(activated, projected.beside)
+        inputs: Any = mixer.scan_inputs(activated, projected.beside)
+        self.inputs = inputs
         # Scans keep their states for the backward pass, many times their input: they are computed again instead.
         y = checkpoint(lambda: mixer.scan(inputs)[0], use_reentrant=False)
         if Paths.MAIN in mixer.paths:

@@ -24,5 +24,11 @@ DTYPE = "auto"
 """Precision of the command line: the checkpoint's own."""
 BLOCK = 256
 """Facts of a block: what a run that is killed has to compute again at most."""
+POINTS = 4
+"""Gradients that a flow takes of every prompt."""
+MEASURE = "log_odds"
+"""Measure that a flow is of."""
+FLOW_BLOCK = 32
+"""Facts of a flow's block."""
 DETAILS = 1000
 """Facts of a model whose own numbers go into a report; its curves are means over all."""

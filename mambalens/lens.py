@@ -13,7 +13,7 @@ from mambalens.evaluation import FactLike
 from mambalens.facts.fact import Fact, Facts
 from mambalens.facts.files import as_facts
 from mambalens.facts.roles import check_role
-from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Features, Knockout, Paths
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     import pandas as pd
     from matplotlib.figure import Figure
+
+    from mambalens.flow.measures import Measure
+    from mambalens.flow.result import Flow
 
 
 class Lens(LoadedModel):
@@ -246,6 +249,66 @@ class Lens(LoadedModel):
             [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers
         )
         return result.heatmap(result.facts.fact_id[0])
+
+    def flow(
+        self,
+        facts: FactLike,
+        target: str = defaults.TARGET,
+        points: int = defaults.POINTS,
+        paths: Sequence[str] | str = "both",
+        features: Features = defaults.GROUP,
+        measure: str | Measure = defaults.MEASURE,
+        method: str = "gradient",
+        batch_size: int | None = None,
+        out: str | Path | None = None,
+        progress: bool = True,
+        memory: int | str | None = None,
+        certify: int = 0,
+        sample: int = 0,
+        seed: int = 0,
+        block_size: int = defaults.FLOW_BLOCK,
+    ) -> Flow:
+        """What cutting each token-to-token edge alone, of every layer and path, would change: all edges at once.
+
+        Every edge s -> t with s < t is attributed by a few forward and backward passes of the whole batch (see
+        `flow.attribution.attribute`). An attribution is a proposal: `certify` cuts the strongest edges exactly.
+
+        Args:
+            facts: facts, a name or a path; those that cannot be used are listed in `flow.skipped`.
+            target: where the answer is read; the last token.
+            points: gradients of every prompt: one of the model as it is, the others along the cuts of its strongest
+                edges.
+            paths: 'main', 'conv', 'erase', or 'both' for all that a mixer has.
+            features: which features the edges stand for: a group, or masks.
+            measure: 'log_odds', 'log_prob' or 'logit' of the target, or a function of logits [batch, vocabulary] and
+                targets [batch] that can be differentiated.
+            method: 'gradient', or 'exact': every edge is cut by replay, for those who can wait.
+            batch_size: prompts a batch at most; fewer where the memory needs it.
+            out: a folder to keep the results in, block of facts by block of facts; it goes on where it stopped.
+            progress: show a progress bar.
+            memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+            certify: the strongest edges of every fact that are cut exactly at once, as `Flow.certify` does later.
+            sample: edges of every fact that are cut beside them, drawn among all.
+            seed: of the sample.
+            block_size: facts of a block.
+
+        Raises:
+            MambalensError: for an unknown path, group, measure or method, or no usable fact.
+        """
+        from mambalens.flow.result import Flow
+        from mambalens.flow.run import run
+        from mambalens.flow.work import Flowing
+
+        if target != defaults.TARGET:
+            raise MambalensError(f"target={target!r}: a flow ends where the answer is read, at {defaults.TARGET!r}.")
+        if method not in ("gradient", "exact"):
+            raise MambalensError(f"method={method!r} is not a method: {choose(method, ('gradient', 'exact'))}.")
+        asked = as_facts(facts)
+        flowing = Flowing(
+            _tuple(paths), features, measure, points, top=certify, sample=sample, every=method == "exact", seed=seed
+        )
+        found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
+        return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

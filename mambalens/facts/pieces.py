@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from mambalens.facts.prompts import Prompt
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mambalens.facts.prompts import Prompt
 
 PIECES: dict[str, str] = {
     "context": "the tokens before the subject",
@@ -10,7 +13,8 @@ PIECES: dict[str, str] = {
     "subject_middle": "the subject's tokens between its first and last",
     "subject_last": "the subject's last token",
     "after_subject": "the token after the subject",
-    "relation": "the tokens between that and the last",
+    "soon_after": "the second and third token after the subject",
+    "relation": "the tokens between these and the last",
     "last": "the last token",
 }
 """What each piece is, in the order in which they stand in a prompt. The subject is its last occurrence; tokens of
@@ -47,5 +51,5 @@ def piece_of(prompt: Prompt) -> list[str]:
         elif i < end:
             found.append("subject_middle")
         else:
-            found.append("after_subject" if i == end + 1 else "relation")
+            found.append("after_subject" if i == end + 1 else "soon_after" if i <= end + 3 else "relation")
     return found

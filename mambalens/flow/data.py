@@ -1,18 +1,40 @@
-"""What a flow found: edges with their effects, what is known of the facts, and what is reckoned from them."""
+"""What a flow found: edges with their effects, what was left out, and the folder they are kept in."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
+import pandas as pd
 
-from mambalens.facts.pieces import PIECES
+from mambalens.flow.table import BASE, with_categories
+from mambalens.hooks.errors import MambalensError
+from mambalens.runs.config import RunConfig
+from mambalens.runs.data import with_unusable
+from mambalens.runs.folder import (
+    FACTS,
+    PARTS,
+    SAVED,
+    atomically,
+    config_of,
+    digest_of,
+    is_run,
+    read_config,
+    read_parts,
+    read_prompts,
+    writable_folder,
+    write_facts,
+    write_part,
+    write_prompts,
+    writing,
+)
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from mambalens.runs.config import RunConfig
+KIND = "flow"
+"""What a flow's folder is called among runs."""
 
 
 class FlowData:
@@ -20,7 +42,6 @@ class FlowData:
 
     Attributes:
         table: one row per fact and edge; columns in `flow.table.EDGES`.
-        base: one row per fact and model; columns in `flow.table.BASE`.
         skipped: fact_id, source ('') and reason.
         facts: the facts that were asked for, with all their columns.
         prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
@@ -31,14 +52,13 @@ class FlowData:
     def __init__(
         self,
         table: pd.DataFrame,
-        base: pd.DataFrame,
         skipped: pd.DataFrame,
         facts: pd.DataFrame,
         prompts: pd.DataFrame,
         configs: list[RunConfig],
         unfinished: int = 0,
     ) -> None:
-        self.table, self.base, self.skipped, self.facts, self.prompts = table, base, skipped, facts, prompts
+        self.table, self.skipped, self.facts, self.prompts = with_categories(table), skipped, facts, prompts
         self.configs, self.unfinished = configs, unfinished
 
     def __repr__(self) -> str:
@@ -52,6 +72,18 @@ class FlowData:
     def models(self) -> list[str]:
         """Names of the models."""
         return list(dict.fromkeys(config.model for config in self.configs))
+
+    @cached_property
+    def base(self) -> pd.DataFrame:
+        """What is known of every fact without a cut; columns in `flow.table.BASE`."""
+        groups = self.table.groupby(["fact_id", "model"], sort=False, observed=True)
+        found = groups.agg(prob=("base_prob", "first"), measure=("base_measure", "first"), edges=("layer", "size"))
+        return found.reset_index()[list(BASE)]
+
+    @property
+    def measure(self) -> str:
+        """What the effects are of: a name of `MEASURES`, or a function's."""
+        return self.configs[0].measure if self.configs else "log_odds"
 
     @property
     def effect(self) -> pd.Series:
@@ -68,7 +100,7 @@ class FlowData:
         table = self.table.assign(effect=self.effect)
         table = table if fact_id is None else table[table.fact_id == fact_id]
         order = np.argsort(-table.effect.abs().to_numpy(), kind="stable")
-        return table.iloc[order].groupby(["model", "fact_id", "features"], sort=False).head(count)
+        return table.iloc[order].groupby(["model", "fact_id"], sort=False).head(count)
 
     def by_piece(self) -> pd.DataFrame:
         """Effects added up by pieces of the prompt: for every fact, model, layer, path and pair of pieces.
@@ -77,17 +109,109 @@ class FlowData:
             model, fact_id, layer, mixer, path, features, source_piece, target_piece, effect; pieces as ordered
             categories.
         """
-        import pandas as pd
-
         keys = ["model", "fact_id", "layer", "mixer", "path", "features", "source_piece", "target_piece"]
-        table = self.table.assign(effect=self.effect).groupby(keys, sort=False).effect.sum().reset_index()
-        for name in ("source_piece", "target_piece"):
-            table[name] = pd.Categorical(table[name], list(PIECES), ordered=True)
-        return table
+        table = self.table.assign(effect=self.effect)
+        return table.groupby(keys, sort=False, observed=True).effect.sum().reset_index()
+
+    def tokens(self, fact_id: str, model: str | None = None) -> list[str]:
+        """The tokens of a fact's prompt.
+
+        Raises:
+            MambalensError: if the flow has no such fact.
+        """
+        found = self.prompts[self.prompts.fact_id == fact_id]
+        found = found if model is None else found[found.model == model]
+        if not len(found):
+            raise MambalensError(
+                f"The flow has no fact {fact_id!r}: it has {', '.join(map(repr, self.base.fact_id[:5]))}, ..."
+            )
+        return [str(token) for token in found.tokens.iloc[0]]
+
+    def where(self, **values: Any) -> Self:
+        """The part whose columns have these values; a list means any of them.
+
+        Raises:
+            MambalensError: for a column that the table does not have, or if nothing is left.
+        """
+        table = self.table
+        for column, value in values.items():
+            if column not in table:
+                raise MambalensError(f"{column!r} is no column of a flow: {', '.join(table.columns)}.")
+            wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
+            table = table[table[column].astype(str).isin(wanted)]
+        if not len(table):
+            raise MambalensError(f"No edge of the flow has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
+        return self._with(table.reset_index(drop=True))
+
+    def save(self, folder: str | Path) -> Path:
+        """Write tables as parquet and what was run as JSON, in the format of a run's folder.
+
+        Returns:
+            The folder.
+
+        Raises:
+            MambalensError: if it cannot be written, or holds a run of its own.
+        """
+        folder = writable_folder(folder)
+        config = config_of(folder, KIND)
+        if config.exists() and is_run(folder, KIND):
+            raise MambalensError(
+                f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
+            )
+        with writing(folder):
+            (folder / PARTS).mkdir(exist_ok=True)
+            write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
+            write_facts(folder, self.facts)
+            write_prompts(folder, self.prompts)
+            configs = [one.to_json() for one in self.configs]
+            text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
+            atomically(config, lambda file: file.write_text(text))
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a flow's folder, also while it is still being filled, or what `save` wrote.
+
+        A folder with such folders in it gives them all as one.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise MambalensError(f"The folder {str(folder)!r} does not exist.")
+        name = config_of(folder, KIND).name
+        if not config_of(folder, KIND).is_file():
+            found = sorted(path.parent for path in folder.rglob(name))
+            if not found:
+                raise MambalensError(f"The folder {str(folder)!r} holds no flow (no {name}).")
+            return cls.concat([cls.load(path) for path in found])
+        about = read_config(folder, KIND)
+        configs = [RunConfig.from_json(one) for one in about["configs"]]
+        parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
+        if not parts:
+            raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
+        table = pd.concat([with_categories(table) for table, _ in parts], ignore_index=True)
+        skipped = with_unusable(pd.concat([skips for _, skips in parts], ignore_index=True), configs)
+        return cls(table, skipped, pd.read_parquet(folder / FACTS), read_prompts(folder), configs, missing)
+
+    @classmethod
+    def concat(cls, flows: Sequence[FlowData]) -> Self:
+        """Several flows as one, for comparing models."""
+        if not flows:
+            raise MambalensError("There is no flow to put together.")
+
+        def together(name: str, keys: list[str]) -> pd.DataFrame:
+            parts = pd.concat([getattr(flow, name) for flow in flows], ignore_index=True)
+            return parts.drop_duplicates(keys, ignore_index=True)
+
+        table = pd.concat([flow.table for flow in flows], ignore_index=True)
+        configs = [config for flow in flows for config in flow.configs]
+        return cls(
+            table, together("skipped", ["fact_id", "reason"]), together("facts", ["fact_id"]),
+            together("prompts", ["model", "fact_id"]), configs, sum(flow.unfinished for flow in flows),
+        )  # fmt: skip
 
     def _with(self, table: pd.DataFrame) -> Self:
         """The same with other rows."""
-        return type(self)(table, self.base, self.skipped, self.facts, self.prompts, self.configs, self.unfinished)
+        return type(self)(table, self.skipped, self.facts, self.prompts, self.configs, self.unfinished)
 
 
 WAYS = {"main": "in", "conv": "by the convolution of", "erase": "by the erasing of"}

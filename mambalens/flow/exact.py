@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
@@ -108,14 +109,8 @@ class ExactCuts:
         time = batch.ids.shape[1]
         sources, targets = _Sets(time), _Sets(time)
         rows = [UNCUT, *(self._row(cut, sources, targets) for cut in cuts)]
-        replay = Replay(
-            self.lens.hooks,
-            batch.ids,
-            batch.last,
-            sources.masks(),
-            targets.masks() if targets.sets else None,
-            self.memory,
-        )
+        of_targets = targets.masks() if targets.sets else None
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(), of_targets, self.memory)
         try:
             found = dict(replay.logits(rows))
         except MambalensError:
@@ -152,8 +147,6 @@ class ExactCuts:
 
     def _hooked(self, batch: Batch, cut: Cut) -> Float[Tensor, "1 vocabulary"]:
         """By a pass of the model with hooks."""
-        from contextlib import ExitStack
-
         time = batch.ids.shape[1]
         masks: dict[tuple[Mixer, Paths], Tensor] = {}
         for edge in cut:

@@ -2,21 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mambalens.facts.pieces import PIECES
+
+if TYPE_CHECKING:
+    import pandas as pd
+
 EDGE = ("layer", "mixer", "path", "source", "target")
 """What tells the edges of a prompt apart: layer, kind of mixer, path ('main', 'conv', 'erase'), positions."""
-EDGES = ("fact_id", "model", *EDGE, "source_piece", "target_piece", "features", "attributed", "exact")
+EDGES = (
+    "fact_id", "model", *EDGE, "source_piece", "target_piece", "features", "attributed", "exact", "chosen",
+    "base_measure", "base_prob",
+)  # fmt: skip
 """Columns of a flow's edges, one row for every edge s -> t, s < t, of every fact.
 
 `attributed` is how much the measure changes when this edge alone is cut, as far as gradients tell, and `exact` how much
 it really does (NaN where it was not cut), both in the measure's unit (nats for log-odds): below zero where the edge
 helps the answer. `features` says which of the mixer's features the edge stands for, `source_piece` and `target_piece`
-what the positions are (see `facts.pieces`)."""
-BASE = ("fact_id", "model", "target_token", "prob", "measure", "edges")
-"""Columns of what is known of every fact without a cut: the target's first token, its probability, the measure, and how
-many edges the prompt has."""
+what the positions are (see `facts.pieces`), `chosen` why it was cut: 'top' for the strongest as attributed, 'sample'
+for those drawn among all, 'all' where every edge was cut, '' for none. `base_measure` and `base_prob` are the measure
+and the target's probability without a cut."""
+BASE = ("fact_id", "model", "prob", "measure", "edges")
+"""Columns of what is known of every fact without a cut: the target's probability, the measure, and how many edges the
+prompt has."""
 MEASURES = {
     "log_odds": "Log-odds of the target (nats)",
     "log_prob": "Log-probability of the target (nats)",
     "logit": "Logit of the target",
 }
 """Measures that a flow can be of, and what axes call them."""
+CHOSEN = ("", "top", "sample", "all")
+"""Why an edge was cut."""
+CATEGORIES = ("mixer", "path", "source_piece", "target_piece", "features", "chosen")
+"""Columns with few values, which are kept as categories."""
+
+
+def with_categories(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose columns of few values are categories, whatever parts it was put together from."""
+    import pandas as pd
+
+    orders: dict[str, Sequence[str]] = {"source_piece": list(PIECES), "target_piece": list(PIECES), "chosen": CHOSEN}
+    return table.assign(**{
+        name: pd.Categorical(table[name].astype(str), orders.get(name)) for name in CATEGORIES if name in table
+    })  # fmt: skip

@@ -38,6 +38,10 @@ class RunConfig:
     """Paths that were cut, each on its own."""
     mixers: str | None = None
     """The only kind of mixers that was cut; None: every kind."""
+    measure: str = ""
+    """Measure that a flow is of."""
+    points: int = 0
+    """Gradients that a flow has taken of every prompt."""
     dtype: str = ""
     """Precision of the model's weights, such as 'float32'."""
 

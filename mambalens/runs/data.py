@@ -13,13 +13,13 @@ import pandas as pd
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import (
-    CONFIG,
     FACTS,
     PARTS,
     PROMPT,
     SAVED,
     SKIPPED,
     atomically,
+    config_of,
     digest_of,
     is_run,
     read_config,
@@ -32,7 +32,7 @@ from mambalens.runs.folder import (
     writing,
 )
 from mambalens.runs.intervals import INTERVALS, mean_intervals
-from mambalens.runs.table import GROUP, METRICS
+from mambalens.runs.table import GROUP, METRICS, with_position
 
 
 class SweepData:
@@ -179,7 +179,7 @@ class SweepData:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
         folder = writable_folder(folder)
-        if (folder / CONFIG).exists() and is_run(folder):
+        if config_of(folder).exists() and is_run(folder):
             raise MambalensError(
                 f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
             )
@@ -190,7 +190,7 @@ class SweepData:
             write_prompts(folder, self.prompts)
             configs = [config.to_json() for config in self.configs]
             text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
-            atomically(folder / CONFIG, lambda file: file.write_text(text))
+            atomically(config_of(folder), lambda file: file.write_text(text))
         return folder
 
     @classmethod
@@ -203,10 +203,10 @@ class SweepData:
         folder = Path(folder)
         if not folder.is_dir():
             raise MambalensError(f"The folder {str(folder)!r} does not exist.")
-        if not (folder / CONFIG).is_file():
-            found = sorted(path.parent for path in folder.rglob(CONFIG))
+        if not config_of(folder).is_file():
+            found = sorted(path.parent for path in folder.rglob(config_of(Path()).name))
             if not found:
-                raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {CONFIG}).")
+                raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {config_of(Path())}).")
             return cls.concat([cls.load(path) for path in found])
         about = read_config(folder)
         configs = [RunConfig.from_json(one) for one in about["configs"]]
@@ -217,7 +217,7 @@ class SweepData:
             facts = pd.read_parquet(folder / FACTS)
         except (OSError, ValueError) as error:
             raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
-        table = pd.concat([table for table, _ in parts], ignore_index=True)
+        table = pd.concat([with_position(table) for table, _ in parts], ignore_index=True)
         skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
         skipped = with_unusable(skipped, configs)
         return cls(table, skipped, facts, configs, missing, read_prompts(folder))

@@ -1,6 +1,6 @@
 """A run's folder: what is run, and its results in parts, so that a run that was cut off goes on where it stopped.
 
-    sweep.json            what defines the run, and what it was run with
+    sweep.json            what defines the run, and what it was run with; flow.json for a flow
     facts.parquet         the facts that were asked for
     prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
     parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, which
@@ -29,9 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mambalens.hooks.errors import MambalensError
-from mambalens.runs.table import with_position
 
-CONFIG, FACTS, PROMPTS, PARTS, LOCKS = "sweep.json", "facts.parquet", "prompts.parquet", "parts", "locks"
+FACTS, PROMPTS, PARTS, LOCKS = "facts.parquet", "prompts.parquet", "parts", "locks"
+SWEEP = "sweep"
+"""The kind of run that a folder holds where nothing else is said: `sweep.json` says what was run."""
 SAVED = "saved"
 """Stands for the run of a result that was saved, not filled block by block."""
 _KEY = b"mambalens"
@@ -49,6 +50,7 @@ class RunFolder:
         about: what else is worth keeping (configs, versions, blocks).
         facts: the facts that were asked for.
         prompts: their prompts, with the columns of `PROMPT`.
+        kind: what kind of run it is: 'sweep' or 'flow'.
 
     Raises:
         MambalensError: if the folder cannot be written, or holds another run.
@@ -61,7 +63,9 @@ class RunFolder:
         about: dict[str, Any],
         facts: pd.DataFrame,
         prompts: pd.DataFrame,
+        kind: str = SWEEP,
     ) -> None:
+        config = config_of(Path(path), kind)
         self.path, self.definition = Path(path), json.loads(json.dumps(definition))
         self.digest = digest_of(self.definition)
         self._whole: set[int] = set()
@@ -69,15 +73,15 @@ class RunFolder:
             for folder in (PARTS, LOCKS):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             with self.claim("run", wait=True):
-                if (self.path / CONFIG).exists():
-                    self._compare(read_config(self.path))
+                if config.exists():
+                    self._compare(read_config(self.path, kind))
                 if not (self.path / PROMPTS).exists():
                     write_prompts(self.path, prompts)
-                if (self.path / CONFIG).exists():
+                if config.exists():
                     return
                 write_facts(self.path, facts)
                 text = json.dumps(about | {"definition": self.definition}, indent=1) + "\n"
-                atomically(self.path / CONFIG, lambda file: file.write_text(text))
+                atomically(config, lambda file: file.write_text(text))
 
     def _compare(self, there: dict[str, Any]) -> None:
         if there.get("definition") is None:
@@ -239,7 +243,7 @@ def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise BrokenPart("belongs to another run")
     if not whole:
         raise BrokenPart("is damaged (its digest differs)")
-    return with_position(table), skipped
+    return table, skipped
 
 
 def read_parts(path: Path, run: str, blocks: int) -> tuple[list[tuple[pd.DataFrame, pd.DataFrame]], int]:
@@ -256,21 +260,26 @@ def read_parts(path: Path, run: str, blocks: int) -> tuple[list[tuple[pd.DataFra
     return found, blocks - len(found)
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """sweep.json."""
+def config_of(path: Path, kind: str = SWEEP) -> Path:
+    """The file of a folder that says what was run."""
+    return path / f"{kind}.json"
+
+
+def read_config(path: Path, kind: str = SWEEP) -> dict[str, Any]:
+    """What was run: sweep.json, or flow.json."""
     try:
-        found = json.loads((path / CONFIG).read_text())
+        found = json.loads(config_of(path, kind).read_text())
         if not isinstance(found, dict) or "configs" not in found:
             raise ValueError("it has no configs")
         return found
     except (OSError, ValueError) as error:
-        raise MambalensError(f"The sweep in {str(path)!r} cannot be read ({error}).") from error
+        raise MambalensError(f"The {kind} in {str(path)!r} cannot be read ({error}).") from error
 
 
-def is_run(path: Path) -> bool:
+def is_run(path: Path, kind: str = SWEEP) -> bool:
     """Whether a folder holds a run of its own, and not a saved result or something that cannot be read."""
     try:
-        return read_config(path).get("definition") is not None
+        return read_config(path, kind).get("definition") is not None
     except MambalensError:
         return False
 

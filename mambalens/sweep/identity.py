@@ -81,15 +81,19 @@ def definition(
         ]
         for features in plan.features
     ]  # fmt: skip
+    about = config.to_json()
+    of_plan = {"windows": _digest(windows), "feature masks": _digest(masks)}
+    return {key: about[key] for key in DEFINING} | of_plan | model_and_facts(model, facts)
+
+
+def model_and_facts(model: LoadedModel, facts: Facts) -> dict[str, Any]:
+    """What tells a model's weights and some facts from others, as JSON."""
     weights = [
         (name, list(value.shape), str(value.dtype), _first_numbers(value))
         for name, value in model.model.state_dict().items()
     ]
     asked = [(fact.id, fact.prompt, fact.subject, fact.target) for fact in facts]
-    about = config.to_json()
-    return {key: about[key] for key in DEFINING} | {
-        "windows": _digest(windows),
-        "feature masks": _digest(masks),
+    return {
         "model config": _digest(model.model.config.to_json_string()),
         "weights": _digest(sorted(weights)),
         "revision": getattr(model.model.config, "_commit_hash", None),

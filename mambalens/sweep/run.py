@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mambalens.defaults import BLOCK
 from mambalens.facts.fact import Facts
@@ -18,6 +18,8 @@ from mambalens.system.events import tell
 from mambalens.system.progress import tqdm
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mambalens.runs.data import SweepData
     from mambalens.runs.folder import RunFolder
 
@@ -56,9 +58,7 @@ def run(
     from mambalens.runs.data import SweepData, with_unusable
     from mambalens.runs.folder import RunFolder
 
-    if block_size < 1:
-        raise MambalensError(f"block_size={block_size}: give 1 or more facts.")
-    blocks = [facts[begin : begin + block_size] for begin in range(0, len(facts), block_size)]
+    blocks = blocks_of(facts, block_size)
     bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
         work = Work(lens, facts, plan, batch_size, memory, replay, bar)
@@ -72,12 +72,32 @@ def run(
             table = pd.concat(tables, ignore_index=True)
             return SweepData(table, missing, facts.table, [config], prompts=prompts)
         defined = definition(lens, facts, plan, work.windows, config) | {"block_size": block_size}
-        about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": _versions()}
-        _fill(RunFolder(out, defined, about, facts.table, prompts), work, blocks)
+        about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
+        fill(RunFolder(out, defined, about, facts.table, prompts), work, blocks)
     return SweepData.load(out)
 
 
-def _fill(folder: RunFolder, work: Work, blocks: list[Facts]) -> None:
+class BlockWork(Protocol):
+    """Something that computes blocks of facts."""
+
+    lens: LoadedModel
+    bar: Any
+
+    def size(self, facts: Facts) -> int:
+        """How far the progress bar goes for some facts."""
+
+    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The table's rows for some facts, and what is left out of them."""
+
+
+def blocks_of(facts: Facts, size: int) -> list[Facts]:
+    """The facts in blocks."""
+    if size < 1:
+        raise MambalensError(f"block_size={size}: give 1 or more facts.")
+    return [facts[begin : begin + size] for begin in range(0, len(facts), size)]
+
+
+def fill(folder: RunFolder, work: BlockWork, blocks: list[Facts]) -> None:
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
     from mambalens.runs.folder import Interrupts
 
@@ -106,7 +126,7 @@ def _fill(folder: RunFolder, work: Work, blocks: list[Facts]) -> None:
             left = waiting
 
 
-def _compute(folder: RunFolder, work: Work, number: int, blocks: list[Facts]) -> None:
+def _compute(folder: RunFolder, work: BlockWork, number: int, blocks: list[Facts]) -> None:
     """Compute a block and keep it."""
     started = time.perf_counter()
     table, skipped = work.block(blocks[number])
@@ -115,12 +135,13 @@ def _compute(folder: RunFolder, work: Work, number: int, blocks: list[Facts]) ->
     _tell("block", folder, work, number, blocks, rows=len(table), seconds=seconds)
 
 
-def _tell(event: str, folder: RunFolder, work: Work, number: int, blocks: list[Facts], **more: Any) -> None:
+def _tell(event: str, folder: RunFolder, work: BlockWork, number: int, blocks: list[Facts], **more: Any) -> None:
     """Say what became of a block."""
     tell(event, model=work.lens.name, folder=str(folder.path), block=number, blocks=len(blocks), **more)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """What numbers were computed with."""
     from importlib.metadata import version
 
     return {name: version(name) for name in ("mambalens", "torch", "transformers")}

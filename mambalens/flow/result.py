@@ -1,0 +1,285 @@
+"""A flow with its verbs: certify, find routes and circuits, draw."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from mambalens.facts.fact import Facts
+from mambalens.facts.roles import check_role
+from mambalens.flow.data import FlowData
+from mambalens.hooks.errors import MambalensError
+from mambalens.runs.intervals import mean_intervals
+from mambalens.system.progress import tqdm
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mambalens.facts.prompts import Batch, Prompt
+    from mambalens.flow.work import Flowing, FlowWork
+    from mambalens.model import LoadedModel
+
+
+class Flow(FlowData):
+    """Every edge of some prompts, and questions about them; its tables are those of `flow.data.FlowData`.
+
+    A flow that `Lens.flow` gives knows its model. One that is loaded is told it: `Flow.load(folder).of(lens, facts)`.
+    """
+
+    _lens: LoadedModel | None = None
+    _asked: Facts | None = None
+    _flowing: Flowing | None = None
+    _memory: int | str | None = None
+
+    def of(
+        self, lens: LoadedModel, facts: Facts, flowing: Flowing | None = None, memory: int | str | None = None
+    ) -> Self:
+        """The same with its model at hand."""
+        from mambalens.flow.work import Flowing
+
+        if self.models != [lens.name]:
+            raise MambalensError(f"The flow is of {', '.join(self.models)}, and not of {lens.name}.")
+        config = self.configs[0]
+        self._lens, self._asked, self._memory = lens, facts, memory
+        self._flowing = flowing or Flowing(config.paths, config.features[0], config.measure, config.points)
+        return self
+
+    @classmethod
+    def with_verbs(cls, data: FlowData) -> Self:
+        """A flow's tables with verbs."""
+        return cls(data.table, data.skipped, data.facts, data.prompts, data.configs, data.unfinished)
+
+    def _with(self, table: pd.DataFrame) -> Self:
+        new = super()._with(table)
+        new._lens, new._asked, new._flowing, new._memory = self._lens, self._asked, self._flowing, self._memory
+        return new
+
+    def _work(self, bar: Any = None) -> FlowWork:
+        """The model's work on the facts that are left."""
+        from mambalens.flow.work import FlowWork
+
+        if self._lens is None or self._asked is None or self._flowing is None:
+            raise MambalensError("This flow was loaded without its model: give it one with flow.of(lens, facts).")
+        left = set(self.table.fact_id.astype(str))
+        facts = Facts([fact for fact in self._asked if str(fact.id) in left])
+        return FlowWork(self._lens, facts, self._flowing, None, self._memory, bar or tqdm(disable=True))
+
+    def certify(self, top: int = 40, sample: int = 40, seed: int = 0, progress: bool = True) -> Self:
+        """Cut the strongest edges of every fact, and a random sample of all, each alone, exactly, by replay.
+
+        Args:
+            top: edges of a fact, the strongest as attributed.
+            sample: edges of a fact that are drawn among all, for what is not among the strongest.
+            seed: of the sample.
+            progress: show a progress bar.
+
+        Returns:
+            The same flow with exact numbers where edges were cut. `agreement()` and `certificate()` hold them against
+            the attributed ones.
+        """
+        from mambalens.flow.certificate import certify
+
+        counts = self.table.groupby("fact_id", sort=False).size()
+        with tqdm(
+            desc="certify", unit="edge", total=int(counts.clip(upper=top + sample).sum()), disable=not progress
+        ) as bar:
+            return self._with(certify(self, self._work(bar), top, sample, seed, bar))
+
+    def agreement(self) -> pd.DataFrame:
+        """How attributions agree with exact cuts, one row a fact; see `flow.certificate.agreement`."""
+        from mambalens.flow.certificate import agreement
+
+        return agreement(self)
+
+    def certificate(self) -> pd.DataFrame:
+        """Medians and means of `agreement` with 95 % intervals; see `flow.certificate.summary`."""
+        from mambalens.flow.certificate import summary
+
+        return summary(self.agreement())
+
+    def routes(self, source: str = "subject", k: int = 5, progress: bool = True) -> pd.DataFrame:
+        """The strongest chains of positions from a role to the last token, every one scored by exact cuts.
+
+        Args:
+            source: role at which routes begin (see `roles.ROLES`).
+            k: routes of a fact.
+            progress: show a progress bar.
+
+        Returns:
+            One row per fact and route: model, fact_id, rank, relays (positions between source and last token, those
+            that relay side by side in one list), relay_tokens, pieces (what the relays are), carried_pct (share of the
+            answer's probability that only this chain carries, see `flow.routes.Route.carried`), hop_pct (what cutting
+            each hop alone loses), joint_pct (all hops together), ways (path and layers of the edges that have most of
+            each hop), edges (those edges: layer, path, source, target). Facts in which the role is empty have none.
+        """
+        import pandas as pd
+
+        from mambalens.flow.routes import Losses, carriers, routes_of, table_of
+
+        tables = []
+        for work, prompt, batch, start in self._starts(source, "routes", progress):
+            rows = self.table[self.table.fact_id == str(prompt.fact.id)]
+            prob = float(rows.base_prob.iloc[0])
+            found = routes_of(work, prompt, batch, start, k, prob)
+            loss = Losses(work, batch, work.edges(len(prompt.ids)), prob)
+            named = [[carriers(loss, hop, rows) for hop in route.hops] for route in found]
+            tables.append(table_of(prompt, work.lens.name, found, named))
+        return pd.concat(tables, ignore_index=True)
+
+    def routes_by_piece(
+        self, source: str = "subject", routes: pd.DataFrame | None = None, progress: bool = True
+    ) -> pd.DataFrame:
+        """What routes carry over all facts, told by pieces of the prompt; see `flow.routes.by_pieces`.
+
+        Every piece is tried as the relay, and every chain of pieces that a fact's own routes have; all of them in every
+        fact, by exact cuts.
+
+        Args:
+            source: role at which routes begin.
+            routes: from `routes` of the same source; without, they are looked for.
+            progress: show a progress bar.
+        """
+        from mambalens.flow.routes import by_pieces, losses_by_piece, pieces_asked
+
+        routes = self.routes(source, progress=progress) if routes is None else routes
+        chains = pieces_asked(routes)
+        found = []
+        for work, prompt, batch, start in self._starts(source, "routes by piece", progress):
+            prob = float(self.base.prob[self.base.fact_id == str(prompt.fact.id)].iloc[0])
+            found.append(losses_by_piece(work, prompt, batch, start, chains, prob))
+        return by_pieces(self.models[0], chains, found)
+
+    def _starts(self, source: str, doing: str, progress: bool) -> Iterator[tuple[FlowWork, Prompt, Batch, list[int]]]:
+        """Every prompt that has a role before its last token, with the role's positions.
+
+        Raises:
+            MambalensError: if none has.
+        """
+        from mambalens.flow.work import batches_of_one
+
+        check_role(source)
+        work, some = self._work(), False
+        prompts = list(work.prompts.values())
+        for prompt, batch in tqdm(batches_of_one(work.lens, prompts), doing, len(prompts), disable=not progress):
+            last = len(prompt.ids) - 1
+            start = [position for position in prompt.positions(source) if position != last]
+            if start:
+                some = True
+                yield work, prompt, batch, start
+        if not some:
+            raise MambalensError(f"The role {source!r} is empty in every prompt: no route begins there.")
+
+    def circuit(self, keep: float = 0.9, progress: bool = True) -> pd.DataFrame:
+        """The fewest edges of every fact that keep a share of the answer with all other edges cut, found greedily.
+
+        Args:
+            keep: share of the answer's probability.
+            progress: show a progress bar.
+
+        Returns:
+            One row per fact and edge of its circuit: model, fact_id, layer, mixer, path, source, target, their pieces,
+            effect, cost (what taking this edge out of the circuit loses of the answer), kept (share of the answer that
+            the circuit keeps), edges (its size) and of (edges of the prompt).
+        """
+        import pandas as pd
+
+        from mambalens.flow.certificate import listed_of
+        from mambalens.flow.circuits import Ablated, circuit_of
+        from mambalens.flow.work import batches_of_one
+
+        if not 0 < keep <= 1:
+            raise MambalensError(f"keep={keep}: give a share of the answer, more than 0 and at most 1.")
+        work = self._work()
+        of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
+        tables = []
+        prompts = list(work.prompts.values())
+        for prompt, batch in tqdm(batches_of_one(work.lens, prompts), "circuits", len(prompts), disable=not progress):
+            rows = of_fact[str(prompt.fact.id)]
+            ablated = Ablated(work, batch, listed_of(work, rows), float(rows.base_prob.iloc[0]))
+            found = circuit_of(ablated, rows.effect.to_numpy(float), keep)
+            columns = [
+                "model",
+                "fact_id",
+                "layer",
+                "mixer",
+                "path",
+                "source",
+                "target",
+                "source_piece",
+                "target_piece",
+                "effect",
+            ]
+            about = {"cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows)}
+            tables.append(rows.iloc[found.edges][columns].assign(**about))
+        return pd.concat(tables, ignore_index=True)
+
+    def faithfulness(self, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+        """What circuits of growing size keep of the answer: by effect, by attention alone, and at random.
+
+        Args:
+            seed: of the random edges.
+            progress: show a progress bar.
+
+        Returns:
+            model, order ('effect': the edges that help most first; 'attention': the largest entries of effective
+            attention first; 'random'), share_edges, edges (mean), facts, kept (mean share of the answer's probability),
+            low, high (95 % bootstrap interval over facts).
+        """
+        import pandas as pd
+
+        from mambalens.flow.certificate import listed_of
+        from mambalens.flow.circuits import SHARES, Ablated, attention_of, faithfulness
+        from mambalens.flow.work import batches_of_one
+
+        work = self._work()
+        of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
+        found: dict[str, list[Any]] = {}
+        counts = []
+        prompts = list(work.prompts.values())
+        for prompt, batch in tqdm(
+            batches_of_one(work.lens, prompts), "faithfulness", len(prompts), disable=not progress
+        ):
+            rows = of_fact[str(prompt.fact.id)]
+            listed = listed_of(work, rows)
+            draw = np.random.default_rng([seed, zlib.crc32(str(prompt.fact.id).encode())])
+            orders = {
+                "effect": np.argsort(rows.effect.to_numpy(float), kind="stable"),
+                "attention": np.argsort(-attention_of(work, batch, listed), kind="stable"),
+                "random": draw.permutation(len(rows)),
+            }
+            ablated = Ablated(work, batch, listed, float(rows.base_prob.iloc[0]))
+            for order, kept in faithfulness(ablated, orders).items():
+                found.setdefault(order, []).append(kept)
+            counts.append(len(rows))
+        table = []
+        for order, kept in found.items():
+            columns = np.stack(kept).T  # [share, fact]
+            for share, values, (mean, low, high) in zip(
+                SHARES, columns, mean_intervals(list(columns), "bootstrap"), strict=True
+            ):
+                edges = float(np.mean([round(share * count) for count in counts]))
+                table.append((work.lens.name, order, share, edges, len(values), mean, low, high))
+        return pd.DataFrame(table, columns=["model", "order", "share_edges", "edges", "facts", "kept", "low", "high"])
+
+    def plot(self, fact_id: str | None = None, **options: Any) -> Figure:
+        """The flow of one prompt as a graph; see `figures.flow_graph.graph`."""
+        from mambalens.figures.flow_graph import graph
+
+        return graph(self, fact_id or str(self.base.fact_id[0]), **options)
+
+    def plot_pieces(self, **options: Any) -> Figure:
+        """The flow over all facts, by pieces and layers; see `figures.flow_graph.flow_by_piece`."""
+        from mambalens.figures.flow_pieces import flow_by_piece
+
+        return flow_by_piece(self, **options)
+
+    def report(self, path: str | Path, title: str | None = None, **options: Any) -> Path:
+        """Write one HTML page to look at the flow with; see `report.flow_page.write_flow_report`."""
+        from mambalens.report.flow_page import write_flow_report
+
+        return write_flow_report(self, path, title or f"Where answers flow: {', '.join(self.models)}", **options)

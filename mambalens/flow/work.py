@@ -1,0 +1,247 @@
+"""The work of a flow: every edge of a block of facts, attributed, and some of them cut."""
+
+from __future__ import annotations
+
+import functools
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from mambalens.defaults import MEASURE, POINTS
+from mambalens.facts.fact import Facts
+from mambalens.facts.pieces import PIECES, piece_of
+from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
+from mambalens.flow.attribution import STRONGEST, Asked, attribute
+from mambalens.flow.exact import Edge, ExactCuts
+from mambalens.flow.measures import Measure, measure_of
+from mambalens.flow.table import CHOSEN, EDGES
+from mambalens.hooks import Mixer
+from mambalens.hooks.knockout import Features, Paths
+from mambalens.model import LoadedModel
+from mambalens.sweep.halving import Halving
+from mambalens.sweep.prediction import target_probability
+from mambalens.system.memory import budget
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SHARES = 4
+"""A pass with a graph has this part of the memory."""
+
+
+class Flowing(NamedTuple):
+    """What a flow is asked for."""
+
+    paths: tuple[str, ...] = ("both",)
+    features: Features = "all"
+    measure: str | Measure = MEASURE
+    points: int = POINTS
+    strongest: int = STRONGEST
+    top: int = 0
+    """Edges of a fact that are cut, the strongest as attributed."""
+    sample: int = 0
+    """Edges of a fact that are cut beside them, drawn among all."""
+    every: bool = False
+    """Cut every edge."""
+    seed: int = 0
+
+    @property
+    def features_name(self) -> str:
+        """What tables call the features."""
+        return self.features if isinstance(self.features, str) else "chosen features"
+
+    @property
+    def measure_name(self) -> str:
+        """What tables call the measure."""
+        return self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "measure")
+
+
+class Listed(NamedTuple):
+    """The edges of a prompt, one after another."""
+
+    where: Int[np.ndarray, " edge"]
+    """Number of the mixer and path."""
+    source: Int[np.ndarray, " edge"]
+    target: Int[np.ndarray, " edge"]
+
+
+class FlowWork:
+    """Everything a flow needs to compute a block, looked up and checked once."""
+
+    def __init__(
+        self,
+        lens: LoadedModel,
+        facts: Facts,
+        flowing: Flowing,
+        batch_size: int | None,
+        memory: int | str | None,
+        bar: Any,
+    ) -> None:
+        self.lens, self.flowing, self.bar = lens, flowing, bar
+        self.measure = measure_of(flowing.measure)
+        self.memory = budget(memory, lens.device)
+        self.halving = Halving(lens.name, batch_size, bar)
+        cutting = lens.hooks.resolve(None, flowing.features, "both")
+        paths = functools.reduce(Paths.__or__, (lens.hooks.resolve(path=path).paths for path in flowing.paths))  # type: ignore[arg-type]
+        self.features: Mapping[Mixer, Bool[Tensor, " feature"] | None] = cutting.features
+        self.asked = Asked(self.features, paths, self.measure, flowing.points, flowing.strongest)
+        self.where = [(mixer, path) for mixer in self.features for path in mixer.paths & paths]
+        self.exact = ExactCuts(lens, self.memory, dict(self.features))
+        prompts, self.unusable = read_facts(facts, lens.tokenizer, subject=False)
+        if not prompts:
+            raise none_usable(facts, self.unusable)
+        self.prompts = {prompt.fact.id: prompt for prompt in prompts}
+
+    def edges(self, time: int) -> Listed:
+        """The edges of a prompt of so many positions."""
+        target, source = np.tril_indices(time, -1)
+        where, sources, targets = [], [], []
+        for number, (mixer, path) in enumerate(self.where):
+            reach = mixer.reach(path)
+            near = slice(None) if reach is None else target - source <= reach
+            where.append(np.full(len(target[near]), number))
+            sources.append(source[near])
+            targets.append(target[near])
+        return Listed(*(np.concatenate(part) for part in (where, sources, targets)))
+
+    def edge(self, listed: Listed, number: int) -> Edge:
+        """One of them."""
+        mixer, path = self.where[listed.where[number]]
+        return Edge(mixer, path, int(listed.source[number]), int(listed.target[number]))
+
+    def size(self, facts: Facts) -> int:
+        """How far the progress bar goes for some facts: prompts attributed, and edges cut."""
+        return sum(self._steps(self.prompts[fact.id]) for fact in facts if fact.id in self.prompts)
+
+    def cuts(self, facts: Facts) -> int:
+        """How many edges are cut for some facts."""
+        return self.size(facts) - sum(fact.id in self.prompts for fact in facts)
+
+    def _steps(self, prompt: Prompt) -> int:
+        count = len(self.edges(len(prompt.ids)).where)
+        flowing = self.flowing
+        return 1 + (count if flowing.every else min(count, flowing.top + flowing.sample))
+
+    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+        """The table's rows for some facts, and what is left out of them."""
+        import pandas as pd
+
+        order = {fact.id: i for i, fact in enumerate(facts)}
+        prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
+        skipped = [skip for skip in self.unusable if skip.fact_id in order]
+        tables: list[pd.DataFrame] = []
+        for batch in self.lens.batches(prompts, self.halving.batch_size, self._prompts_at_once):
+            found, _ = self.halving.run(self._batch, batch)
+            tables += found
+        tables.sort(key=lambda table: order[table.fact_id.iloc[0]])
+        table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(EDGES))
+        return table, pd.DataFrame(skipped, columns=list(Skip._fields))
+
+    def _prompts_at_once(self, time: int) -> int:
+        """How many prompts of a length a pass with its graph may take."""
+        lens = self.lens
+        widest = max(
+            (max(p.shape) for layer in lens.hooks.layers for p in layer.parameters() if p.ndim == 2), default=1
+        )
+        # About twelve tensors as wide as the layer's widest are kept of each; one layer's scan or heads beside them.
+        of_graph = 12 * lens.n_layers * time * widest
+        of_one = max(
+            time * mixer.n_features * time + 4 * mixer.kept_numbers(time, 1) * time for mixer in lens.hooks.mixers
+        )
+        return max(1, self.memory // SHARES // (4 * (of_graph + of_one)))
+
+    def _batch(self, batch: Batch) -> tuple[list[Any], list[Any]]:
+        found = attribute(self.lens, batch, self.asked)
+        targets = batch.targets.to(found.logits.device)
+        measure, prob = self.measure(found.logits, targets), target_probability(found.logits, targets)
+        effects = torch.stack([found.effects[where].cpu() for where in self.where], 1)  # [B, where, T, S]
+        tables = []
+        for i, prompt in enumerate(batch.prompts):
+            listed = self.edges(len(prompt.ids))
+            attributed = effects[i].numpy()[listed.where, listed.target, listed.source].astype(np.float64)
+            exact, chosen = np.full(len(attributed), np.nan), np.zeros(len(attributed), np.int8)
+            self.bar.update(1)
+            numbers, why = self._chosen(prompt, attributed)
+            if len(numbers):
+                exact[numbers] = self.cut(batch.part([i]).trimmed(), listed, numbers, float(measure[i]))
+                chosen[numbers] = why
+            tables.append(self._table(prompt, listed, attributed, exact, chosen, float(measure[i]), float(prob[i])))
+        return tables, []
+
+    def _chosen(
+        self, prompt: Prompt, attributed: Float[np.ndarray, " edge"]
+    ) -> tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"]]:
+        """Which edges are cut, and why."""
+        flowing = self.flowing
+        if flowing.every:
+            return np.arange(len(attributed)), np.full(len(attributed), CHOSEN.index("all"))
+        return choose_edges(attributed, flowing.top, flowing.sample, str(prompt.fact.id), flowing.seed)
+
+    def cut(
+        self, batch: Batch, listed: Listed, numbers: Sequence[int] | Int[np.ndarray, " some"], base: float
+    ) -> Float[np.ndarray, " some"]:
+        """What cutting some edges of one prompt, each alone, changes."""
+        logits = self.exact.logits(batch, [[self.edge(listed, int(number))] for number in numbers])
+        self.bar.update(len(numbers))
+        targets = batch.targets.to(logits.device).expand(len(numbers))
+        return (self.measure(logits, targets).double() - base).cpu().numpy()
+
+    def _table(
+        self,
+        prompt: Prompt,
+        listed: Listed,
+        attributed: Float[np.ndarray, " edge"],
+        exact: Float[np.ndarray, " edge"],
+        chosen: Int[np.ndarray, " edge"],
+        measure: float,
+        prob: float,
+    ) -> pd.DataFrame:
+        import pandas as pd
+
+        pieces = list(PIECES)
+        of = np.array([pieces.index(piece) for piece in piece_of(prompt)])
+        layers = np.array([mixer.layer for mixer, _ in self.where])
+        kinds = self.lens.hooks.kinds
+        of_kind = np.array([kinds.index(mixer.kind) for mixer, _ in self.where])
+        names = [str(path.name).lower() for path in (Paths.MAIN, Paths.CONV, Paths.ERASE)]
+        of_path = np.array([names.index(str(path.name).lower()) for _, path in self.where])
+
+        def category(codes: Any, values: Sequence[str]) -> pd.Categorical:
+            return pd.Categorical.from_codes(np.broadcast_to(codes, listed.where.shape), list(values))
+
+        columns = {
+            "fact_id": str(prompt.fact.id), "model": self.lens.name, "layer": layers[listed.where],
+            "mixer": category(of_kind[listed.where], kinds), "path": category(of_path[listed.where], names),
+            "source": listed.source, "target": listed.target,
+            "source_piece": category(of[listed.source], pieces), "target_piece": category(of[listed.target], pieces),
+            "features": category(0, [self.flowing.features_name]), "attributed": attributed, "exact": exact,
+            "chosen": category(chosen, CHOSEN), "base_measure": measure, "base_prob": prob,
+        }  # fmt: skip
+        return pd.DataFrame(columns)[list(EDGES)]
+
+
+def choose_edges(
+    attributed: Float[np.ndarray, " edge"], top: int, sample: int, fact_id: str, seed: int
+) -> tuple[Int[np.ndarray, " some"], Int[np.ndarray, " some"]]:
+    """The strongest edges, and a random sample of all: a fact's is the same whatever else is asked.
+
+    Returns:
+        Numbers of the edges, and for each the number of the reason in `CHOSEN`. One that is both counts as strong.
+    """
+    strongest = np.argsort(-np.abs(attributed), kind="stable")[:top]
+    draw = np.random.default_rng([seed, zlib.crc32(fact_id.encode())])
+    drawn = draw.choice(len(attributed), min(sample, len(attributed)), replace=False)
+    drawn = drawn[~np.isin(drawn, strongest)]
+    numbers = np.concatenate([strongest, drawn])
+    return numbers, np.concatenate([np.full(len(strongest), 1), np.full(len(drawn), 2)])
+
+
+def batches_of_one(lens: LoadedModel, prompts: Sequence[Prompt]) -> Iterator[tuple[Prompt, Batch]]:
+    """Prompts one by one, as batches."""
+    for prompt in prompts:
+        yield prompt, next(lens.batches([prompt]))

@@ -21,6 +21,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                     "sweep.prediction",
                     "runs.intervals",
                     "figures.tokens",
+                    "report.assets",
                     "report.page",
                 )
             ),

@@ -37,7 +37,7 @@ def made(
         of_fact.insert(1, "model", model)
         rows.append(of_fact)
         prob = float(rng.uniform(0.4, 0.99))
-        base.append((fact.id, model, fact.continuation[:9], prob, float(np.log(prob / (1 - prob))), len(of_fact)))
+        base.append((fact.id, model, fact.continuation, prob, float(np.log(prob / (1 - prob))), len(of_fact)))
         prompts.append((model, fact.id, prompt.tokens, prompt.positions("subject")))
     return FlowData(
         pd.concat(rows, ignore_index=True)[list(EDGES)],

@@ -158,7 +158,7 @@ def test_the_flow_by_piece_states_facts_and_what_is_left_out() -> None:
     figure = flow_by_piece(FLOW, most=5)
     said = texts(figure)
     found = pieces_of(FLOW, most=5)
-    assert f"5 of {found.of} pairs of pieces, {found.share:.0f} % of the absolute effect" in said
+    assert f"5 of {found.of} pairs of pieces, {found.share:.0f} % of the absolute mean effects" in said
     assert re.search(r"subject_last → after_subject +\(6\)|subject_last → last +\(7\)", said) and "of 7" in said
     assert "scan" in said and "convolution" in said
     assert len([axis for axis in figure.axes if axis.images]) == 2

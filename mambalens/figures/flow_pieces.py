@@ -153,7 +153,7 @@ def flow_by_piece(
     name = model or flow.table.model.iloc[0]
     left = found.of - rows
     said = (
-        f"{rows} of {found.of} pairs of pieces, {found.share:.0f} % of the absolute effect" if left
+        f"{rows} of {found.of} pairs of pieces, {found.share:.0f} % of the absolute mean effects" if left
         else f"all {found.of} pairs of pieces"
     )  # fmt: skip
     figure.suptitle(

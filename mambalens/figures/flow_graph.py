@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -176,10 +177,10 @@ def _streams(axis: Any, prompt: _Prompt, shown: pd.DataFrame, marked: list[Any])
         if rows:
             axis.plot([position] * 2, [min(rows), max(rows)], color="#BBBBBB", linewidth=1.4, zorder=1)
             axis.plot([position] * len(rows), rows, "o", color="#777777", markersize=3.2, zorder=2.5, clip_on=False)
-    route = prompt.edges.loc[marked]
-    for before, after in zip(route.iloc[:-1].itertuples(), route.iloc[1:].itertuples(), strict=True):
-        if before.target == after.source:
-            axis.plot([after.source] * 2, [before.layer + 1, after.layer], color=HALO, linewidth=8, zorder=0.5)
+    route = prompt.edges.loc[marked, ["layer", "source", "target"]].to_numpy()
+    for (layer, _, relay), (after, source, _) in pairwise(route):
+        if relay == source:
+            axis.plot([relay, relay], [layer + 1, after], color=HALO, linewidth=8, zorder=0.5)
 
 
 def _edge(axis: Any, edge: Any, scale: np.ndarray, reach: float, beside: int, marked: bool, zorder: float) -> None:

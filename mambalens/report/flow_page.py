@@ -138,7 +138,9 @@ def _prompts(
     tokens = flow.prompts.set_index(["model", "fact_id"])
     single = {} if features is None else dict(tuple(features.groupby(["model", "fact_id"], sort=False)))
     ids = {model: set(part.fact_id.unique()[:most_facts]) for model, part in table.groupby("model", sort=False)}
-    for (model, group, fact_id), found in table.groupby(_PROMPT, sort=False):
+    for found_key, found in table.groupby(_PROMPT, sort=False):
+        key: tuple[Any, ...] = found_key  # type: ignore[assignment]
+        model, group, fact_id = key
         if fact_id not in ids[model]:
             continue
         for what, known in (("base", base), ("tokens", tokens)):

@@ -33,15 +33,24 @@ def made(
         prompt = lens.prompt(fact)
         pieces = piece_of(prompt)
         of_fact = edges(pieces, layers, paths, rng, exact)
-        of_fact.insert(0, "fact_id", fact.id)
-        of_fact.insert(1, "model", model)
-        rows.append(of_fact)
         prob = float(rng.uniform(0.4, 0.99))
-        base.append((fact.id, model, fact.continuation, prob, float(np.log(prob / (1 - prob))), len(of_fact)))
+        log_odds = float(np.log(prob / (1 - prob)))
+        rows.append(of_fact.assign(fact_id=fact.id, model=model, base_prob=prob, base_measure=log_odds))
+        base.append(
+            {
+                "fact_id": fact.id,
+                "model": model,
+                "target_token": fact.continuation,
+                "prob": prob,
+                "measure": log_odds,
+                "edges": len(of_fact),
+            }
+        )
         prompts.append((model, fact.id, prompt.tokens, prompt.positions("subject")))
+    table = pd.concat(rows, ignore_index=True)[list(EDGES)]
     return FlowData(
-        pd.concat(rows, ignore_index=True)[list(EDGES)],
-        pd.DataFrame(base, columns=list(BASE)),
+        table.astype(dict.fromkeys(("mixer", "path", "features"), "category")),
+        pd.DataFrame(base)[list(BASE)],
         pd.DataFrame(columns=["fact_id", "source", "reason"]),
         pd.DataFrame([(f.id, f.prompt, f.subject, f.target, f.relation) for f in facts],
                      columns=["fact_id", "prompt", "subject", "target", "relation"]),
@@ -63,7 +72,8 @@ def edges(
                     if pieces[target] == "last":
                         size *= 4
                     rows.append((layer, "mamba1", path, source, target, pieces[source], pieces[target], "all", size))
-    table = pd.DataFrame(rows, columns=[name for name in EDGES[2:] if name != "exact"])
+    names = ["layer", "mixer", "path", "source", "target", "source_piece", "target_piece", "features", "attributed"]
+    table = pd.DataFrame(rows, columns=names)
     subject = pieces.index("subject_last")
     relay = min(subject + 1, time - 1)
     for layer, path, source, target, size in [
@@ -78,6 +88,9 @@ def edges(
     table["exact"] = np.nan
     strong = table.attributed.abs().sort_values(ascending=False).index[:exact]
     drawn = rng.choice(len(table), min(exact // 3, len(table)), replace=False)
+    table["chosen"] = ""
+    table.loc[drawn, "chosen"] = "sample"
+    table.loc[strong, "chosen"] = "top"
     for index in {*strong, *drawn}:
         table.loc[index, "exact"] = table.attributed[index] * rng.uniform(0.5, 1.4) + 0.02 * rng.standard_normal()
     return table

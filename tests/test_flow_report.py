@@ -130,7 +130,7 @@ def test_what_does_not_fit_the_flow_is_refused(flow: FlowData, tmp_path: Path) -
         write_flow_report(flow, out, facts=0)
     with pytest.raises(MambalensError, match="features have no feature and no attributed"):
         write_flow_report(flow, out, features=features_of(flow).drop(columns=["feature", "attributed"]))
-    with pytest.raises(MambalensError, match=r"the edge \(99, 'main', 0, 1\), which is not an edge"):
+    with pytest.raises(MambalensError, match=r"edge \(99, 'main', 0, 1\) is not an edge of this prompt"):
         write_flow_report(flow, out, routes={("atlas-mamba1", FAR.id): [(99, "main", 0, 1)]})
     with pytest.raises(MambalensError, match="'log_prob'"):
         write_flow_report(flow, out, measure="log_probs")
@@ -265,13 +265,13 @@ def test_a_node_lists_what_it_reads_and_hands_on(tab: Any, flow: FlowData) -> No
     fact(tab, FAR.id)
     (_, _, _, relay), (layer, _, _, _) = route_of(flow, FAR.id)
     table = flow.strongest(300, FAR.id)
-    tab.locator(f"#graph .node[data-position='{relay}'][data-row='{layer}'] .dot").click()
+    tab.locator(f"#graph .node[data-position='{relay}'][data-row='{layer + 0.5}'] .dot").click()
     said = tab.inner_text("#chosen")
-    assert f"({relay}), before layer {layer}" in said and "after_subject" in said
-    reads = table[(table.target == relay) & (table.layer < layer)]
-    hands = table[(table.source == relay) & (table.layer >= layer)]
-    assert f"{len(reads)} of the edges that the page keeps, in lower layers" in said
-    assert f"{len(hands)} of the edges that the page keeps, in this layer" in said
+    assert f"({relay}), in layer {layer}, behind its convolution" in said and "after_subject" in said
+    reads = table[(table.target == relay) & ((table.layer < layer) | (table.layer == layer) & (table.path == "conv"))]
+    hands = table[(table.source == relay) & ((table.layer > layer) | (table.layer == layer) & (table.path == "main"))]
+    assert f"{len(reads)} of the edges that the page keeps, in what lies below" in said
+    assert f"{len(hands)} of the edges that the page keeps, in what lies above" in said
     lists = tab.locator("#chosen ul")
     assert [lists.nth(i).locator("li").count() for i in (0, 1)] == [len(reads), len(hands)]
     assert shown(reads.effect.iloc[0]) in lists.nth(0).locator("li").first.inner_text()

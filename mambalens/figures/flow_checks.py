@@ -98,7 +98,7 @@ def certificate(flow: FlowData, measure: str = "log_odds", title: str | None = N
     """Attributed against exact effects of the edges that were cut, by path; a panel for each model.
 
     Stated are the median over facts of the rank correlation of a fact's edges, and the share of edges whose sign is the
-    same (those without any exact effect left out).
+    same (those without any exact effect left out): of those cut as the strongest, where that is known.
 
     Args:
         flow: with edges that have both numbers.
@@ -115,7 +115,7 @@ def certificate(flow: FlowData, measure: str = "log_odds", title: str | None = N
         raise MambalensError("No edge of the flow was cut and attributed too: there is nothing to compare. Certify it.")
     models = list(table.model.unique())
     figure, axes = plt.subplots(
-        1, len(models), figsize=(3.9 * len(models) + 1.5, 4.3), squeeze=False, layout="constrained"
+        1, len(models), figsize=(3.9 * len(models) + 1.5, 4.6), squeeze=False, layout="constrained"
     )
     words = {"main": main_path(flow), **PATHS}
     handles: dict[str, Any] = {}
@@ -166,16 +166,19 @@ def _ticks(reach: float) -> list[float]:
 
 def _agreement(rows: pd.DataFrame) -> str:
     """Rank correlation of the median fact and agreement of signs, in words."""
+    chosen = rows.chosen == "top" if "chosen" in rows else np.zeros(len(rows), bool)
+    strong = rows[chosen] if chosen.any() else rows  # a random edge's effect is next to nothing
     found = []
-    for _, fact in rows.groupby("fact_id"):
+    for _, fact in strong.groupby("fact_id"):
         if len(fact) > 2 and fact.attributed.nunique() > 1 and fact.exact.nunique() > 1:
             found.append(float(stats.spearmanr(fact.attributed, fact.exact).statistic))
-    signs = rows[rows.exact != 0]
+    signs = strong[strong.exact != 0]
     same = 100 * float((np.sign(signs.attributed) == np.sign(signs.exact)).mean()) if len(signs) else float("nan")
     facts = rows.fact_id.nunique()
     rho = f"rank correlation {np.median(found):.2f}" if found else "rank correlation not known"
     whose = " in the median fact" if len(found) > 1 else ""
+    which = "strongest: " if chosen.any() else ""
     return (
-        f"{rho.replace('-', '−')}{whose}, signs agree in {same:.0f} %\n"
-        f"{len(rows):,} edges of {facts:,} fact{'s' if facts > 1 else ''}"
+        f"{which}{rho.replace('-', '−')}{whose},\nsigns agree in {same:.0f} %\n"
+        f"{len(rows):,} edges cut, of {facts:,} fact{'s' if facts > 1 else ''}"
     )

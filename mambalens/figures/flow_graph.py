@@ -26,6 +26,8 @@ MOST = 40
 """Edges that a graph shows."""
 HALO = "#F0E442"
 """Colour around a marked route."""
+Edge = tuple[int, str, int, int]
+"""Layer, path, source and target."""
 _DASHES = (0, (3.2, 1.6))
 _WIDEST, _THINNEST = 5.0, 0.7  # points
 _LEFT, _RIGHT, _TOP = 0.75, 2.1, 0.95  # margins in inches
@@ -41,13 +43,14 @@ class _Prompt(NamedTuple):
     tokens: list[str]
     subject: list[int]
     base: Any
+    target: str
     layers: int
 
 
 def graph(
     flow: FlowData,
     fact_id: str,
-    route: Iterable[tuple[int, str, int, int]] = (),
+    route: Iterable[Edge | Sequence[Edge]] = (),
     most: int = MOST,
     model: str | None = None,
     features: str | None = None,
@@ -56,14 +59,16 @@ def graph(
 ) -> Figure:
     """The strongest edges of one prompt, each from its source before a layer to its target after it.
 
-    Solid edges were cut and their numbers are exact, dashed ones are attributed. Width is the size of the effect; an
-    arrow's head says that the edge helps the answer, a bar that it works against it. The path has its colour and its
-    marker in the edge's middle. What is not shown is said.
+    Where a layer has a convolution and a scan behind it, edges of the one end, and those of the other begin, half a
+    layer up: there the convolution hands on to the scan. Solid edges were cut and their numbers are exact, dashed ones
+    are attributed. Width is the size of the effect; an arrow's head says that the edge helps the answer, a bar that it
+    works against it. The path has its colour and its marker in the edge's middle. What is not shown is said.
 
     Args:
         flow: edges and what is known of their facts.
         fact_id: the fact.
-        route: edges (layer, path, source, target) that are marked, and shown also where they are weak.
+        route: hops that are marked, each an edge (layer, path, source, target) or several side by side. Of a hop's
+            edges those are marked that are shown, and its strongest in any case.
         most: edges that are shown.
         model, features: which, where the flow has several.
         measure: what effects are measured in, a key of `flow.table.MEASURES`.
@@ -77,12 +82,13 @@ def graph(
         raise MambalensError(f"most={most}: give 1 or more edges to show.")
     if measure not in MEASURES:
         raise MambalensError(f"measure={measure!r} is not a measure: {choose(measure, MEASURES)}.")
-    marked = _marked(prompt, route)
     edges = prompt.edges
+    hops = route_hops(edges, route, f"has {len(prompt.tokens)} tokens and {prompt.layers} layers")
+    marked = [index for hop in hops for place, index in enumerate(hop) if not place or index in edges.index[:most]]
     shown = edges[(np.arange(len(edges)) < most) | edges.index.isin(marked)]
     length, rows = len(prompt.tokens), prompt.layers + 1
     column = float(np.clip(11.5 / length, 0.42, 0.95))
-    row = float(np.clip(6.5 / rows, 0.29, 0.5))
+    row = float(np.clip(7.0 / rows, 0.32, 0.55))
     labels, slanted = _labels(prompt.tokens, column)
     deep = max(map(len, labels))
     bottom = 0.32 + (0.062 * deep if slanted else 0.25)
@@ -96,11 +102,11 @@ def graph(
     axis.set_xlim(-0.5, length - 0.5)
     axis.set_ylim(-0.45, prompt.layers + 0.55)
     scale = np.array([column, height / rows])
-    _streams(axis, prompt, shown, marked)
+    _streams(axis, prompt, shown, [[index for index in hop if index in marked] for hop in hops])
     reach = float(shown.effect.abs().max()) if len(shown) else 1.0
     # The strongest on top; the marked route on top of all.
     order = [*(index for index in shown.index[::-1] if index not in marked), *marked]
-    together = shown.groupby(["layer", "source", "target"]).path.transform("count")
+    together = shown.groupby(["layer", "source", "target"], observed=True).path.transform("count")
     for rank, index in enumerate(order):
         edge = shown.loc[index]
         beside = list(PATH_STYLES).index(edge.path) - 1 if together[index] > 1 else 0
@@ -111,9 +117,24 @@ def graph(
         text = textwrap.shorten(lines, int((size[0] - 0.4) * (13.2 if number == 0 else 16)), placeholder=" …")
         figure.text(0.2 / size[0], 1 - place / size[1], plain(text), fontsize=large, va="top",
                     color="black" if number == 0 else "#444444")  # fmt: skip
-    _legend(axis, flow, shown, reach, bool(marked), measure, size)
+    _legend(axis, flow, shown, reach, (len(marked), sum(map(len, hops))), measure, size)
     plt.close(figure)  # shown by whoever gets it, once
     return figure
+
+
+def levels(edges: pd.DataFrame) -> pd.DataFrame:
+    """The same edges with `begin` and `end`: l is the residual stream before layer l.
+
+    What the convolution hands over is read by the scan behind it in the same layer: where a mixer has both, the
+    convolution's edges end, and the others begin, at l + 1/2.
+    """
+    conv = (edges.path == "conv").to_numpy()
+    share = edges.assign(conv=conv).groupby(["layer", "mixer"], observed=True).conv.transform("mean").to_numpy()
+    both, layer = (share > 0) & (share < 1), edges.layer.to_numpy()
+    return edges.assign(
+        begin=layer + np.where(both & ~conv, 0.5, 0.0),
+        end=layer + np.where(both & conv, 0.5, 1.0),
+    )
 
 
 def _prompt(flow: FlowData, fact_id: str, model: str | None, features: str | None) -> _Prompt:
@@ -137,26 +158,38 @@ def _prompt(flow: FlowData, fact_id: str, model: str | None, features: str | Non
     known = flow.base[(flow.base.model == model) & (flow.base.fact_id == fact_id)]
     if not len(known):
         raise MambalensError(f"The flow was kept without the base of {fact_id!r}: run it again in its folder.")
-    edges = edges.assign(effect=edges.exact.fillna(edges.attributed))
+    edges = levels(edges).assign(effect=edges.exact.fillna(edges.attributed))
     order = np.argsort(-edges.effect.abs().to_numpy(), kind="stable")
     layers = next((one.n_layers for one in flow.configs if one.model == model), int(edges.layer.max()) + 1)
     tokens, subject = list(prompts.tokens.iloc[0]), [int(i) for i in prompts.subject.iloc[0]]
-    return _Prompt(model, edges.iloc[order], tokens, subject, known.iloc[0], layers)
+    target = str(flow.facts.target[flow.facts.fact_id == fact_id].iloc[0])
+    return _Prompt(model, edges.iloc[order], tokens, subject, known.iloc[0], target.strip() or target, layers)
 
 
-def _marked(prompt: _Prompt, route: Iterable[tuple[int, str, int, int]]) -> list[Any]:
-    """Index of the route's edges."""
+def route_hops(edges: pd.DataFrame, route: Iterable[Edge | Sequence[Edge]], has: str) -> list[list[Any]]:
+    """Rows of a route's edges, hop by hop, the strongest of each hop first.
+
+    Args:
+        edges: of one prompt, the strongest first.
+        route: hops, each an edge or several.
+        has: what the prompt has, for the message.
+
+    Raises:
+        MambalensError: if the prompt has no such edge.
+    """
+    names = edges[["layer", "path", "source", "target"]].itertuples(index=False, name=None)
+    rows = {edge: (place, index) for place, (edge, index) in enumerate(zip(names, edges.index, strict=True))}
     found = []
-    edges = prompt.edges
-    for layer, path, source, target in route:
-        same = (edges.layer == layer) & (edges.path == path) & (edges.source == source) & (edges.target == target)
-        if not same.any():
-            raise MambalensError(
-                f"The route's edge (layer {layer}, path {path!r}, {source} -> {target}) is not an edge of this prompt: "
-                f"it has {len(prompt.tokens)} tokens, layers 0 to {prompt.layers - 1} and the paths "
-                f"{', '.join(map(repr, edges.path.unique()))}."
-            )
-        found.append(edges.index[same][0])
+    for hop in route:
+        places = []
+        for edge in [hop] if isinstance(hop[0], int | np.integer) else hop:
+            if tuple(edge) not in rows:  # type: ignore[arg-type]
+                raise MambalensError(
+                    f"The route's edge {edge} is not an edge of this prompt, which {has}: give layer, path, source and "
+                    "target as the flow's table has them."
+                )
+            places.append(rows[tuple(edge)])  # type: ignore[arg-type]
+        found.append([index for _, index in sorted(places)])
     return found
 
 
@@ -166,26 +199,27 @@ def _labels(tokens: Sequence[str], column: float) -> tuple[list[str], bool]:
     return [visible(token) for token in short], max(map(len, short)) * 0.085 > column
 
 
-def _streams(axis: Any, prompt: _Prompt, shown: pd.DataFrame, marked: list[Any]) -> None:
+def _streams(axis: Any, prompt: _Prompt, shown: pd.DataFrame, hops: list[list[Any]]) -> None:
     """Residual streams as faint lines, stronger between the first and the last edge that a position has."""
     last = len(prompt.tokens) - 1
     for position in range(last + 1):
         axis.axvline(position, color="#E8E8E8", linewidth=0.8, zorder=0)
-        rows = [*shown.layer[shown.source == position], *(shown.layer[shown.target == position] + 1)]
+        rows = [*shown.begin[shown.source == position], *shown.end[shown.target == position]]
         if position == last and len(shown):
             rows.append(prompt.layers)  # from here the answer is read
         if rows:
             axis.plot([position] * 2, [min(rows), max(rows)], color="#BBBBBB", linewidth=1.4, zorder=1)
-            axis.plot([position] * len(rows), rows, "o", color="#777777", markersize=3.2, zorder=2.5, clip_on=False)
-    route = prompt.edges.loc[marked, ["layer", "source", "target"]].to_numpy()
-    for (layer, _, relay), (after, source, _) in pairwise(route):
-        if relay == source:
-            axis.plot([relay, relay], [layer + 1, after], color=HALO, linewidth=8, zorder=0.5)
+            axis.plot([position] * len(rows), rows, "o", color="#777777", markersize=2.8, zorder=2.5, clip_on=False)
+    for before, after in pairwise(prompt.edges.loc[hop] for hop in hops):
+        for relay in set(before.target) & set(after.source):
+            begin, end = before.end[before.target == relay].min(), after.begin[after.source == relay].max()
+            if begin <= end:
+                axis.plot([relay, relay], [begin, end], color=HALO, linewidth=8, zorder=0.5)
 
 
 def _edge(axis: Any, edge: Any, scale: np.ndarray, reach: float, beside: int, marked: bool, zorder: float) -> None:
     """One edge: its line, the path's marker in its middle, and its head."""
-    begin, end = np.array([edge.source, edge.layer], float), np.array([edge.target, edge.layer + 1], float)
+    begin, end = np.array([edge.source, edge.begin], float), np.array([edge.target, edge.end], float)
     along = (end - begin) * scale  # inches
     length = float(np.hypot(*along))
     unit = along / length
@@ -230,9 +264,8 @@ def _axes(axis: Any, prompt: _Prompt, labels: list[str], slanted: bool) -> None:
     axis.set_ylabel("Residual stream before layer", fontsize=9)
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)
-    answer = str(prompt.base.target_token).strip() or str(prompt.base.target_token)
     axis.annotate(
-        plain(f"→ {answer}"), (len(labels) - 1, prompt.layers), (9, 0), textcoords="offset points", fontsize=9.5,
+        plain(f"→ {prompt.target}"), (len(labels) - 1, prompt.layers), (9, 0), textcoords="offset points", fontsize=9.5,
         fontweight="bold", va="center", annotation_clip=False,
     )  # fmt: skip
 
@@ -241,7 +274,6 @@ def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str)
     """Heading, what is known without a cut, and what is shown and left out."""
     base, edges = prompt.base, prompt.edges
     text = "".join(prompt.tokens).strip()
-    target = str(base.target_token).strip()
     whole = float(edges.effect.abs().sum())
     share = 100 * float(shown.effect.abs().sum()) / whole if whole else 100.0
     exact = int(shown.exact.notna().sum())
@@ -250,14 +282,20 @@ def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str)
     rest = "" if np.isnan(left) else f"; none that is left out has more than {left:.2g}"
     return (
         title or f"{prompt.model}: {text}",
-        f"Without a cut P({target!r}) = {base.prob:.3g}; {name[0].lower() + name[1:]}: {signed(base.measure)}",
+        f"Without a cut P({prompt.target!r}) = {base.prob:.3g}; {name[0].lower() + name[1:]}: {signed(base.measure)}",
         f"{len(shown):,} of {len(edges):,} edges, {share:.0f} % of the absolute effect{rest}; "
         f"{exact:,} of the {len(shown):,} are exact",
     )
 
 
 def _legend(
-    axis: Any, flow: FlowData, shown: pd.DataFrame, reach: float, marked: bool, measure: str, size: tuple[float, float]
+    axis: Any,
+    flow: FlowData,
+    shown: pd.DataFrame,
+    reach: float,
+    marked: tuple[int, int],
+    measure: str,
+    size: tuple[float, float],
 ) -> None:
     words = {"main": main_path(flow), **PATHS}
     handles = [
@@ -272,12 +310,13 @@ def _legend(
         Line2D([], [], color=grey, linewidth=0, marker=">", markersize=7, label="helps the answer"),
         Line2D([], [], color=grey, linewidth=0, marker="|", markersize=9, markeredgewidth=2, label="works against it"),
     ]
-    if marked:
-        handles.append(Line2D([], [], color=HALO, linewidth=7, label="the marked route"))
+    if marked[0]:
+        part = "" if marked[0] == marked[1] else f"\n({marked[0]} of its {marked[1]} edges)"
+        handles.append(Line2D([], [], color=HALO, linewidth=7, label=f"the marked route{part}"))
     unit = " nats" if "nats" in MEASURES[measure] else ""
-    for part in (1.0, 0.4):
-        handles.append(Line2D([], [], color=grey, linewidth=max(_WIDEST * part, _THINNEST),
-                              label=f"{part * reach:.2g}{unit}"))  # fmt: skip
+    for relative in (1.0, 0.4):
+        handles.append(Line2D([], [], color=grey, linewidth=max(_WIDEST * relative, _THINNEST),
+                              label=f"{relative * reach:.2g}{unit}"))  # fmt: skip
     axis.legend(
         handles=handles, loc="upper left", bbox_to_anchor=(1 - (_RIGHT - 0.3) / size[0], 1 - (_TOP + 0.6) / size[1]),
         bbox_transform=axis.figure.transFigure, frameon=False, fontsize=8.5, borderaxespad=0, handlelength=2.4,

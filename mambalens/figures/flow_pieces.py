@@ -70,7 +70,7 @@ def pieces_of(flow: FlowData, model: str | None = None, features: str | None = N
     pairs = table.source_piece.astype(str) + "\0" + table.target_piece.astype(str)
     # A fact that has both pieces and no edge between them on a path, or in a layer, has an effect of zero there.
     having = table.groupby(pairs).fact_id.nunique()
-    sums = table.groupby([pairs.rename("pair"), "path", "layer"]).effect.sum()
+    sums = table.groupby([pairs.rename("pair"), table.path.astype(str), "layer"]).effect.sum()
     cells = sums.div(having.reindex(sums.index.get_level_values("pair")).to_numpy())
     # Pairs that few facts have matter as little as they are rare.
     weight = (cells.abs().groupby("pair").sum() * having).sort_values(ascending=False, kind="stable")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 
 from mambalens.facts.roles import pieces
+from mambalens.figures.flow_graph import Edge, levels, route_hops
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, signed
-from mambalens.flow.table import MEASURES
+from mambalens.flow.table import EDGE, MEASURES
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.html.render import render
 from mambalens.report.assets import plain, rounded, texts, write
@@ -31,8 +32,8 @@ FEATURES = ("fact_id", "model", "layer", "path", "source", "target", "feature", 
 _EDGE = ["layer", "path", "source", "target"]
 _PROMPT = ["model", "features", "fact_id"]
 
-Route = Iterable[tuple[int, str, int, int]]
-"""Edges (layer, path, source, target), one after the other."""
+Route = Sequence[Edge | Sequence[Edge]]
+"""Hops, each an edge (layer, path, source, target) or several side by side."""
 
 
 def write_flow_report(
@@ -42,7 +43,7 @@ def write_flow_report(
     facts: int = FACTS,
     edges: int = EDGES,
     features: pd.DataFrame | None = None,
-    routes: Mapping[tuple[str, str], Route] | None = None,
+    routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None = None,
     measure: str = "log_odds",
 ) -> Path:
     """Write one HTML page to look at a flow with; it needs no network.
@@ -54,7 +55,8 @@ def write_flow_report(
         facts: facts of each model that can be chosen; means by piece are over all.
         edges: the strongest edges of each prompt, which the page keeps.
         features: what single features of edges carry, one row a feature: columns `FEATURES`.
-        routes: by model and fact_id, the route to mark.
+        routes: by model and fact_id, the route to mark; or a table of them with the columns model, fact_id and edges,
+            of which the first of each fact is taken.
         measure: what effects are measured in, a key of `flow.table.MEASURES`.
 
     Returns:
@@ -74,7 +76,7 @@ def write_flow_report(
     if missing:
         raise MambalensError(f"The features have no {' and no '.join(missing)}: columns are {', '.join(FEATURES)}.")
     heading = title or f"Where facts flow: {', '.join(flow.models)}"
-    return write(path, _page(flow, heading, facts, edges, features, dict(routes or {}), measure))
+    return write(path, _page(flow, heading, facts, edges, features, _routes(routes), measure))
 
 
 def _page(
@@ -111,6 +113,17 @@ def _page(
     )  # fmt: skip
 
 
+def _routes(routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None) -> dict[tuple[str, str], Route]:
+    """Routes by model and fact."""
+    if not isinstance(routes, pd.DataFrame):
+        return dict(routes or {})
+    missing = [name for name in ("model", "fact_id", "edges") if name not in routes]
+    if missing:
+        raise MambalensError(f"The routes have no {' and no '.join(missing)}: they need model, fact_id and edges.")
+    first = routes.drop_duplicates(["model", "fact_id"])
+    return {(str(one.model), str(one.fact_id)): one.edges for one in first.itertuples()}
+
+
 def _layers(flow: FlowData) -> dict[str, int]:
     """Layers of every model."""
     return {one.model: one.n_layers for one in flow.configs}
@@ -136,9 +149,12 @@ def _prompts(
     facts = flow.facts.drop_duplicates("fact_id").set_index("fact_id")
     base = flow.base.set_index(["model", "fact_id"])
     tokens = flow.prompts.set_index(["model", "fact_id"])
-    single = {} if features is None else dict(tuple(features.groupby(["model", "fact_id"], sort=False)))
-    ids = {model: set(part.fact_id.unique()[:most_facts]) for model, part in table.groupby("model", sort=False)}
-    for found_key, found in table.groupby(_PROMPT, sort=False):
+    single = {} if features is None else dict(tuple(features.groupby(["model", "fact_id"], sort=False, observed=True)))
+    ids = {
+        model: set(part.fact_id.unique()[:most_facts])
+        for model, part in table.groupby("model", sort=False, observed=True)
+    }
+    for found_key, found in table.groupby(_PROMPT, sort=False, observed=True):
         key: tuple[Any, ...] = found_key  # type: ignore[assignment]
         model, group, fact_id = key
         if fact_id not in ids[model]:
@@ -148,10 +164,12 @@ def _prompts(
                 raise MambalensError(
                     f"The flow was kept without the {what} of {fact_id!r}: run it again in its folder."
                 )
+        found = levels(found)
         edges = found.iloc[np.argsort(-found.effect.abs().to_numpy(), kind="stable")]
-        route = [tuple(edge) for edge in routes.get((model, fact_id), ())]
-        steps = _steps(edges, route, fact_id)
-        kept = edges[(np.arange(len(edges)) < most_edges) | edges.index.isin(list(steps))]
+        hops = route_hops(edges, routes.get((model, fact_id), ()), f"is {fact_id!r}")
+        steps = {index: step for step, hop in enumerate(hops) for index in hop}
+        leads = [hop[0] for hop in hops]
+        kept = edges[(np.arange(len(edges)) < most_edges) | edges.index.isin(leads)]
         of_base, of_tokens, fact = base.loc[(model, fact_id)], tokens.loc[(model, fact_id)], facts.loc[fact_id]
         at = [dict(zip(edges[name], edges[f"{name}_piece"], strict=True)) for name in ("source", "target")]
         yield {
@@ -159,7 +177,7 @@ def _prompts(
             "features": group,
             "id": fact_id,
             "text": pieces(fact["prompt"], fact["subject"]),
-            "target": str(of_base.target_token),
+            "target": str(fact["target"]),
             "prob": rounded([of_base.prob])[0],
             "measure": rounded([of_base.measure])[0],
             "tokens": list(of_tokens.tokens),
@@ -169,25 +187,14 @@ def _prompts(
             "whole": float(edges.effect.abs().sum()),
             "exact": int(edges.exact.notna().sum()),
             "edges": {
-                **{name: kept[name].tolist() for name in ("layer", "mixer", "path", "source", "target")},
+                **{name: kept[name].tolist() for name in (*EDGE, "begin", "end")},
                 "attributed": rounded(kept.attributed),
                 "exact": rounded(kept.exact),
                 "step": [steps.get(index) for index in kept.index],
+                "lead": [index in leads for index in kept.index],
             },
             "single": _single(kept, single.get((model, fact_id))),
         }  # fmt: skip
-
-
-def _steps(edges: pd.DataFrame, route: list[tuple[Any, ...]], fact_id: str) -> dict[Any, int]:
-    """Which step of the route an edge is, by its row."""
-    rows = dict(zip(edges[_EDGE].itertuples(index=False, name=None), edges.index, strict=True))
-    for edge in route:
-        if edge not in rows:
-            raise MambalensError(
-                f"The route {route} of {fact_id!r} has the edge {edge}, which is not an edge of its prompt: give "
-                "layer, path, source and target as the flow's table has them."
-            )
-    return {rows[edge]: step for step, edge in enumerate(route)}
 
 
 def _single(kept: pd.DataFrame, features: pd.DataFrame | None) -> dict[int, list[tuple[Any, float | None]]]:
@@ -196,7 +203,7 @@ def _single(kept: pd.DataFrame, features: pd.DataFrame | None) -> dict[int, list
         return {}
     place = {edge: i for i, edge in enumerate(kept[_EDGE].itertuples(index=False, name=None))}
     found = {}
-    for edge, rows in features.groupby(_EDGE, sort=False):
+    for edge, rows in features.groupby(_EDGE, sort=False, observed=True):
         if edge in place:
             rows = rows.iloc[np.argsort(-rows.attributed.abs().to_numpy(), kind="stable")]
             found[place[edge]] = list(zip(rows.feature.tolist(), rounded(rows.attributed), strict=True))

@@ -66,7 +66,7 @@ function filter() {
   const weakest = Math.abs(prompt.list[Number(value("strength")) - 1]?.effect ?? 0);
   form.elements.least.value = `at least ${Number(weakest.toPrecision(2))}${unit}`;
   shown = prompt.list.filter((edge) => on.has(edge.path) && edge.layer >= from && edge.layer <= to &&
-    (Math.abs(edge.effect) >= weakest || edge.step !== null) && (!form.elements.exact.checked || edge.exact !== null));
+    (Math.abs(edge.effect) >= weakest || edge.lead) && (!form.elements.exact.checked || edge.exact !== null));
   if (chosen?.edge && !shown.includes(chosen.edge)) chosen = null;
 }
 
@@ -78,7 +78,6 @@ const svg = (tag, attributes = {}, text = null) => {
   if (text !== null) made.textContent = text;
   return made;
 };
-const isOf = (edge, position, row) => (edge.source === position && edge.layer === row) || (edge.target === position && edge.layer + 1 === row);
 /** What of the graph belongs to what is chosen; null: everything. */
 function lit(edge) {
   if (chosen === null) return true;
@@ -86,8 +85,8 @@ function lit(edge) {
   return reads(chosen).includes(edge) || handsOn(chosen).includes(edge);
 }
 /** Edges into a position below a row, and out of it from the row on: among all that the page keeps. */
-const reads = ({ position, row }) => prompt.list.filter((edge) => edge.target === position && edge.layer < row);
-const handsOn = ({ position, row }) => prompt.list.filter((edge) => edge.source === position && edge.layer >= row);
+const reads = ({ position, row }) => prompt.list.filter((edge) => edge.target === position && edge.end <= row);
+const handsOn = ({ position, row }) => prompt.list.filter((edge) => edge.source === position && edge.begin >= row);
 const widthOf = (edge) => Math.max((WIDEST * Math.abs(edge.effect)) / Math.abs(prompt.list[0].effect || 1), THINNEST);
 
 /** The marker in an edge's middle, which says its path without colour. */
@@ -114,7 +113,7 @@ function drawGraph() {
   let column = Math.min(Math.max((room - 36) / n, 24), 110);
   const slanted = Math.max(...labels.map(wide)) + 6 > column;
   const left = slanted ? Math.max(16, ...labels.map((text, i) => 0.72 * wide(text) + 8 - (i + 0.5) * column)) : 8;
-  const row = Math.min(Math.max(560 / (layers + 1), 24), 44), top = 34;
+  const row = Math.min(Math.max(600 / (layers + 1), 28), 48), top = 34;
   const below = slanted ? 22 + 0.72 * Math.max(...labels.map(wide)) : 30;
   const width = Math.ceil(left + n * column + 14), height = Math.ceil(top + layers * row + below);
   const X = (i) => left + (i + 0.5) * column, Y = (layer) => top + (layers - layer) * row;
@@ -130,8 +129,8 @@ function drawGraph() {
   const picture = svg("svg", { width, height, role: "group", "aria-label": `Graph of ${shown.length} edges, layers from below to above, tokens from left to right; the same edges are in the table` });
   const nodes = new Map();
   for (const edge of shown) {
-    nodes.set(`${edge.source} ${edge.layer}`, { position: edge.source, row: edge.layer });
-    nodes.set(`${edge.target} ${edge.layer + 1}`, { position: edge.target, row: edge.layer + 1 });
+    nodes.set(`${edge.source} ${edge.begin}`, { position: edge.source, row: edge.begin });
+    nodes.set(`${edge.target} ${edge.end}`, { position: edge.target, row: edge.end });
   }
   nodes.set(`${n - 1} ${layers}`, { position: n - 1, row: layers }); // where the answer is read
   for (let i = 0; i < n; i++) {
@@ -145,25 +144,28 @@ function drawGraph() {
   }
   picture.append(svg("text", { x: X(n - 1) + 8, y: 14, "text-anchor": "end", class: "bold" }, `→ ${short(visible(prompt.target.trim()), 24)}`));
 
-  const route = prompt.list.filter((edge) => edge.step !== null).sort((a, b) => a.step - b.step);
-  route.slice(1).forEach((after, k) => {
-    const before = route[k];
-    if (before.target === after.source && shown.includes(before) && shown.includes(after))
-      picture.append(svg("line", { x1: X(after.source), x2: X(after.source), y1: Y(before.layer + 1), y2: Y(after.layer), stroke: HALO, "stroke-width": 12, "stroke-opacity": 0.8 }));
-  });
+  const marked = shown.filter((edge) => edge.step !== null);
+  for (const relay of new Set(marked.map((edge) => edge.target))) {
+    for (const step of new Set(marked.map((edge) => edge.step))) {
+      const before = marked.filter((edge) => edge.step === step && edge.target === relay).map((edge) => edge.end);
+      const after = marked.filter((edge) => edge.step === step + 1 && edge.source === relay).map((edge) => edge.begin);
+      if (before.length && after.length && Math.min(...before) < Math.max(...after))
+        picture.append(svg("line", { x1: X(relay), x2: X(relay), y1: Y(Math.min(...before)), y2: Y(Math.max(...after)), stroke: HALO, "stroke-width": 12, "stroke-opacity": 0.8 }));
+    }
+  }
   const beside = new Map();
   for (const edge of shown) {
     const key = `${edge.layer} ${edge.source} ${edge.target}`;
     beside.set(key, (beside.get(key) ?? 0) + 1);
   }
   const ends = new Map(shown.map((edge) => {
-    const dx = X(edge.target) - X(edge.source), dy = Y(edge.layer + 1) - Y(edge.layer), length = Math.hypot(dx, dy);
+    const dx = X(edge.target) - X(edge.source), dy = Y(edge.end) - Y(edge.begin), length = Math.hypot(dx, dy);
     const [ux, uy] = [dx / length, dy / length];
     // Several paths between the same two nodes lie beside each other.
     const aside = beside.get(`${edge.layer} ${edge.source} ${edge.target}`) > 1 ? 6 * (["main", "conv", "erase"].indexOf(edge.path) - 1) : 0;
     return [edge, {
-      x1: X(edge.source) + 4 * ux - aside * uy, y1: Y(edge.layer) + 4 * uy + aside * ux,
-      x2: X(edge.target) - 7 * ux - aside * uy, y2: Y(edge.layer + 1) - 7 * uy + aside * ux, angle: (180 * Math.atan2(dy, dx)) / Math.PI,
+      x1: X(edge.source) + 4 * ux - aside * uy, y1: Y(edge.begin) + 4 * uy + aside * ux,
+      x2: X(edge.target) - 7 * ux - aside * uy, y2: Y(edge.end) - 7 * uy + aside * ux, angle: (180 * Math.atan2(dy, dx)) / Math.PI,
     }];
   }));
   const line = (edge, attributes) => { const { x1, y1, x2, y2 } = ends.get(edge); return svg("line", { x1, y1, x2, y2, ...attributes }); };
@@ -199,7 +201,7 @@ function drawGraph() {
   $("graph").scrollLeft = at;
 }
 const isChosen = (node) => chosen !== null && !chosen.edge && chosen.position === node.position && chosen.row === node.row;
-const rowName = (row) => (row === data.layers[prompt.model] ? "after the last layer" : `before layer ${row}`);
+const rowName = (row) => (row === data.layers[prompt.model] ? "after the last layer" : Number.isInteger(row) ? `before layer ${row}` : `in layer ${Math.floor(row)}, behind its convolution`);
 
 function drawLegend() {
   const sample = (...parts) => { const made = svg("svg", { width: 36, height: 16, "aria-hidden": "true" }); made.append(...parts); return made; };
@@ -256,7 +258,7 @@ function drawChosen() {
   if (chosen.edge) return box.replaceChildren(...aboutEdge(chosen.edge));
   const title = element("h3", `${token(chosen.position)} (${chosen.position}), ${rowName(chosen.row)}`);
   const piece = element("p", prompt.pieces[chosen.position], { className: "caption" });
-  box.replaceChildren(title, piece, ...listed("Has read", "lower layers", reads(chosen)), ...listed("Hands on", "this layer and higher ones", handsOn(chosen)));
+  box.replaceChildren(title, piece, ...listed("Has read", "what lies below", reads(chosen)), ...listed("Hands on", "what lies above", handsOn(chosen)));
 }
 
 function aboutEdge(edge) {
@@ -269,7 +271,7 @@ function aboutEdge(edge) {
     ["Layer, path", `${edge.layer}, ${paths[edge.path].word} (${edge.mixer})`],
     ["Source", quoted(edge.source)],
     ["Target", quoted(edge.target)],
-    ...(edge.step === null ? [] : [["Route", `step ${edge.step + 1}`]]),
+    ...(edge.step === null ? [] : [["Route", `hop ${edge.step + 1}`]]),
   ];
   for (const [name, text] of rows) {
     const line = element("div");

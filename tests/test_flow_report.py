@@ -124,6 +124,23 @@ def test_few_facts_and_edges_are_kept_where_few_are_asked_for_and_the_rest_is_sa
     assert "1 further facts of atlas-mamba1" in page.read_text() and pieces_of(short).facts == 2
 
 
+def test_the_first_route_of_a_table_is_marked_with_those_of_a_hops_edges_that_the_page_keeps(
+    flow: FlowData, tmp_path: Path
+) -> None:
+    names = flow.strongest(60, FAR.id)[["layer", "path", "source", "target"]].itertuples(index=False, name=None)
+    edges = list(names)
+    routes = pd.DataFrame({
+        "model": "atlas-mamba1", "fact_id": FAR.id, "rank": [1, 2],
+        "edges": [[[edges[50], edges[2]], [edges[59], edges[40]]], [[edges[0]], [edges[1]]]],
+    })  # fmt: skip
+    page = write_flow_report(flow, tmp_path / "x.html", edges=30, routes=routes)
+    (prompt,) = [one for one in data_of(page)["prompts"] if one["id"] == FAR.id]
+    assert prompt["edges"]["step"] == [0 if i == 2 else None for i in range(30)] + [1]
+    assert [i for i, lead in enumerate(prompt["edges"]["lead"]) if lead] == [2, 30]
+    with pytest.raises(MambalensError, match="routes have no edges"):
+        write_flow_report(flow, tmp_path / "y.html", routes=routes.drop(columns="edges"))
+
+
 def test_what_does_not_fit_the_flow_is_refused(flow: FlowData, tmp_path: Path) -> None:
     out = tmp_path / "x.html"
     with pytest.raises(MambalensError, match="facts=0"):

@@ -121,7 +121,8 @@ def _routes(routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None) -> di
     if missing:
         raise MambalensError(f"The routes have no {' and no '.join(missing)}: they need model, fact_id and edges.")
     first = routes.drop_duplicates(["model", "fact_id"])
-    return {(str(one.model), str(one.fact_id)): one.edges for one in first.itertuples()}
+    keys = zip(first.model.astype(str), first.fact_id.astype(str), strict=True)
+    return dict(zip(keys, first.edges.tolist(), strict=True))
 
 
 def _layers(flow: FlowData) -> dict[str, int]:

@@ -1,8 +1,12 @@
-"""Shapes in signatures are checked while the tests run, unless MAMBALENS_SHAPES=unchecked (they cost time)."""
+"""Shapes in signatures are checked while the tests run, unless MAMBALENS_SHAPES=unchecked (they cost time); a browser."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import pytest
 from jaxtyping import install_import_hook
 
 # What a user hands over is checked by these two themselves, in sentences.
@@ -20,10 +24,26 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                     "sweep.replay",
                     "sweep.prediction",
                     "runs.intervals",
+                    "figures.flow_pieces",
                     "figures.tokens",
+                    "report.assets",
                     "report.page",
                 )
             ),
         ],
         "beartype.beartype",
     )
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed (Debian: apt-get install chromium)")
+    quiet = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
+    with playwright.sync_playwright() as driver:
+        opened = driver.chromium.launch(executable_path=CHROMIUM, args=quiet)
+        yield opened
+        opened.close()

@@ -2,15 +2,22 @@
 
 from mambalens.figures.curves import flow
 from mambalens.figures.diagnostics import diagnostics
+from mambalens.figures.flow_checks import certificate, faithfulness
+from mambalens.figures.flow_graph import graph
+from mambalens.figures.flow_pieces import flow_by_piece
 from mambalens.figures.spectra import causal_scatter, decay_spectrum, shares_by_layer
 from mambalens.figures.tokens import attention_map, heatmap
 
 __all__ = [
     "attention_map",
     "causal_scatter",
+    "certificate",
     "decay_spectrum",
     "diagnostics",
+    "faithfulness",
     "flow",
+    "flow_by_piece",
+    "graph",
     "heatmap",
     "shares_by_layer",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mambalens.flow.data import FlowData
     from mambalens.runs.data import SweepData
 
 # Okabe & Ito's palette, with markers so that no line depends on its colour.
@@ -26,6 +27,8 @@ STYLES: dict[str, tuple[str, str]] = {
     "context-independent": ("#B35806", "v"),
 }
 _SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
+PATH_STYLES = {"main": ("#0072B2", "o"), "conv": ("#D55E00", "s"), "erase": ("#009E73", "^")}
+"""Colour and marker of an edge's path."""
 PATHS = {"conv": "convolution", "erase": "erasing", "both": "all paths"}
 WITHOUT_MAIN = {"shortconv"}
 """Kinds of mixers that have no main path."""
@@ -36,7 +39,7 @@ def style(role: str, index: int = 0) -> tuple[str, str]:
     return STYLES.get(role, (_SPARE[index % len(_SPARE)], "osD^vP"[index % 6]))
 
 
-def main_path(result: SweepData) -> str:
+def main_path(result: SweepData | FlowData) -> str:
     """What the main path is in these models: 'scan', 'attention', or 'scan or attention' ('main path' if not known)."""
     has = {kind for config in result.configs for kind in config.kinds} - WITHOUT_MAIN
     kinds = {"attention" if kind == "attention" else "scan" for kind in has}
@@ -45,4 +48,15 @@ def main_path(result: SweepData) -> str:
 
 def visible(token: str) -> str:
     """A token as a row label: its spaces can be seen, and no mathematics is read into a dollar sign."""
-    return token.replace("\n", "⏎").replace(" ", "·").replace("$", r"\$")
+    return plain(token).replace("\n", "⏎").replace(" ", "·")
+
+
+def plain(text: str) -> str:
+    """Text in which no mathematics is read into a dollar sign."""
+    return text.replace("$", r"\$")
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """A number with its sign, as texts have it: '+0.40', '−2.10', '0.00'."""
+    text = f"{abs(value):.{digits}f}"
+    return text if not float(text) else ("−" if value < 0 else "+") + text

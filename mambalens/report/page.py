@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import functools
-from collections.abc import Iterable, Iterator, Sequence
-from importlib.resources import files
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ from mambalens.facts.roles import pieces
 from mambalens.figures.style import PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
+from mambalens.report.assets import packed, plain, rounded, tables, texts, write
 from mambalens.runs.data import SweepData
-from mambalens.runs.folder import atomically, writing
 from mambalens.runs.table import GROUP, METRICS, SINGLE
 
 SKIPS = 200
@@ -37,12 +34,8 @@ _SYMBOLS = {
 
 def write_report(result: SweepData, path: str | Path, title: str | None, details: int) -> Path:
     """Write the page; see `SweepResult.report`."""
-    path = Path(path)
     page = _page(_whole(result), title or f"Where answers come from: {', '.join(result.models)}", details)
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
-    return path
+    return write(path, page)
 
 
 def _page(result: SweepData, title: str, details: int) -> str:
@@ -63,11 +56,11 @@ def _page(result: SweepData, title: str, details: int) -> str:
     skipped = result.skipped.drop_duplicates()
     reasons = skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
     return render(
-        "report.html", title=title, data=_plain(data), metrics=METRICS, subsets=subsets, choices=choices,
+        "report.html", title=title, data=plain(data), metrics=METRICS, subsets=subsets, choices=choices,
         words={name: f"{name} ({word})" for name, word in words.items()},
         models=[_about(result, model) for model in result.models],
         skipped=skipped.head(SKIPS).to_dict("records"), n_skipped=len(skipped),
-        reasons=reasons.value_counts().to_dict(), unfinished=result.unfinished, **_assets(),
+        reasons=reasons.value_counts().to_dict(), unfinished=result.unfinished, **tables(), **texts("report.js"),
     )  # fmt: skip
 
 
@@ -111,7 +104,7 @@ def _series(roles: SweepData) -> Iterator[dict[str, Any]]:
                 )  # fmt: skip
                 curve = curve.reindex(series["starts"])  # a part of the facts may have been swept in fewer windows
                 of_subset = series["curves"].setdefault(subset, {"n": curve.n.fillna(0).astype(int).tolist()})
-                of_subset[metric] = [_rounded(curve[name]) for name in ("mean", "low", "high")]
+                of_subset[metric] = [rounded(curve[name]) for name in ("mean", "low", "high")]
     yield from found.values()
 
 
@@ -145,7 +138,7 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
                 "pieces": pieces(fact["prompt"], fact["subject"]),
                 "target": fact["target"],
                 "columns": ["" if pd.isna(fact[name]) else str(fact[name]) for name in columns],
-                "base_prob": _rounded([base.base_prob[fact_id]])[0],
+                "base_prob": rounded([base.base_prob[fact_id]])[0],
                 "tokens": list(prompts.tokens[fact_id]) if fact_id in prompts.index else None,
                 "subject": [int(i) for i in prompts.subject[fact_id]] if fact_id in prompts.index else [],
             }
@@ -153,7 +146,7 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
         ],
         "curves": [
             about | {"starts": starts, "top": _top(group, grids["change_pct"], row, starts),
-                     "values": {metric: _packed(grid) for metric, grid in grids.items()}}
+                     "values": {metric: packed(grid) for metric, grid in grids.items()}}
             for about, group, starts, grids in _grids(table[~single], row)
         ],
         "tokens": list(_token_grids(table[single], row, prompts)),
@@ -194,14 +187,14 @@ def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame
         np.maximum.at(length, facts, position + 1)
         offset = np.concatenate([[0], length.cumsum()])
         at = (offset[facts] + position, np.searchsorted(starts, group.window_start.to_numpy()))
-        packed = {}
+        of_metrics = {}
         for metric in METRICS:
             grid = np.full((offset[-1], len(starts)), np.nan, "<f4")
             grid[at] = group[metric].to_numpy(float)
-            packed[metric] = _packed(grid)
+            of_metrics[metric] = packed(grid)
         about: dict[str, Any] = dict(zip(("features", "path", "target", "window_size"), key, strict=True))
         yield about | {"window_size": int(about["window_size"]), "starts": starts, "offsets": offset.tolist(),
-                       "values": packed}  # fmt: skip
+                       "values": of_metrics}  # fmt: skip
 
 
 def _about(result: SweepData, model: str) -> dict[str, Any]:
@@ -249,40 +242,3 @@ def _styles(roles: SweepData) -> dict[str, dict[str, Any]]:
             colour, marker = style(str(value), index)
             styles[f"{name}={value}"] = {"color": colour, "symbol": _SYMBOLS[marker]}
     return styles
-
-
-@functools.cache
-def _assets() -> dict[str, Any]:
-    """The libraries that draw and list, and the page's own wiring."""
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    tables = files("itables") / "html"
-    own = files("mambalens.report") / "templates"
-    module = base64.b64encode((tables / "dt_bundle.js").read_bytes()).decode()
-    texts = {
-        "plotly": get_plotlyjs(),
-        "table_module": f"data:text/javascript;base64,{module}",
-        "table_styles": (tables / "dt_bundle.css").read_text(),
-        "own_styles": (own / "report.css").read_text(),
-        "wiring": (own / "report.js").read_text(),
-    }
-    return {name: Markup(text) for name, text in texts.items()}
-
-
-def _packed(values: Float[np.ndarray, " ..."]) -> str:
-    return base64.b64encode(values.tobytes()).decode()
-
-
-def _rounded(values: Sequence[float] | pd.Series) -> list[float | None]:
-    """Numbers with the digits that a picture can show."""
-    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, float)]
-
-
-def _plain(value: Any) -> Any:
-    """The same without numpy's kinds of numbers, which JSON does not know."""
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return value.item() if isinstance(value, np.generic) else value

@@ -1,11 +1,8 @@
 // Wires the switches, the curves (Plotly), the table of facts (DataTables) and the chosen fact to the data of the page.
-const $ = (id) => document.getElementById(id);
-const data = JSON.parse($("data").textContent);
 const form = $("switches");
 const models = Object.fromEntries(data.models.map((model, i) => [model.name, { ...model, index: i }]));
 const DIMENSIONS = ["model", "source", "features", "path", "target", "window_size"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
-const narrow = () => window.innerWidth < 640;
 let chosen = null; // { model, row }
 
 // --- what is switched on
@@ -39,8 +36,6 @@ const format = (value, metric) =>
     : metric === "change_pct" ? `${Math.abs(value) < 0.05 ? "" : value > 0 ? "+" : "−"}${Math.abs(value).toFixed(1)} %`
       : metric === "prob" && value > 0.9995 ? "> 0.999" : Number(value.toPrecision(3)).toString();
 const layersOf = (start, size) => (size > 1 ? `${start}–${start + size - 1}` : `${start}`);
-const escaped = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const visible = (token) => token.replace(/\n/g, "⏎").replace(/ /g, "·");
 const unpacked = new Map();
 /** Numbers that the page keeps as base64 of 32-bit floats. */
 function numbers(text) {
@@ -49,24 +44,6 @@ function numbers(text) {
     unpacked.set(text, new Float32Array(bytes.buffer));
   }
   return unpacked.get(text);
-}
-function save(name, rows) {
-  const cell = (value) => (/[",\n\r]/.test(String(value ?? "")) ? `"${String(value).replace(/"/g, '""')}"` : String(value ?? ""));
-  const blob = new Blob([rows.map((row) => row.map(cell).join(",")).join("\n") + "\n"], { type: "text/csv" });
-  const link = Object.assign(document.createElement("a"), { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  URL.revokeObjectURL(link.href);
-}
-function fill(table, header, rows) {
-  const line = (cells, tag) => {
-    const tr = document.createElement("tr");
-    for (const text of cells) tr.append(Object.assign(document.createElement(tag), { textContent: text }));
-    return tr;
-  };
-  const head = document.createElement("thead"), body = document.createElement("tbody");
-  head.append(line(header, "th"));
-  body.append(...rows.map((row) => line(row, "td")));
-  table.replaceChildren(head, body);
 }
 
 // --- drawing

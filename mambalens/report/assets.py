@@ -1,0 +1,79 @@
+"""What pages share: the texts that go into each file, and numbers as the page's script reads them."""
+
+from __future__ import annotations
+
+import base64
+import functools
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from jaxtyping import Float
+
+from mambalens.runs.folder import atomically, writing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from markupsafe import Markup
+
+
+def write(path: str | Path, page: str) -> Path:
+    """Write a page, whole or not at all."""
+    path = Path(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomically(path, lambda file: file.write_text(page, encoding="utf-8"))
+    return path
+
+
+@functools.cache
+def texts(wiring: str, *styles: str) -> dict[str, Markup]:
+    """The styles of every page and further ones, what scripts share, and the page's own script.
+
+    Args:
+        wiring: the script's file among the templates.
+        styles: files of styles after those of every page.
+    """
+    from markupsafe import Markup
+
+    own = files("mambalens.report") / "templates"
+    return {
+        "own_styles": Markup("\n".join((own / name).read_text() for name in ("report.css", *styles))),
+        "wiring": Markup("\n".join((own / name).read_text() for name in ("page.js", wiring))),
+    }
+
+
+@functools.cache
+def tables() -> dict[str, Markup]:
+    """The libraries that draw curves and list facts."""
+    from markupsafe import Markup
+    from plotly.offline import get_plotlyjs
+
+    folder = files("itables") / "html"
+    module = base64.b64encode((folder / "dt_bundle.js").read_bytes()).decode()
+    return {
+        "plotly": Markup(get_plotlyjs()),
+        "table_module": Markup(f"data:text/javascript;base64,{module}"),
+        "table_styles": Markup((folder / "dt_bundle.css").read_text()),
+    }
+
+
+def packed(values: Float[np.ndarray, " ..."]) -> str:
+    """Numbers as base64 of their bytes."""
+    return base64.b64encode(values.tobytes()).decode()
+
+
+def rounded(values: Sequence[float] | pd.Series) -> list[float | None]:
+    """Numbers with the digits that a picture can show."""
+    return [float(f"{value:.5g}") if np.isfinite(value) else None for value in np.asarray(values, float)]
+
+
+def plain(value: Any) -> Any:
+    """The same without numpy's kinds of numbers, which JSON does not know."""
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(one) for one in value]
+    return value.item() if isinstance(value, np.generic) else value

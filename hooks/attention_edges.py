@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from einops import repeat
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from mambalens.hooks.edges import Arrivals, Places, Weakened
 from mambalens.hooks.knockout import Paths
 
-SINK = 1e-4
-"""A row of weights that lacks more than this to 1 leaves the rest to a sink; less is rounding."""
+SINK = 1e-2
+"""Where no parameter is called a sink: a row of weights that lacks more than this to 1 leaves the rest to one all the same;
+less is rounding, in half precision too."""
 
 
 class AttentionArrivals(Arrivals):
@@ -29,6 +31,7 @@ class AttentionArrivals(Arrivals):
 
     Attributes:
         arrived: what the heads read, some edges cut in part, in the model's precision.
+        sink: whether rows leave what they lack to 1 to a sink, however little.
     """
 
     def __init__(
@@ -38,8 +41,10 @@ class AttentionArrivals(Arrivals):
         read: Float[Tensor, "batch time head width"],
         weakened: Weakened | None,
         features: Bool[Tensor, " head"] | None,
+        sink: bool = False,
     ) -> None:
         self.features = features
+        self.sink = sink
         self.weights = weights
         shared = weights.shape[1] // values.shape[1]  # by so many heads
         self.values = repeat(values, "batch group time width -> batch (group head) time width", head=shared)
@@ -61,7 +66,7 @@ class AttentionArrivals(Arrivals):
         of_source = torch.zeros_like(rows, dtype=torch.bool)
         of_source[torch.arange(len(rows), device=rows.device), :, places.source] = True
         others = rows.masked_fill(of_source, 0.0)
-        left = others.sum(-1, keepdim=True) + _sink(rows)
+        left = others.sum(-1, keepdim=True) + self._left_to_sink(rows)
         values = self.values[places.prompt].to(read.dtype)  # [E, H, T, P]
         without = (others[:, :, None] @ values)[:, :, 0] / torch.where(left > 0, left, 1.0)
         change = without - read
@@ -74,9 +79,8 @@ class AttentionArrivals(Arrivals):
         handed = (gradient.transpose(1, 2) @ self.values.to(gradient.dtype).mT).double()  # [B, H, T, S]
         weights = self.weights.double()
         entries = weights * handed
-        # Left and what is read of it are sums without s; in float64 they keep the digits of what the others have.
-        left = weights.sum(-1, keepdim=True) - weights + _sink(weights)
-        without = (entries.sum(-1, keepdim=True) - entries) / torch.where(left > 0, left, 1.0)
+        left = _of_others(weights) + self._left_to_sink(weights)
+        without = _of_others(entries) / torch.where(left > 0, left, 1.0)
         effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - read, 0.0)
         effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
         return effect.tril_(-1).to(gradient.dtype)
@@ -84,8 +88,13 @@ class AttentionArrivals(Arrivals):
     def by_feature(self, change: Float[Tensor, "edge head width"], path: Paths) -> Float[Tensor, "edge head"]:
         return change.sum(-1)
 
+    def _left_to_sink(self, weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
+        """What rows of weights leave to a sink."""
+        lacks = 1.0 - weights.sum(-1, keepdim=True)
+        return torch.where(lacks > (0.0 if self.sink else SINK), lacks, 0.0)
 
-def _sink(weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
-    """What rows of weights leave to a sink."""
-    lacks = 1.0 - weights.sum(-1, keepdim=True)
-    return torch.where(lacks > SINK, lacks, 0.0)
+
+def _of_others(entries: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows time"]:
+    """Sums of rows without each entry, added up: a difference would lose the digits of what the others have."""
+    before, behind = entries.cumsum(-1), entries.flip(-1).cumsum(-1).flip(-1)
+    return F.pad(before[..., :-1], (1, 0)) + F.pad(behind[..., 1:], (0, 1))

@@ -315,13 +315,14 @@ class AttentionMixer(Mixer):
         found: list[Arrivals] = []
         projection = _output_projection(self.module)
         assert projection is not None
+        sink = any("sink" in name for name, _ in self.module.named_parameters(recurse=False))
 
         def arrive(
             weights: Float[Tensor, "batch head time time"],
             values: Float[Tensor, "batch group time width"],
             read: Float[Tensor, "batch time head width"],
         ) -> Float[Tensor, "batch time head width"]:
-            found.append(AttentionArrivals(weights, values, read, weakened, features))
+            found.append(AttentionArrivals(weights, values, read, weakened, features, sink))
             return found[-1].arrived
 
         def forward(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -61,27 +61,31 @@ class AttentionArrivals(Arrivals):
         self.nodes = {path: node.detach() for path, node in self.nodes.items()}
 
     def changes(self, path: Paths, places: Places) -> Float[Tensor, "edge head width"]:
-        read = self.nodes[path][places.at]  # [E, H, P]
-        rows = self.weights[places.prompt, :, places.target].to(read.dtype)  # [E, H, T]
+        precise = self.nodes[path].dtype
+        rows = self.weights[places.prompt, :, places.target].to(precise)  # [E, H, T]
         of_source = torch.zeros_like(rows, dtype=torch.bool)
         of_source[torch.arange(len(rows), device=rows.device), :, places.source] = True
         others = rows.masked_fill(of_source, 0.0)
-        left = others.sum(-1, keepdim=True) + self._left_to_sink(rows)
-        values = self.values[places.prompt].to(read.dtype)  # [E, H, T, P]
+        to_sink = self._left_to_sink(rows)
+        left = others.sum(-1, keepdim=True) + to_sink
+        values = self.values[places.prompt].to(precise)  # [E, H, T, P]
         without = (others[:, :, None] @ values)[:, :, 0] / torch.where(left > 0, left, 1.0)
-        change = without - read
+        # Not what the model read: rounded weights do not add up to 1, and every source would seem to matter by that.
+        whole = (rows[:, :, None] @ values)[:, :, 0] / (rows.sum(-1, keepdim=True) + to_sink)
+        change = without - whole
         return change if self.features is None else change * self.features[:, None]
 
     def effects(
         self, path: Paths, gradient: Float[Tensor, "batch time head width"]
     ) -> Float[Tensor, "batch time source"]:
-        read = (gradient * self.nodes[path]).sum(-1).mT.double()[..., None]  # [B, H, T, 1]
         handed = (gradient.transpose(1, 2) @ self.values.to(gradient.dtype).mT).double()  # [B, H, T, S]
         weights = self.weights.double()
         entries = weights * handed
-        left = _of_others(weights) + self._left_to_sink(weights)
+        to_sink = self._left_to_sink(weights)
+        left = _of_others(weights) + to_sink
         without = _of_others(entries) / torch.where(left > 0, left, 1.0)
-        effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - read, 0.0)
+        whole = entries.sum(-1, keepdim=True) / (weights.sum(-1, keepdim=True) + to_sink)  # see `changes`
+        effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - whole, 0.0)
         effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
         return effect.tril_(-1).to(gradient.dtype)
 

@@ -57,7 +57,7 @@ class AttentionArrivals(Arrivals):
         self.arrived = node.to(read.dtype)
 
     def forget_graph(self) -> None:
-        self.weights, self.values = self.weights.detach(), self.values.detach()
+        self.weights, self.values, self.arrived = (t.detach() for t in (self.weights, self.values, self.arrived))
         self.nodes = {path: node.detach() for path, node in self.nodes.items()}
 
     def changes(self, path: Paths, places: Places) -> Float[Tensor, "edge head width"]:

@@ -12,8 +12,8 @@ from mambalens.hooks.edges import Arrivals, Places, Weakened
 from mambalens.hooks.knockout import Paths
 
 SINK = 1e-2
-"""Where no parameter is called a sink: a row of weights that lacks more than this to 1 leaves the rest to one all the same;
-less is rounding, in half precision too."""
+"""Where no parameter is called a sink, a row of weights that lacks more than this to 1 leaves the rest to one all the
+same; less is rounding, in half precision too."""
 
 
 class AttentionArrivals(Arrivals):

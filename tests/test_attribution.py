@@ -627,22 +627,20 @@ def test_where_nothing_is_weakened_the_answers_are_the_models_own(model_type: st
         assert held and not any(t.requires_grad for t in held)  # the pass's graph is gone
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("dtype", "like"), [(torch.bfloat16, 0.95), (torch.float16, 0.999)])
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", *KINDS.values(), "gptj", "gpt_oss"])
-def test_half_precision_models_get_effects_in_float32(model_type: str, dtype: torch.dtype) -> None:
-    lens, batch = LoadedModel(architecture(model_type, dtype), None), batch_of()
+def test_half_precision_models_get_effects_in_float32(model_type: str, dtype: torch.dtype, like: float) -> None:
+    """And much the same ones, in most prompts: in some, another expert is chosen."""
+    lens, batch = LoadedModel(architecture(model_type, dtype), None), batch_of((7, 4, 7, 6, 5))
     precise = LoadedModel(architecture(model_type, torch.float64), None)
     precise.model.load_state_dict(lens.model.state_dict())  # the rounded weights
     found, wanted = (attribute(one, batch, asked_of(one)) for one in (lens, precise))
-    size, ours, theirs = strongest_effect(wanted), [], []
-    for effects, exact in zip(found.effects.values(), wanted.effects.values(), strict=True):
-        assert effects.dtype == torch.float32 and effects.isfinite().all()
-        ours.append(effects.flatten()), theirs.append(exact.flatten())
+    again = attribute(lens, batch, asked_of(lens, 4, 6))
     assert found.logits.dtype == torch.float32
-    alike = torch.nn.functional.cosine_similarity(torch.cat(ours).double(), torch.cat(theirs), 0)
-    assert alike > 0.9 and size > 0
-    for effects in attribute(lens, batch, asked_of(lens, 4, 6)).effects.values():
+    for effects in (*found.effects.values(), *again.effects.values()):
         assert effects.dtype == torch.float32 and effects.isfinite().all()
+    ours, theirs = (torch.stack(list(one.effects.values()), 1).flatten(1).double() for one in (found, wanted))
+    assert F.cosine_similarity(ours, theirs, 1).median() > like
 
 
 @pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_next", "llama"])

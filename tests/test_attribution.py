@@ -21,7 +21,7 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.flow.attribution import Asked, Attributed, attribute, look
 from mambalens.flow.measures import log_odds
-from mambalens.hooks import Mixer
+from mambalens.hooks import Mixer, recurrent_edges
 from mambalens.hooks.attention_edges import AttentionArrivals
 from mambalens.hooks.calls import bound
 from mambalens.hooks.edges import Places, Weakened, effects_of, node_of
@@ -655,3 +655,29 @@ def test_some_mixers_and_paths_are_attributed_as_among_all(model_type: str) -> N
                 assert set(effects) == {way for way in whole if way[0] in mixers and way[1] in paths}
                 for way in effects:
                     assert largest(effects[way], whole[way]) < 1e-5
+
+
+@pytest.mark.parametrize("name", list(KINDS))
+def test_prompts_longer_than_chunks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scans in several chunks, effective attention made for one feature at a time."""
+    lens, batch = lens_of(KINDS[name]), batch_of((70, 33))
+    mixer = next(m for m in lens.hooks.mixers if m.kind == name or (name == "zamba" and m.kind == "mamba1"))
+    with exactly():
+        looked = look(lens, batch, asked_of(lens), None)
+        arrivals = looked.arrivals[mixer]
+        for path in mixer.paths:
+            edges = some_edges(batch, mixer, path, 8)
+            gradient = looked.gradients[mixer, node_of(path)]
+            whole = arrivals.effects(path, gradient)
+            monkeypatch.setattr(recurrent_edges, "AT_ONCE", 1)
+            effects = arrivals.effects(path, gradient)
+            monkeypatch.undo()
+            assert largest(effects, whole) < EXACT
+            assert largest(effects[edges], effects_of(arrivals, path, edges, gradient[edges.at])) < EXACT
+            repeated, cut = batch.part(edges.prompt.tolist()), mask_of(edges, 70, torch.ones(1).bool())[..., 0]
+            named: Any = str(path.name).lower()
+            with torch.no_grad():
+                with lens.hooks.knockout(edges=cut, layers=[mixer.layer], path=named, mixers=mixer.kind):
+                    wanted = lens.last_logits(repeated)
+                with mixer.attributing(Weakened({path: in_rows(edges)}, 1.0)):
+                    assert largest(lens.last_logits(repeated), wanted) < EXACT

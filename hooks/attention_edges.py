@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from einops import repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.edges import Arrivals, Places, Weakened
@@ -82,8 +81,9 @@ class AttentionArrivals(Arrivals):
         weights = self.weights.double()
         entries = weights * handed
         to_sink = self._left_to_sink(weights)
-        left = _of_others(weights) + to_sink
-        without = _of_others(entries) / torch.where(left > 0, left, 1.0)
+        largest = weights.argmax(-1, keepdim=True)
+        left = _of_others(weights, largest) + to_sink
+        without = _of_others(entries, largest) / torch.where(left > 0, left, 1.0)
         whole = entries.sum(-1, keepdim=True) / (weights.sum(-1, keepdim=True) + to_sink)  # see `changes`
         effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - whole, 0.0)
         effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
@@ -98,7 +98,7 @@ class AttentionArrivals(Arrivals):
         return torch.where(lacks > (0.0 if self.sink else SINK), lacks, 0.0)
 
 
-def _of_others(entries: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows time"]:
-    """Sums of rows without each entry, added up: a difference would lose the digits of what the others have."""
-    before, behind = entries.cumsum(-1), entries.flip(-1).cumsum(-1).flip(-1)
-    return F.pad(before[..., :-1], (1, 0)) + F.pad(behind[..., 1:], (0, 1))
+def _of_others(entries: Float[Tensor, "*rows time"], largest: Int[Tensor, "*rows 1"]) -> Float[Tensor, "*rows time"]:
+    """Sums of rows without each entry; without the largest added up: a difference loses what the others have."""
+    added_up = entries.scatter(-1, largest, 0.0).sum(-1, keepdim=True)
+    return (entries.sum(-1, keepdim=True) - entries).scatter_(-1, largest, added_up)

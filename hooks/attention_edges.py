@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import torch
 from einops import repeat
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.edges import Arrivals, Places, Weakened
 from mambalens.hooks.knockout import Paths
 
-SINK = 1e-4
-"""A row of weights that lacks more than this to 1 leaves the rest to a sink; less is rounding."""
+SINK = 1e-2
+"""Where no parameter is called a sink, a row of weights that lacks more than this to 1 leaves the rest to one all the
+same; less is rounding, in half precision too."""
 
 
 class AttentionArrivals(Arrivals):
@@ -29,6 +30,7 @@ class AttentionArrivals(Arrivals):
 
     Attributes:
         arrived: what the heads read, some edges cut in part, in the model's precision.
+        sink: whether rows leave what they lack to 1 to a sink, however little.
     """
 
     def __init__(
@@ -38,8 +40,10 @@ class AttentionArrivals(Arrivals):
         read: Float[Tensor, "batch time head width"],
         weakened: Weakened | None,
         features: Bool[Tensor, " head"] | None,
+        sink: bool = False,
     ) -> None:
         self.features = features
+        self.sink = sink
         self.weights = weights
         shared = weights.shape[1] // values.shape[1]  # by so many heads
         self.values = repeat(values, "batch group time width -> batch (group head) time width", head=shared)
@@ -52,40 +56,49 @@ class AttentionArrivals(Arrivals):
         self.arrived = node.to(read.dtype)
 
     def forget_graph(self) -> None:
-        self.weights, self.values = self.weights.detach(), self.values.detach()
+        self.weights, self.values, self.arrived = (t.detach() for t in (self.weights, self.values, self.arrived))
         self.nodes = {path: node.detach() for path, node in self.nodes.items()}
 
     def changes(self, path: Paths, places: Places) -> Float[Tensor, "edge head width"]:
-        read = self.nodes[path][places.at]  # [E, H, P]
-        rows = self.weights[places.prompt, :, places.target].to(read.dtype)  # [E, H, T]
+        precise = self.nodes[path].dtype
+        rows = self.weights[places.prompt, :, places.target].to(precise)  # [E, H, T]
         of_source = torch.zeros_like(rows, dtype=torch.bool)
         of_source[torch.arange(len(rows), device=rows.device), :, places.source] = True
         others = rows.masked_fill(of_source, 0.0)
-        left = others.sum(-1, keepdim=True) + _sink(rows)
-        values = self.values[places.prompt].to(read.dtype)  # [E, H, T, P]
+        to_sink = self._left_to_sink(rows)
+        left = others.sum(-1, keepdim=True) + to_sink
+        values = self.values[places.prompt].to(precise)  # [E, H, T, P]
         without = (others[:, :, None] @ values)[:, :, 0] / torch.where(left > 0, left, 1.0)
-        change = without - read
+        # Not what the model read: rounded weights do not add up to 1, and every source would seem to matter by that.
+        whole = (rows[:, :, None] @ values)[:, :, 0] / (rows.sum(-1, keepdim=True) + to_sink)
+        change = without - whole
         return change if self.features is None else change * self.features[:, None]
 
     def effects(
         self, path: Paths, gradient: Float[Tensor, "batch time head width"]
     ) -> Float[Tensor, "batch time source"]:
-        read = (gradient * self.nodes[path]).sum(-1).mT.double()[..., None]  # [B, H, T, 1]
         handed = (gradient.transpose(1, 2) @ self.values.to(gradient.dtype).mT).double()  # [B, H, T, S]
         weights = self.weights.double()
         entries = weights * handed
-        # Left and what is read of it are sums without s; in float64 they keep the digits of what the others have.
-        left = weights.sum(-1, keepdim=True) - weights + _sink(weights)
-        without = (entries.sum(-1, keepdim=True) - entries) / torch.where(left > 0, left, 1.0)
-        effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - read, 0.0)
+        to_sink = self._left_to_sink(weights)
+        largest = weights.argmax(-1, keepdim=True)
+        left = _of_others(weights, largest) + to_sink
+        without = _of_others(entries, largest) / torch.where(left > 0, left, 1.0)
+        whole = entries.sum(-1, keepdim=True) / (weights.sum(-1, keepdim=True) + to_sink)  # see `changes`
+        effect = torch.where(weights > 0, torch.where(left > 0, without, 0.0) - whole, 0.0)
         effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
         return effect.tril_(-1).to(gradient.dtype)
 
     def by_feature(self, change: Float[Tensor, "edge head width"], path: Paths) -> Float[Tensor, "edge head"]:
         return change.sum(-1)
 
+    def _left_to_sink(self, weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
+        """What rows of weights leave to a sink."""
+        lacks = 1.0 - weights.sum(-1, keepdim=True)
+        return torch.where(lacks > (0.0 if self.sink else SINK), lacks, 0.0)
 
-def _sink(weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
-    """What rows of weights leave to a sink."""
-    lacks = 1.0 - weights.sum(-1, keepdim=True)
-    return torch.where(lacks > SINK, lacks, 0.0)
+
+def _of_others(entries: Float[Tensor, "*rows time"], largest: Int[Tensor, "*rows 1"]) -> Float[Tensor, "*rows time"]:
+    """Sums of rows without each entry; without the largest added up: a difference loses what the others have."""
+    added_up = entries.scatter(-1, largest, 0.0).sum(-1, keepdim=True)
+    return (entries.sum(-1, keepdim=True) - entries).scatter_(-1, largest, added_up)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -193,22 +193,28 @@ class AttentionMixer(Mixer):
     @contextmanager
     def _with_cache(self, cache: Any, **arguments: Any) -> Iterator[None]:
         """The module is handed an object of ours as its cache, and other arguments, while the block runs."""
-        signature = signature_of(type(self.module))
-        name = cache_argument(type(self.module))
-        assert name is not None
 
         def hand(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            bound = signature.bind(module, *args, **kwargs)
-            given = {k: v for k, v in arguments.items() if k in bound.arguments or k == "attention_mask"}
-            bound.arguments.update({name: cache} | given)
-            bound.arguments = {p: bound.arguments[p] for p in signature.parameters if p in bound.arguments}
-            return bound.args[1:], bound.kwargs
+            return self._handed(cache, arguments, args, kwargs)
 
         handle = self.module.register_forward_pre_hook(hand, with_kwargs=True)
         try:
             yield
         finally:
             handle.remove()
+
+    def _handed(
+        self, cache: Any, arguments: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of a call with an object of ours as its cache, and other arguments."""
+        signature = signature_of(type(self.module))
+        name = cache_argument(type(self.module))
+        assert name is not None
+        bound = signature.bind(self.module, *args, **kwargs)
+        given = {k: v for k, v in arguments.items() if k in bound.arguments or k == "attention_mask"}
+        bound.arguments.update({name: cache} | given)
+        bound.arguments = {p: bound.arguments[p] for p in signature.parameters if p in bound.arguments}
+        return bound.args[1:], bound.kwargs
 
     def _silenced(
         self, heads: Float[Tensor, "batch time head_width"], silent: Bool[Tensor, " batch #feature time"]
@@ -309,13 +315,14 @@ class AttentionMixer(Mixer):
         found: list[Arrivals] = []
         projection = _output_projection(self.module)
         assert projection is not None
+        sink = any("sink" in name for name, _ in self.module.named_parameters(recurse=False))
 
         def arrive(
             weights: Float[Tensor, "batch head time time"],
             values: Float[Tensor, "batch group time width"],
             read: Float[Tensor, "batch time head width"],
         ) -> Float[Tensor, "batch time head width"]:
-            arrivals = AttentionArrivals(weights, values, read, weakened, features)
+            arrivals = AttentionArrivals(weights, values, read, weakened, features, sink)
             found.append(arrivals)
             return arrivals.arrived
 
@@ -323,7 +330,10 @@ class AttentionMixer(Mixer):
             """Where no function of the module's file reads, weights are known when all is over: it runs twice."""
 
             def twice(*args: Any, **kwargs: Any) -> Any:
-                with torch.no_grad(), self.probing() as probe:
+                probe = _Probe()
+                args, kwargs = self._handed(probe, {}, args, kwargs)
+                # Weights want a gradient only where something is cut by them.
+                with nullcontext() if weakened is not None else torch.no_grad():
                     weights = original(*args, **kwargs)[1]
 
                 def before_projection(module: nn.Module, given: tuple[Any, ...]) -> Any:
@@ -332,8 +342,7 @@ class AttentionMixer(Mixer):
 
                 handle = projection.register_forward_pre_hook(before_projection)
                 try:
-                    with self._with_cache(probe):
-                        return original(*args, **kwargs)
+                    return original(*args, **kwargs)
                 finally:
                     handle.remove()
 

@@ -73,7 +73,7 @@ class RecurrentArrivals(Arrivals):
 
     def forget_graph(self) -> None:
         """Keep the numbers without how they came about."""
-        self.convolved = self.convolved.detach()
+        self.convolved, self.output = self.convolved.detach(), self.output.detach()
         if Paths.CONV in self.nodes:
             self.inner = self.inner.detach()
         self.inputs = type(self.inputs)(*(t.detach() for t in self.inputs))
@@ -109,7 +109,7 @@ class RecurrentArrivals(Arrivals):
         chosen = torch.arange(count, device=gradient.device)
         chosen = chosen if self.features is None else chosen[self.features]
         found = gradient.new_zeros(batch, time, time)
-        for some in chosen.split(max(1, AT_ONCE // (batch * time * time))):
+        for some in chosen.split(max(1, AT_ONCE // (batch * time * time))) if len(chosen) else ():
             alpha = self.mixer.alpha(inputs, some)  # [B, f, T, T]
             handed = torch.einsum("btfp,bsfp->bfts", gradient[:, :, some], inputs.x[:, :, some])
             found -= torch.linalg.vecdot(alpha, handed, dim=1)

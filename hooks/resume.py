@@ -118,4 +118,5 @@ class Rows:
         if device == self.target.device:
             return self
         features = None if self.features is None else self.features.to(device)
-        return Rows(*(t.to(device) for t in (self.main, self.conv, self.erase, self.target)), features)
+        main, conv, erase, target = (t.to(device) for t in (self.main, self.conv, self.erase, self.target))
+        return Rows(main, conv, erase, target, features)

@@ -21,6 +21,8 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
+                    "flow.attribution",
+                    "flow.measures",
                     "sweep.replay",
                     "sweep.prediction",
                     "runs.intervals",

@@ -10,7 +10,7 @@ import pandas as pd
 from mambalens import Fact, Lens
 from mambalens.facts.pieces import piece_of
 from mambalens.flow.data import FlowData
-from mambalens.flow.table import BASE, EDGES
+from mambalens.flow.table import EDGES
 from mambalens.runs.config import RunConfig
 
 TAPS = 3
@@ -28,7 +28,7 @@ def made(
 ) -> FlowData:
     """A flow of facts: every edge, a relay from the subject through the token after it, and `exact` edges cut."""
     rng = np.random.default_rng(seed)
-    rows, base, prompts = [], [], []
+    rows, prompts = [], []
     for fact in facts:
         prompt = lens.prompt(fact)
         pieces = piece_of(prompt)
@@ -36,21 +36,10 @@ def made(
         prob = float(rng.uniform(0.4, 0.99))
         log_odds = float(np.log(prob / (1 - prob)))
         rows.append(of_fact.assign(fact_id=fact.id, model=model, base_prob=prob, base_measure=log_odds))
-        base.append(
-            {
-                "fact_id": fact.id,
-                "model": model,
-                "target_token": fact.continuation,
-                "prob": prob,
-                "measure": log_odds,
-                "edges": len(of_fact),
-            }
-        )
         prompts.append((model, fact.id, prompt.tokens, prompt.positions("subject")))
     table = pd.concat(rows, ignore_index=True)[list(EDGES)]
     return FlowData(
         table.astype(dict.fromkeys(("mixer", "path", "features"), "category")),
-        pd.DataFrame(base)[list(BASE)],
         pd.DataFrame(columns=["fact_id", "source", "reason"]),
         pd.DataFrame([(f.id, f.prompt, f.subject, f.target, f.relation) for f in facts],
                      columns=["fact_id", "prompt", "subject", "target", "relation"]),

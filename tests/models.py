@@ -202,7 +202,7 @@ def set_weights(model: PreTrainedModel) -> None:
 class _InDouble:
     """torch, to a file of transformers that rounds to float32 whatever the model's dtype."""
 
-    float32 = torch.float64
+    float32 = float = torch.float64
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)

@@ -75,9 +75,7 @@ def test_an_edge_has_its_places_its_paths_colour_its_width_its_certificate_and_i
 
 
 def test_without_a_convolution_an_edge_goes_from_layer_to_layer() -> None:
-    attention = FlowData(
-        FLOW.table[FLOW.table.path == "main"], FLOW.base, FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs
-    )
+    attention = FlowData(FLOW.table[FLOW.table.path == "main"], FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
     for alone in (attention.table, FLOW.table[FLOW.table.path == "conv"]):
         assert (levels(alone).begin == alone.layer).all() and (levels(alone).end == alone.layer + 1).all()
     assert lines_of(graph(attention, "short"))
@@ -137,15 +135,14 @@ def test_a_graph_refuses_what_it_cannot_draw_and_says_what_to_do() -> None:
     with pytest.raises(MambalensError, match="measure='odds' is not a measure"):
         graph(FLOW, "short", measure="odds")
     two = FlowData(
-        pd.concat([FLOW.table, FLOW.table.assign(model="other")], ignore_index=True), FLOW.base, FLOW.skipped,
+        pd.concat([FLOW.table, FLOW.table.assign(model="other")], ignore_index=True), FLOW.skipped,
         FLOW.facts, FLOW.prompts, FLOW.configs,
     )  # fmt: skip
     with pytest.raises(MambalensError, match="several values of model .*name one, for example model='atlas-mamba1'"):
         graph(two, "short")
     assert lines_of(graph(two, "short", model="atlas-mamba1"))
     for name, flow in (
-        ("base", FlowData(FLOW.table, FLOW.base.iloc[:0], FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)),
-        ("tokens", FlowData(FLOW.table, FLOW.base, FLOW.skipped, FLOW.facts, FLOW.prompts.iloc[:0], FLOW.configs)),
+        ("tokens", FlowData(FLOW.table, FLOW.skipped, FLOW.facts, FLOW.prompts.iloc[:0], FLOW.configs)),
     ):
         with pytest.raises(MambalensError, match=f"without the {name} of 'short'"):
             graph(flow, "short")
@@ -182,14 +179,14 @@ def test_the_flow_by_piece_states_facts_and_what_is_left_out() -> None:
     assert "scan" in said and "convolution" in said
     assert len([axis for axis in figure.axes if axis.images]) == 2
     assert "all" in texts(flow_by_piece(FLOW, most=100)).split("pairs of pieces")[0]
-    empty = FlowData(FLOW.table.iloc[:0], FLOW.base, FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
+    empty = FlowData(FLOW.table.iloc[:0], FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
     with pytest.raises(MambalensError, match="no edges"):
         flow_by_piece(empty)
 
 
 def test_a_layer_without_a_path_is_not_a_layer_without_effect() -> None:
     table = FLOW.table[~((FLOW.table.path == "conv") & (FLOW.table.layer == 3))]
-    hybrid = FlowData(table, FLOW.base, FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
+    hybrid = FlowData(table, FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
     means = pieces_of(hybrid).means
     assert np.isnan(means["conv"][:, 3]).all() and not np.isnan(np.delete(means["conv"], 3, 1)).any()
     assert not np.isnan(means["main"]).any()
@@ -240,7 +237,7 @@ def test_a_certificate_holds_attributed_against_exact_and_says_how_they_agree() 
     said = texts(figure)
     assert f"rank correlation {rho:.2f} in the median fact,\nsigns agree in {same:.0f} %" in said
     assert f"{len(cut)} edges cut, of 7 facts" in said
-    uncut = FlowData(FLOW.table.assign(exact=np.nan), FLOW.base, FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
+    uncut = FlowData(FLOW.table.assign(exact=np.nan), FLOW.skipped, FLOW.facts, FLOW.prompts, FLOW.configs)
     with pytest.raises(MambalensError, match="nothing to compare"):
         certificate(uncut)
 

@@ -33,7 +33,7 @@ FACTS = [*ATLAS.where(wording="near")[:4], FAR, ODD]
 def flow() -> FlowData:
     flow = made(FACTS, Lens.load("atlas-mamba1"))
     skipped = pd.DataFrame([("<script>gone</script>", "", "no <script>subject</script>")], columns=flow.skipped.columns)
-    return FlowData(flow.table, flow.base, skipped, flow.facts, flow.prompts, flow.configs)
+    return FlowData(flow.table, skipped, flow.facts, flow.prompts, flow.configs)
 
 
 def route_of(flow: FlowData, fact_id: str) -> list[tuple[int, str, int, int]]:
@@ -112,7 +112,6 @@ def test_few_facts_and_edges_are_kept_where_few_are_asked_for_and_the_rest_is_sa
     route = [(int(weak.layer), weak.path, int(weak.source), int(weak.target))]
     short = FlowData(
         flow.table[flow.table.fact_id.isin([FAR.id, ODD.id])],
-        flow.base,
         flow.skipped,
         flow.facts,
         flow.prompts,
@@ -152,9 +151,7 @@ def test_what_does_not_fit_the_flow_is_refused(flow: FlowData, tmp_path: Path) -
     with pytest.raises(MambalensError, match="'log_prob'"):
         write_flow_report(flow, out, measure="log_probs")
     with pytest.raises(MambalensError, match="no edges"):
-        write_flow_report(
-            FlowData(flow.table.iloc[:0], flow.base, flow.skipped, flow.facts, flow.prompts, flow.configs), out
-        )
+        write_flow_report(FlowData(flow.table.iloc[:0], flow.skipped, flow.facts, flow.prompts, flow.configs), out)
     assert not out.exists()
 
 

@@ -103,7 +103,7 @@ def attribute(lens: LoadedModel, batch: Batch, asked: Asked) -> Attributed:
         where: effect.masked_fill((behind[:, :, None] | behind[:, None]).to(effect.device), 0.0)
         for where, effect in effects.items()
     }
-    if asked.points > 1:
+    if asked.points > 1 and effects:
         _look_twice(lens, batch, asked, looked, effects)
     return Attributed(effects, looked.logits)
 

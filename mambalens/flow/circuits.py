@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.flow.work import FlowWork, Listed
+from mambalens.hooks.knockout import Path
 from mambalens.sweep.prediction import target_probability
 
 AT_ONCE = 2048
@@ -85,9 +86,10 @@ class Ablated:
                     features: Tensor | None = self.work.features[mixer]
                     stack.enter_context(
                         lens.hooks.knockout(
-                            layers=[mixer.layer], mixers=mixer.kind, path=path.names[0], edges=torch.from_numpy(mask),
+                            layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]),
+                            edges=torch.from_numpy(mask),
                             features="all" if features is None else features,
-                        )  # type: ignore[arg-type]
+                        )
                     )  # fmt: skip
             logits = lens.last_logits(batch)
         return (target_probability(logits, batch.targets) / self.prob).cpu().numpy()

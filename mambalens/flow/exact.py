@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -18,7 +18,7 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.hooks import Mixer
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Cutting, Paths
+from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.answers import UNCUT_TOLERANCE
 from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
@@ -157,9 +157,9 @@ class ExactCuts:
                 features = self.features[mixer]
                 stack.enter_context(
                     self.lens.hooks.knockout(
-                        layers=[mixer.layer], mixers=mixer.kind, path=path.names[0], edges=mask,
+                        layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]), edges=mask,
                         features="all" if features is None else features,
-                    )  # type: ignore[arg-type]
+                    )
                 )  # fmt: skip
             return self.lens.last_logits(batch)
 

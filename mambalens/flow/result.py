@@ -214,7 +214,12 @@ class Flow(FlowData):
                 "target_piece",
                 "effect",
             ]
-            about = {"cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows)}
+            about: dict[str, Any] = {
+                "cost": found.costs,
+                "kept": found.kept,
+                "edges": len(found.edges),
+                "of": len(rows),
+            }
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)
 
@@ -257,8 +262,8 @@ class Flow(FlowData):
                 found.setdefault(order, []).append(kept)
             counts.append(len(rows))
         table = []
-        for order, kept in found.items():
-            columns = np.stack(kept).T  # [share, fact]
+        for order, of_facts in found.items():
+            columns = np.stack(of_facts).T  # [share, fact]
             for share, values, (mean, low, high) in zip(
                 SHARES, columns, mean_intervals(list(columns), "bootstrap"), strict=True
             ):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mambalens.facts.pieces import PIECES
@@ -43,7 +42,7 @@ def with_categories(table: pd.DataFrame) -> pd.DataFrame:
     """A table whose columns of few values are categories, whatever parts it was put together from."""
     import pandas as pd
 
-    orders: dict[str, Sequence[str]] = {"source_piece": list(PIECES), "target_piece": list(PIECES), "chosen": CHOSEN}
+    orders: dict[str, list[str]] = {"source_piece": list(PIECES), "target_piece": list(PIECES), "chosen": list(CHOSEN)}
     return table.assign(**{
         name: pd.Categorical(table[name].astype(str), orders.get(name)) for name in CATEGORIES if name in table
     })  # fmt: skip

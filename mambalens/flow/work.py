@@ -211,8 +211,10 @@ class FlowWork:
         names = [str(path.name).lower() for path in (Paths.MAIN, Paths.CONV, Paths.ERASE)]
         of_path = np.array([names.index(str(path.name).lower()) for _, path in self.where])
 
-        def category(codes: Any, values: Sequence[str]) -> pd.Categorical:
-            return pd.Categorical.from_codes(np.broadcast_to(codes, listed.where.shape), list(values))
+        def category(codes: Any, values: Sequence[str]) -> Any:
+            return pd.Categorical.from_codes(
+                np.broadcast_to(codes, listed.where.shape).tolist(), pd.Index(list(values))
+            )
 
         columns = {
             "fact_id": str(prompt.fact.id), "model": self.lens.name, "layer": layers[listed.where],

@@ -89,9 +89,6 @@ class AttentionArrivals(Arrivals):
         effect = effect.sum(1) if self.features is None else effect[:, self.features].sum(1)
         return effect.tril_(-1).to(gradient.dtype)
 
-    def by_feature(self, change: Float[Tensor, "edge head width"], path: Paths) -> Float[Tensor, "edge head"]:
-        return change.sum(-1)
-
     def _left_to_sink(self, weights: Float[Tensor, "*rows time"]) -> Float[Tensor, "*rows 1"]:
         """What rows of weights leave to a sink."""
         lacks = 1.0 - weights.sum(-1, keepdim=True)

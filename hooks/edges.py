@@ -77,10 +77,6 @@ class Arrivals(ABC):
             gradient: dm/da at the node where its edges arrive.
         """
 
-    @abstractmethod
-    def by_feature(self, change: Float[Tensor, " edge *rest"], path: Paths) -> Float[Tensor, "edge feature"]:
-        """Something of what arrives, added up feature by feature."""
-
 
 def node_of(path: Paths) -> Paths:
     """The node at which a path's edges arrive."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -35,11 +35,19 @@ class RecurrentArrivals(Arrivals):
         self.mixer, self.features = mixer, features
         self.nodes = {}
         projected = mixer.project(without_padding(hidden, padding) if mixer.masks_input else hidden)
-        self.convolved = mixer.convolve(projected.inner, self._whole_taps(hidden.device))
+        # What features share goes through the convolution once for each of them where some features are cut.
+        shared = whole = None
+        if features is not None:
+            shared = mixer.channels_by_feature(hidden.device)
+            whole = None if shared is None else [torch.ones_like(features)[None, None]] * mixer.kernel
+        self.convolved = mixer.convolve(projected.inner, whole)
         activated = mixer.activate(self.convolved)
         if mixer.convolution is not None:
-            channels, self.feature_of = _taps(mixer, features, hidden.device)
-            self.inner, self.weight = projected.inner[..., channels], mixer.convolution.weight[channels, 0].detach()
+            self.inner, self.weight = projected.inner, mixer.convolution.weight[:, 0].detach()
+            self.feature_of = torch.arange(self.inner.shape[-1], device=hidden.device)
+            if shared is not None:
+                channels, self.feature_of = shared
+                self.inner, self.weight = self.inner[..., channels], self.weight[channels]
             self.nodes[Paths.CONV] = self._arrived(Paths.CONV, activated, weakened)
             activated = self.nodes[Paths.CONV].to(activated.dtype)
         if mixer.masks_convolved:
@@ -51,12 +59,6 @@ class RecurrentArrivals(Arrivals):
         if Paths.MAIN in mixer.paths:
             y = self.nodes[Paths.MAIN] = self._arrived(Paths.MAIN, y, weakened)
         self.output = mixer.finish(mixer.with_skip(y, inputs), projected.gate, hidden.dtype)
-
-    def _whole_taps(self, device: torch.device) -> list[Bool[Tensor, "1 1 feature"]] | None:
-        """No tap is cut; said feature by feature where only some are, so that what they share is convolved for each."""
-        if self.features is None or self.mixer.channels_by_feature(device) is None:
-            return None
-        return [torch.ones_like(self.features)[None, None]] * self.mixer.kernel
 
     def _arrived(
         self, node: Paths, values: Float[Tensor, "batch time *rest"], weakened: Weakened | None
@@ -128,27 +130,6 @@ class RecurrentArrivals(Arrivals):
             effect = torch.linalg.vecdot(gradient[:, k:], change.to(gradient.dtype))
             found.diagonal(-k, 1, 2).copy_(effect)
         return found
-
-    def by_feature(self, change: Float[Tensor, " edge *rest"], path: Paths) -> Float[Tensor, "edge feature"]:
-        if path is not Paths.CONV:
-            return change.sum(-1)
-        found = change.new_zeros(len(change), self.mixer.n_features)
-        return found.index_add(1, self.feature_of, change)
-
-
-def _taps(
-    mixer: Recurrence, features: Bool[Tensor, " feature"] | None, device: torch.device
-) -> tuple[Int[Tensor, " wider"], Int[Tensor, " wider"]]:
-    """Channels of the convolution, once for each feature where some features are cut, and the feature of each channel.
-
-    See `Recurrence.channels_by_feature`.
-    """
-    found = None if features is None else mixer.channels_by_feature(device)
-    if found is not None:
-        return found
-    conv = mixer.convolution
-    every = torch.arange(1 if conv is None else len(conv.weight), device=device)
-    return every, every
 
 
 def without_padding(

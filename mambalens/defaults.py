@@ -26,6 +26,8 @@ BLOCK = 256
 """Facts of a block: what a run that is killed has to compute again at most."""
 POINTS = 4
 """Gradients that a flow takes of every prompt."""
+TOP = 40
+"""Edges of a prompt that count as its strongest: those that are looked at twice, and cut exactly."""
 MEASURE = "log_odds"
 """Measure that a flow is of."""
 FLOW_BLOCK = 32

@@ -19,7 +19,7 @@ from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
 from mambalens.model import LoadedModel
-from mambalens.result import CausalFeatures, SweepResult
+from mambalens.result import CausalFeatures, Flow, SweepResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from mambalens.flow.measures import Measure
-    from mambalens.flow.result import Flow
 
 
 class Lens(LoadedModel):
@@ -295,7 +294,6 @@ class Lens(LoadedModel):
         Raises:
             MambalensError: for an unknown path, group, measure or method, or no usable fact.
         """
-        from mambalens.flow.result import Flow
         from mambalens.flow.run import run
         from mambalens.flow.work import Flowing
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mambalens.defaults import DETAILS
 from mambalens.features.causal import CausalData
+from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.runs.data import SweepData
@@ -119,3 +120,25 @@ class CausalFeatures(CausalData):
         from mambalens.figures import causal_scatter
 
         return causal_scatter(self, by)
+
+
+class Flow(FlowVerbs):
+    """Every edge of some prompts, and questions about them; its tables are those of `flow.data.FlowData`."""
+
+    def plot(self, fact_id: str | None = None, **options: Any) -> Figure:
+        """The flow of one prompt as a graph; see `figures.flow_graph.graph`."""
+        from mambalens.figures import graph
+
+        return graph(self, fact_id or str(self.base.fact_id[0]), **options)
+
+    def plot_pieces(self, **options: Any) -> Figure:
+        """The flow over all facts, by pieces and layers; see `figures.flow_pieces.flow_by_piece`."""
+        from mambalens.figures import flow_by_piece
+
+        return flow_by_piece(self, **options)
+
+    def report(self, path: str | Path, title: str | None = None, **options: Any) -> Path:
+        """Write one HTML page to look at the flow with; see `report.flow_page.write_flow_report`."""
+        from mambalens.report.flow_page import write_flow_report
+
+        return write_flow_report(self, path, title, **options)

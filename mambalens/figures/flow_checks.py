@@ -9,10 +9,9 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
-from scipy import stats
 
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path
-from mambalens.flow.table import MEASURES
+from mambalens.flow.agreement import agreement
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -94,25 +93,23 @@ def faithfulness(curve: pd.DataFrame, title: str | None = None) -> Figure:
     return figure
 
 
-def certificate(flow: FlowData, measure: str = "log_odds", title: str | None = None) -> Figure:
+def certificate(flow: FlowData, title: str | None = None) -> Figure:
     """Attributed against exact effects of the edges that were cut, by path; a panel for each model.
 
-    Stated are the median over facts of the rank correlation of a fact's edges, and the share of edges whose sign is the
-    same (those without any exact effect left out): of those cut as the strongest, where that is known.
+    Stated are medians over facts of what `flow.agreement.agreement` says of their strongest edges.
 
     Args:
         flow: with edges that have both numbers.
-        measure: what effects are measured in, a key of `flow.table.MEASURES`.
         title: a heading.
 
     Raises:
         MambalensError: if no edge has both numbers.
     """
-    if measure not in MEASURES:
-        raise MambalensError(f"measure={measure!r} is not a measure: {choose(measure, MEASURES)}.")
     table = flow.table[flow.table.exact.notna() & flow.table.attributed.notna()]
     if not len(table):
         raise MambalensError("No edge of the flow was cut and attributed too: there is nothing to compare. Certify it.")
+    agreed = agreement(flow)
+    agreed = agreed[agreed.fact_id.isin(table.fact_id)]
     models = list(table.model.unique())
     figure, axes = plt.subplots(
         1, len(models), figsize=(3.9 * len(models) + 1.5, 4.6), squeeze=False, layout="constrained"
@@ -144,10 +141,10 @@ def certificate(flow: FlowData, measure: str = "log_odds", title: str | None = N
             one.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}".replace("-", "−")))
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
-        axis.set_title(f"{model}\n{_agreement(rows)}", fontsize=9)
+        axis.set_title(f"{model}\n{_said(agreed[agreed.model == model], len(rows))}", fontsize=9)
         axis.set_xlabel("Attributed", fontsize=9)
     axes.flat[0].set_ylabel("Exact, by a cut", fontsize=9)
-    unit = MEASURES[measure]
+    unit = flow.measure
     figure.suptitle(title or f"Change by cutting one edge: {unit[0].lower()}{unit[1:]}", fontsize=10.5)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9, title="path",
                   title_fontsize=9, alignment="left", markerscale=1.5)  # fmt: skip
@@ -164,21 +161,13 @@ def _ticks(reach: float) -> list[float]:
     return found
 
 
-def _agreement(rows: pd.DataFrame) -> str:
-    """Rank correlation of the median fact and agreement of signs, in words."""
-    chosen = rows.chosen == "top" if "chosen" in rows else np.zeros(len(rows), bool)
-    strong = rows[chosen] if chosen.any() else rows  # a random edge's effect is next to nothing
-    found = []
-    for _, fact in strong.groupby("fact_id"):
-        if len(fact) > 2 and fact.attributed.nunique() > 1 and fact.exact.nunique() > 1:
-            found.append(float(stats.spearmanr(fact.attributed, fact.exact).statistic))
-    signs = strong[strong.exact != 0]
-    same = 100 * float((np.sign(signs.attributed) == np.sign(signs.exact)).mean()) if len(signs) else float("nan")
-    facts = rows.fact_id.nunique()
-    rho = f"rank correlation {np.median(found):.2f}" if found else "rank correlation not known"
-    whose = " in the median fact" if len(found) > 1 else ""
-    which = "strongest: " if chosen.any() else ""
+def _said(agreed: pd.DataFrame, cut: int) -> str:
+    """What `flow.agreement` says of one model's facts, in words."""
+    rho, signs = agreed.rank_correlation.median(), agreed.sign_agreement.median()
+    known = f"rank correlation {rho:.2f}".replace("-", "−") if np.isfinite(rho) else "rank correlation not known"
+    same = f"signs agree in {100 * signs:.0f} %" if np.isfinite(signs) else "signs not known"
+    whose = " in the median fact" if len(agreed) > 1 else ""
     return (
-        f"{which}{rho.replace('-', '−')}{whose},\nsigns agree in {same:.0f} %\n"
-        f"{len(rows):,} edges cut, of {facts:,} fact{'s' if facts > 1 else ''}"
+        f"strongest edges: {known},\n{same}{whose}\n"
+        f"{cut:,} edges cut, of {len(agreed):,} fact{'s' if len(agreed) != 1 else ''}"
     )

@@ -16,7 +16,6 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed, visible
-from mambalens.flow.table import MEASURES
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -54,7 +53,6 @@ def graph(
     most: int = MOST,
     model: str | None = None,
     features: str | None = None,
-    measure: str = "log_odds",
     title: str | None = None,
 ) -> Figure:
     """The strongest edges of one prompt, each from its source before a layer to its target after it.
@@ -71,7 +69,6 @@ def graph(
             edges those are marked that are shown, and its strongest in any case.
         most: edges that are shown.
         model, features: which, where the flow has several.
-        measure: what effects are measured in, a key of `flow.table.MEASURES`.
         title: a heading; by default the model and the prompt.
 
     Raises:
@@ -80,8 +77,6 @@ def graph(
     prompt = _prompt(flow, fact_id, model, features)
     if most < 1:
         raise MambalensError(f"most={most}: give 1 or more edges to show.")
-    if measure not in MEASURES:
-        raise MambalensError(f"measure={measure!r} is not a measure: {choose(measure, MEASURES)}.")
     edges = prompt.edges
     hops = route_hops(edges, route, f"has {len(prompt.tokens)} tokens and {prompt.layers} layers")
     marked = [index for hop in hops for place, index in enumerate(hop) if not place or index in edges.index[:most]]
@@ -112,12 +107,12 @@ def graph(
         beside = list(PATH_STYLES).index(edge.path) - 1 if together[index] > 1 else 0
         _edge(axis, edge, scale, reach, beside, index in marked, 3 + rank / max(len(order), 1))
     _axes(axis, prompt, labels, slanted)
-    said = _said(prompt, shown, title, measure)
+    said = _said(prompt, shown, title, flow.measure)
     for number, (lines, place, large) in enumerate(zip(said, (0.12, 0.36, 0.58), (11, 9, 9), strict=True)):
         text = textwrap.shorten(lines, int((size[0] - 0.4) * (13.2 if number == 0 else 16)), placeholder=" …")
         figure.text(0.2 / size[0], 1 - place / size[1], plain(text), fontsize=large, va="top",
                     color="black" if number == 0 else "#444444")  # fmt: skip
-    _legend(axis, flow, shown, reach, (len(marked), sum(map(len, hops))), measure, size)
+    _legend(axis, flow, shown, reach, (len(marked), sum(map(len, hops))), size)
     plt.close(figure)  # shown by whoever gets it, once
     return figure
 
@@ -277,12 +272,12 @@ def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str)
     whole = float(edges.effect.abs().sum())
     share = 100 * float(shown.effect.abs().sum()) / whole if whole else 100.0
     exact = int(shown.exact.notna().sum())
-    name = MEASURES[measure]
     left = edges.effect.abs()[~edges.index.isin(shown.index)].max()
     rest = "" if np.isnan(left) else f"; none that is left out has more than {left:.2g}"
+    words = measure[0].lower() + measure[1:]
     return (
         title or f"{prompt.model}: {text}",
-        f"Without a cut P({prompt.target!r}) = {base.prob:.3g}; {name[0].lower() + name[1:]}: {signed(base.measure)}",
+        f"Without a cut P({prompt.target!r}) = {base.prob:.3g}; {words}: {signed(base.measure)}",
         f"{len(shown):,} of {len(edges):,} edges, {share:.0f} % of the absolute effect{rest}; "
         f"{exact:,} of the {len(shown):,} are exact",
     )
@@ -294,7 +289,6 @@ def _legend(
     shown: pd.DataFrame,
     reach: float,
     marked: tuple[int, int],
-    measure: str,
     size: tuple[float, float],
 ) -> None:
     words = {"main": main_path(flow), **PATHS}
@@ -313,7 +307,7 @@ def _legend(
     if marked[0]:
         part = "" if marked[0] == marked[1] else f"\n({marked[0]} of its {marked[1]} edges)"
         handles.append(Line2D([], [], color=HALO, linewidth=7, label=f"the marked route{part}"))
-    unit = " nats" if "nats" in MEASURES[measure] else ""
+    unit = f" {flow.unit}" if flow.unit else ""
     for relative in (1.0, 0.4):
         handles.append(Line2D([], [], color=grey, linewidth=max(_WIDEST * relative, _THINNEST),
                               label=f"{relative * reach:.2g}{unit}"))  # fmt: skip

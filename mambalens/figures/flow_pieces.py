@@ -13,7 +13,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed
-from mambalens.flow.table import MEASURES
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.intervals import mean_intervals
 
@@ -99,7 +98,6 @@ def flow_by_piece(
     model: str | None = None,
     features: str | None = None,
     most: int = ROWS,
-    measure: str = "log_odds",
     title: str | None = None,
 ) -> Figure:
     """Mean effects over facts: pairs of pieces down, layers across, a panel a path, the sum of all at the right.
@@ -108,14 +106,11 @@ def flow_by_piece(
         flow: edges of many facts.
         model, features: which, where the flow has several.
         most: pairs of pieces that are shown, those with the largest effects.
-        measure: what effects are measured in, a key of `flow.table.MEASURES`.
         title: a heading.
 
     Raises:
         MambalensError: see `pieces_of`.
     """
-    if measure not in MEASURES:
-        raise MambalensError(f"measure={measure!r} is not a measure: {choose(measure, MEASURES)}.")
     found = pieces_of(flow, model, features, most)
     panels, rows = len(found.means), len(found.pairs)
     layers = next(iter(found.means.values())).shape[1]
@@ -163,7 +158,7 @@ def flow_by_piece(
         fontsize=9.5,
     )
     bar = figure.colorbar(image, ax=axes, pad=0.01, shrink=0.9)
-    bar.set_label(f"Change of the {MEASURES[measure][0].lower()}{MEASURES[measure][1:]}", fontsize=8.5)
+    bar.set_label(f"Change of the {flow.measure[0].lower()}{flow.measure[1:]}", fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
     plt.close(figure)
     return figure

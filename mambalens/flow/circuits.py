@@ -1,4 +1,4 @@
-"""Circuits: the fewest edges with which a model still gives its answer, every other edge cut.
+"""Circuits: a few edges with which a model still gives its answer, every other edge cut.
 
 Edges are taken by their effect, those that help the answer most first, until the answer is kept; then those that it can
 do without are taken out again. Every step is a pass of the model with all other edges cut.
@@ -7,17 +7,19 @@ do without are taken out again. Every step is a pass of the model with all other
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
 
 from mambalens.facts.prompts import Batch
+from mambalens.flow.exact import without_edges
 from mambalens.flow.work import FlowWork, Listed
-from mambalens.hooks.knockout import Path
+from mambalens.hooks import Mixer
+from mambalens.hooks.knockout import Paths
+from mambalens.hooks.recurrence import Recurrence
+from mambalens.hooks.token_mixing import TokenMixing
 from mambalens.sweep.prediction import target_probability
 
 AT_ONCE = 2048
@@ -80,23 +82,14 @@ class Ablated:
             self.batch.prompts * len(circuits), self.batch.ids.expand(len(circuits), -1),
             self.batch.last.expand(len(circuits)), self.batch.targets.expand(len(circuits)),
         )  # fmt: skip
-        with ExitStack() as stack:
-            for (mixer, path), mask in zip(self.work.where, masks, strict=True):
-                if mask.any():
-                    features: Tensor | None = self.work.features[mixer]
-                    stack.enter_context(
-                        lens.hooks.knockout(
-                            layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]),
-                            edges=torch.from_numpy(mask),
-                            features="all" if features is None else features,
-                        )
-                    )  # fmt: skip
+        by_where = dict(zip(self.work.where, torch.from_numpy(masks), strict=True))
+        with without_edges(lens, by_where, self.work.features):
             logits = lens.last_logits(batch)
         return (target_probability(logits, batch.targets) / self.prob).cpu().numpy()
 
 
 def circuit_of(ablated: Ablated, effect: Float[np.ndarray, " edge"], keep: float) -> Circuit:
-    """The fewest edges that keep a share of the answer, found greedily.
+    """A few edges that keep a share of the answer, found greedily.
 
     Args:
         ablated: the prompt.
@@ -105,10 +98,10 @@ def circuit_of(ablated: Ablated, effect: Float[np.ndarray, " edge"], keep: float
     """
     order = np.argsort(effect, kind="stable")
     sizes = sorted({round(share * len(order)) for share in SHARES})
-    enough = [n for n, kept in zip(sizes, ablated.kept([order[:n] for n in sizes]), strict=True) if kept >= keep]
-    if not enough:  # only a model that is not reproduced by its hooks, or that answers better with less
-        return Circuit(order, float(ablated.kept([order])[0]), np.full(len(order), np.nan))
-    inside, blocks = order[: enough[0]], BLOCKS
+    kept = ablated.kept([order[:n] for n in sizes])
+    # All edges keep all of the answer, but for rounding, where so much is asked for.
+    enough = next((n for n, share in zip(sizes, kept, strict=True) if share >= keep), len(order))
+    inside, blocks = order[:enough], BLOCKS
     while len(inside):
         parts = np.array_split(np.arange(len(inside)), min(blocks, len(inside)))
         left = ablated.kept([np.delete(inside, part) for part in parts])
@@ -147,20 +140,19 @@ def attention_of(work: FlowWork, batch: Batch, listed: Listed) -> Float[np.ndarr
 
     An edge of a convolution has the mean of its taps' absolute values; one that erases, the entry of its layer.
     """
-    found: dict[int, Tensor] = {}
+    found: dict[Mixer, Float[np.ndarray, "time time"]] = {}
 
-    def see(mixer: object, mixing: object) -> None:
-        alpha = mixing.attention(torch.arange(mixing.n_features), "mean_abs")  # type: ignore[attr-defined]
-        found[id(mixer)] = alpha[0].cpu()
+    def see(mixer: Mixer, mixing: TokenMixing) -> None:
+        found[mixer] = mixing.attention(torch.arange(mixing.n_features), "mean_abs")[0].cpu().numpy()
 
     work.lens.hooks.watch(batch.ids.to(work.lens.device), see)
     weights = np.zeros(len(listed.where))
     for number, (mixer, path) in enumerate(work.where):
         here = listed.where == number
         source, target = listed.source[here], listed.target[here]
-        if path.names[0] == "conv" and id(mixer) in found and getattr(mixer, "convolution", None) is not None:
-            taps = mixer.convolution.weight[:, 0].abs().mean(0).detach().cpu().numpy()  # type: ignore[attr-defined]
+        if path is Paths.CONV and isinstance(mixer, Recurrence) and mixer.convolution is not None:
+            taps = mixer.convolution.weight[:, 0].abs().mean(0).detach().cpu().numpy()
             weights[here] = taps[len(taps) - 1 - (target - source)]
         else:
-            weights[here] = found[id(mixer)].numpy()[target, source]
+            weights[here] = found[mixer][target, source]
     return weights

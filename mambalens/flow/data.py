@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,27 +10,12 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from mambalens.flow.table import BASE, with_categories
+from mambalens.defaults import MEASURE
+from mambalens.flow.table import BASE, MEASURES, with_categories
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
 from mambalens.runs.data import with_unusable
-from mambalens.runs.folder import (
-    FACTS,
-    PARTS,
-    SAVED,
-    atomically,
-    config_of,
-    digest_of,
-    is_run,
-    read_config,
-    read_parts,
-    read_prompts,
-    writable_folder,
-    write_facts,
-    write_part,
-    write_prompts,
-    writing,
-)
+from mambalens.runs.stored import Stored, folders_of, stored_in
 
 KIND = "flow"
 """What a flow's folder is called among runs."""
@@ -82,8 +66,20 @@ class FlowData:
 
     @property
     def measure(self) -> str:
-        """What the effects are of: a name of `MEASURES`, or a function's."""
-        return self.configs[0].measure if self.configs else "log_odds"
+        """What the effects are of, in the words of axes; a function's name where it is none of `MEASURES`.
+
+        Raises:
+            MambalensError: if flows of several measures were put together.
+        """
+        names = sorted({config.measure or MEASURE for config in self.configs})
+        if len(names) > 1:
+            raise MambalensError(f"Flows of several measures ({', '.join(names)}) are not held against each other.")
+        return MEASURES.get(names[0], names[0]) if names else MEASURES[MEASURE]
+
+    @property
+    def unit(self) -> str:
+        """The unit of the effects: 'nats', or ''."""
+        return "nats" if "nats" in self.measure else ""
 
     @property
     def effect(self) -> pd.Series:
@@ -152,21 +148,7 @@ class FlowData:
         Raises:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
-        folder = writable_folder(folder)
-        config = config_of(folder, KIND)
-        if config.exists() and is_run(folder, KIND):
-            raise MambalensError(
-                f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
-            )
-        with writing(folder):
-            (folder / PARTS).mkdir(exist_ok=True)
-            write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
-            write_facts(folder, self.facts)
-            write_prompts(folder, self.prompts)
-            configs = [one.to_json() for one in self.configs]
-            text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
-            atomically(config, lambda file: file.write_text(text))
-        return folder
+        return Stored([self.table], self.skipped, self.facts, self.prompts, self.configs).save(folder, KIND)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -174,23 +156,13 @@ class FlowData:
 
         A folder with such folders in it gives them all as one.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise MambalensError(f"The folder {str(folder)!r} does not exist.")
-        name = config_of(folder, KIND).name
-        if not config_of(folder, KIND).is_file():
-            found = sorted(path.parent for path in folder.rglob(name))
-            if not found:
-                raise MambalensError(f"The folder {str(folder)!r} holds no flow (no {name}).")
+        found = folders_of(folder, KIND)
+        if found != [Path(folder)]:
             return cls.concat([cls.load(path) for path in found])
-        about = read_config(folder, KIND)
-        configs = [RunConfig.from_json(one) for one in about["configs"]]
-        parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
-        if not parts:
-            raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
-        table = pd.concat([with_categories(table) for table, _ in parts], ignore_index=True)
-        skipped = with_unusable(pd.concat([skips for _, skips in parts], ignore_index=True), configs)
-        return cls(table, skipped, pd.read_parquet(folder / FACTS), read_prompts(folder), configs, missing)
+        stored = stored_in(found[0], KIND)
+        table = pd.concat([with_categories(table) for table in stored.tables], ignore_index=True)
+        skipped = with_unusable(stored.skipped, stored.configs)
+        return cls(table, skipped, stored.facts, stored.prompts, stored.configs, stored.unfinished)
 
     @classmethod
     def concat(cls, flows: Sequence[FlowData]) -> Self:
@@ -212,16 +184,3 @@ class FlowData:
     def _with(self, table: pd.DataFrame) -> Self:
         """The same with other rows."""
         return type(self)(table, self.skipped, self.facts, self.prompts, self.configs, self.unfinished)
-
-
-WAYS = {"main": "in", "conv": "by the convolution of", "erase": "by the erasing of"}
-
-
-def edge_name(edge: Any, tokens: Sequence[str]) -> str:
-    """An edge in words: `"'muda' -> ',' by the convolution of layer 5"`.
-
-    Args:
-        edge: a row of the table, as `itertuples` gives it.
-        tokens: the prompt's tokens.
-    """
-    return f"{tokens[edge.source]!r} -> {tokens[edge.target]!r} {WAYS[edge.path]} layer {edge.layer}"

@@ -7,12 +7,12 @@ replay are of equal length; cuts are grouped by their first target so that long 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import NamedTuple, cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
@@ -64,8 +64,9 @@ class ExactCuts:
         """
         assert len(batch.prompts) == 1 and batch.ids.shape[1] == int(batch.last[0]) + 1
         found: Tensor | None = None
+        own = self.lens.last_logits(batch).softmax(-1)  # what every replay has to reproduce
         for numbers in self._groups(cuts, batch.ids.shape[1]):
-            of_group = self._answers(batch, [cuts[number] for number in numbers])
+            of_group = self._answers(batch, [cuts[number] for number in numbers], own)
             found = of_group.new_zeros(len(cuts), of_group.shape[1]) if found is None else found
             found[numbers] = of_group
         if found is None:
@@ -98,14 +99,18 @@ class ExactCuts:
             end = parted[end]
 
     @torch.no_grad()
-    def _answers(self, batch: Batch, cuts: Sequence[Cut]) -> Float[Tensor, "cut vocabulary"]:
+    def _answers(
+        self, batch: Batch, cuts: Sequence[Cut], own: Float[Tensor, "1 vocabulary"]
+    ) -> Float[Tensor, "cut vocabulary"]:
         if self.replays:
-            answered = self._replayed(batch, cuts)
+            answered = self._replayed(batch, cuts, own)
             if answered is not None:
                 return answered
         return torch.cat([self._hooked(batch, cut) for cut in cuts])
 
-    def _replayed(self, batch: Batch, cuts: Sequence[Cut]) -> Float[Tensor, "cut vocabulary"] | None:
+    def _replayed(
+        self, batch: Batch, cuts: Sequence[Cut], own: Float[Tensor, "1 vocabulary"]
+    ) -> Float[Tensor, "cut vocabulary"] | None:
         time = batch.ids.shape[1]
         sources, targets = _Sets(time), _Sets(time)
         rows = [UNCUT, *(self._row(cut, sources, targets) for cut in cuts)]
@@ -120,7 +125,6 @@ class ExactCuts:
                 raise
             self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
             return None
-        own = self.lens.last_logits(batch).softmax(-1)
         difference = float((found[0].softmax(-1) - own.to(found[0].device)).abs().max())
         if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
             self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
@@ -152,16 +156,34 @@ class ExactCuts:
         for edge in cut:
             mask = masks.setdefault((edge.mixer, edge.path), torch.zeros(time, time, dtype=torch.bool))
             mask[edge.target, edge.source] = True
-        with ExitStack() as stack:
-            for (mixer, path), mask in masks.items():
-                features = self.features[mixer]
+        with without_edges(self.lens, masks, self.features):
+            return self.lens.last_logits(batch)
+
+
+@contextmanager
+def without_edges(
+    lens: LoadedModel,
+    masks: Mapping[tuple[Mixer, Paths], Bool[Tensor, "*batch time time"]],
+    features: Mapping[Mixer, Bool[Tensor, " feature"] | None],
+) -> Iterator[None]:
+    """While the block runs, the edges of masks are cut by hooks, mixer by mixer and path by path.
+
+    Args:
+        lens: the model.
+        masks: targets in rows, sources in columns.
+        features: which features of a mixer are cut; None for every one.
+    """
+    with ExitStack() as stack:
+        for (mixer, path), mask in masks.items():
+            if bool(mask.any()):
+                of_mixer = features[mixer]
                 stack.enter_context(
-                    self.lens.hooks.knockout(
+                    lens.hooks.knockout(
                         layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]), edges=mask,
-                        features="all" if features is None else features,
+                        features="all" if of_mixer is None else of_mixer,
                     )
                 )  # fmt: skip
-            return self.lens.last_logits(batch)
+        yield
 
 
 class _Sets:

@@ -33,6 +33,11 @@ KEEP = 0.9
 """Share of a hop's cost that the edges named for it have together."""
 
 
+ROUTES = ("model", "fact_id", "rank", "relays", "relay_tokens", "pieces", "carried_pct", "hop_pct", "joint_pct", "ways",
+          "edges")  # fmt: skip
+"""Columns of a table of routes."""
+
+
 class Hop(NamedTuple):
     """One step of a route: every edge from any of some positions to any of others, right of them."""
 
@@ -149,6 +154,8 @@ class Losses:
 def carriers(loss: Losses, hop: Hop, rows: pd.DataFrame) -> list[Edge]:
     """The edges of a hop that have `KEEP` of its cost when they are cut together, the strongest first."""
     edges = loss.edges(hop)
+    if not edges:
+        return []
     effect = rows.exact.fillna(rows.attributed)
     keys = zip(rows.layer, rows.mixer, rows.path, rows.source, rows.target, strict=True)
     known = {
@@ -185,7 +192,7 @@ def table_of(
             "joint_pct": 100 * route.joint, "ways": [ways(of_hop) for of_hop in edges],
             "edges": [[(e.mixer.layer, e.path.names[0], e.source, e.target) for e in of_hop] for of_hop in edges],
         })  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, columns=list(ROUTES))
 
 
 def ways(edges: Sequence[Edge]) -> str:

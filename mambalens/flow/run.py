@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mambalens.defaults import FLOW_BLOCK, TARGET
 from mambalens.facts.fact import Facts
-from mambalens.flow.data import FlowData
+from mambalens.flow.data import KIND, FlowData
 from mambalens.flow.work import Flowing, FlowWork
 from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
@@ -15,9 +15,6 @@ from mambalens.runs.config import RunConfig
 from mambalens.sweep.identity import model_and_facts, prompt_table
 from mambalens.sweep.run import blocks_of, fill, versions
 from mambalens.system.progress import tqdm
-
-if TYPE_CHECKING:
-    pass
 
 
 def run(
@@ -44,6 +41,7 @@ def run(
     """
     import pandas as pd
 
+    from mambalens.runs.data import with_unusable
     from mambalens.runs.folder import RunFolder
 
     if flowing.points < 1:
@@ -63,10 +61,10 @@ def run(
         if out is None:
             found = [work.block(block) for block in blocks]
             table, skipped = (pd.concat(part, ignore_index=True) for part in zip(*found, strict=True))
-            return FlowData(table, skipped, facts.table, prompts, [config])
+            return FlowData(table, with_unusable(skipped, [config]), facts.table, prompts, [config])
         defined = _definition(lens, facts, flowing, config) | {"block_size": block_size}
         about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
-        fill(RunFolder(out, defined, about, facts.table, prompts, "flow"), work, blocks)
+        fill(RunFolder(out, defined, about, facts.table, prompts, KIND), work, blocks)
     return FlowData.load(out)
 
 

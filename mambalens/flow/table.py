@@ -34,6 +34,8 @@ MEASURES = {
 """Measures that a flow can be of, and what axes call them."""
 CHOSEN = ("", "top", "sample", "all")
 """Why an edge was cut."""
+CHOSEN_FEATURES = "chosen features"
+"""What tables call features that are no named group."""
 CATEGORIES = ("mixer", "path", "source_piece", "target_piece", "features", "chosen")
 """Columns with few values, which are kept as categories."""
 

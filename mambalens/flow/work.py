@@ -12,14 +12,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.defaults import MEASURE, POINTS
+from mambalens.defaults import MEASURE, POINTS, TOP
 from mambalens.facts.fact import Facts
 from mambalens.facts.pieces import PIECES, piece_of
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
-from mambalens.flow.attribution import STRONGEST, Asked, attribute
+from mambalens.flow.attribution import Asked, attribute
 from mambalens.flow.exact import Edge, ExactCuts
 from mambalens.flow.measures import Measure, measure_of
-from mambalens.flow.table import CHOSEN, EDGES
+from mambalens.flow.table import CHOSEN, CHOSEN_FEATURES, EDGES
 from mambalens.hooks import Mixer
 from mambalens.hooks.knockout import Features, Paths
 from mambalens.model import LoadedModel
@@ -41,7 +41,7 @@ class Flowing(NamedTuple):
     features: Features = "all"
     measure: str | Measure = MEASURE
     points: int = POINTS
-    strongest: int = STRONGEST
+    strongest: int = TOP
     top: int = 0
     """Edges of a fact that are cut, the strongest as attributed."""
     sample: int = 0
@@ -53,7 +53,7 @@ class Flowing(NamedTuple):
     @property
     def features_name(self) -> str:
         """What tables call the features."""
-        return self.features if isinstance(self.features, str) else "chosen features"
+        return self.features if isinstance(self.features, str) else CHOSEN_FEATURES
 
     @property
     def measure_name(self) -> str:

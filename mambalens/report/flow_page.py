@@ -13,8 +13,8 @@ from mambalens.facts.roles import pieces
 from mambalens.figures.flow_graph import Edge, levels, route_hops
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, signed
-from mambalens.flow.table import EDGE, MEASURES
-from mambalens.hooks.errors import MambalensError, choose
+from mambalens.flow.table import EDGE
+from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.report.assets import plain, rounded, texts, write
 
@@ -44,7 +44,6 @@ def write_flow_report(
     edges: int = EDGES,
     features: pd.DataFrame | None = None,
     routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None = None,
-    measure: str = "log_odds",
 ) -> Path:
     """Write one HTML page to look at a flow with; it needs no network.
 
@@ -57,7 +56,6 @@ def write_flow_report(
         features: what single features of edges carry, one row a feature: columns `FEATURES`.
         routes: by model and fact_id, the route to mark; or a table of them with the columns model, fact_id and edges,
             of which the first of each fact is taken.
-        measure: what effects are measured in, a key of `flow.table.MEASURES`.
 
     Returns:
         The file.
@@ -65,8 +63,6 @@ def write_flow_report(
     Raises:
         MambalensError: if it cannot be written, or what is given does not fit the flow.
     """
-    if measure not in MEASURES:
-        raise MambalensError(f"measure={measure!r} is not a measure: {choose(measure, MEASURES)}.")
     for name, number in (("facts", facts), ("edges", edges)):
         if number < 1:
             raise MambalensError(f"{name}={number}: give 1 or more to keep in the page.")
@@ -76,7 +72,7 @@ def write_flow_report(
     if missing:
         raise MambalensError(f"The features have no {' and no '.join(missing)}: columns are {', '.join(FEATURES)}.")
     heading = title or f"Where facts flow: {', '.join(flow.models)}"
-    return write(path, _page(flow, heading, facts, edges, features, _routes(routes), measure))
+    return write(path, _page(flow, heading, facts, edges, features, _routes(routes)))
 
 
 def _page(
@@ -86,14 +82,12 @@ def _page(
     most_edges: int,
     features: pd.DataFrame | None,
     routes: dict[tuple[str, str], Route],
-    measure: str,
 ) -> str:
     words = {"main": main_path(flow), **PATHS}
     paths = [path for path in PATH_STYLES if path in set(flow.table.path)]
     prompts = list(_prompts(flow, most_facts, most_edges, features, routes))
-    unit = "nats" if "nats" in MEASURES[measure] else ""
     data = {
-        "measure": {"name": MEASURES[measure], "unit": unit},
+        "measure": {"name": flow.measure, "unit": flow.unit},
         "layers": _layers(flow),
         "paths": [{"name": path, "word": words[path], "color": PATH_STYLES[path][0]} for path in paths],
         "prompts": prompts,
@@ -102,7 +96,7 @@ def _page(
     }
     skipped = flow.skipped.drop_duplicates()
     return render(
-        "flow.html", title=title, data=plain(data), measure=MEASURES[measure], unit=unit,
+        "flow.html", title=title, data=plain(data), measure=flow.measure, unit=flow.unit,
         models=[_about(flow, model) for model in flow.models], n_prompts=len(prompts),
         choices={name: list(dict.fromkeys(one[name] for one in prompts)) for name in ("model", "features")},
         paths={path: words[path] for path in paths}, deepest=max(_layers(flow).values()) - 1,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,26 +11,9 @@ import pandas as pd
 
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.config import RunConfig
-from mambalens.runs.folder import (
-    FACTS,
-    PARTS,
-    PROMPT,
-    SAVED,
-    SKIPPED,
-    atomically,
-    config_of,
-    digest_of,
-    is_run,
-    read_config,
-    read_parts,
-    read_prompts,
-    writable_folder,
-    write_facts,
-    write_part,
-    write_prompts,
-    writing,
-)
+from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP
 from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.stored import Stored, folders_of, stored_in
 from mambalens.runs.table import GROUP, METRICS, with_position
 
 
@@ -178,20 +160,8 @@ class SweepData:
         Raises:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
-        folder = writable_folder(folder)
-        if config_of(folder).exists() and is_run(folder):
-            raise MambalensError(
-                f"{str(folder)!r} holds a run: a result is not written over it, choose another folder."
-            )
-        with writing(folder):
-            (folder / PARTS).mkdir(exist_ok=True)
-            write_part(folder / PARTS / "00000.parquet", self.table, self.skipped, SAVED)
-            write_facts(folder, self.facts)
-            write_prompts(folder, self.prompts)
-            configs = [config.to_json() for config in self.configs]
-            text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
-            atomically(config_of(folder), lambda file: file.write_text(text))
-        return folder
+        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs)
+        return stored.save(folder, SWEEP)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -200,27 +170,13 @@ class SweepData:
         A folder with such folders in it gives them all as one. Parts that are damaged are left out with a warning;
         `unfinished` says how many blocks are missing.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise MambalensError(f"The folder {str(folder)!r} does not exist.")
-        if not config_of(folder).is_file():
-            found = sorted(path.parent for path in folder.rglob(config_of(Path()).name))
-            if not found:
-                raise MambalensError(f"The folder {str(folder)!r} holds no sweep (no {config_of(Path())}).")
+        found = folders_of(folder, SWEEP)
+        if found != [Path(folder)]:
             return cls.concat([cls.load(path) for path in found])
-        about = read_config(folder)
-        configs = [RunConfig.from_json(one) for one in about["configs"]]
-        parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
-        if not parts:
-            raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
-        try:
-            facts = pd.read_parquet(folder / FACTS)
-        except (OSError, ValueError) as error:
-            raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
-        table = pd.concat([with_position(table) for table, _ in parts], ignore_index=True)
-        skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
-        skipped = with_unusable(skipped, configs)
-        return cls(table, skipped, facts, configs, missing, read_prompts(folder))
+        stored = stored_in(found[0], SWEEP)
+        table = pd.concat([with_position(table) for table in stored.tables], ignore_index=True)
+        skipped = with_unusable(stored.skipped, stored.configs)
+        return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts)
 
 
 def dearest_rows(rows: pd.DataFrame, keys: Sequence[str], value: str = "mean") -> pd.DataFrame:

@@ -276,7 +276,9 @@ def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
         of_target: dict[int, dict[Paths, int]] = {}
         for part in here:
             for source, target in part.pairs:
-                of_target.setdefault(target, {}).update(dict.fromkeys(part.cutting.paths & mixer.paths, source))
+                ways_cut = of_target.setdefault(target, {})
+                for path in part.cutting.paths & mixer.paths:
+                    assert ways_cut.setdefault(path, source) == source, "two source sets of one target set"
         ways = (Paths.MAIN, Paths.CONV, Paths.ERASE)
         listed.append([(*(of.get(path, 0) for path in ways), target) for target, of in of_target.items()])
         masks.append(here[0].cutting.features[mixer] if here else None)

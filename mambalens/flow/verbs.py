@@ -1,32 +1,32 @@
-"""A flow with its verbs: certify, find routes and circuits, draw."""
+"""A flow with its verbs: certify it, find routes and circuits."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from mambalens import defaults
 from mambalens.facts.fact import Facts
 from mambalens.facts.roles import check_role
 from mambalens.flow.data import FlowData
+from mambalens.flow.table import CHOSEN_FEATURES, EDGE, MEASURES
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.intervals import mean_intervals
 from mambalens.system.progress import tqdm
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from mambalens.facts.prompts import Batch, Prompt
     from mambalens.flow.work import Flowing, FlowWork
     from mambalens.model import LoadedModel
 
 
-class Flow(FlowData):
-    """Every edge of some prompts, and questions about them; its tables are those of `flow.data.FlowData`.
+class FlowVerbs(FlowData):
+    """A flow that can be asked more of; its tables are those of `flow.data.FlowData`.
 
     A flow that `Lens.flow` gives knows its model. One that is loaded is told it: `Flow.load(folder).of(lens, facts)`.
     """
@@ -46,6 +46,11 @@ class Flow(FlowData):
             raise MambalensError(f"The flow is of {', '.join(self.models)}, and not of {lens.name}.")
         config = self.configs[0]
         self._lens, self._asked, self._memory = lens, facts, memory
+        if flowing is None and (config.features[0] == CHOSEN_FEATURES or config.measure not in MEASURES):
+            raise MambalensError(
+                f"The flow is of {config.features[0]!r} and of the measure {config.measure!r}, which its folder only "
+                "names: ask for it again with lens.flow."
+            )
         self._flowing = flowing or Flowing(config.paths, config.features[0], config.measure, config.points)
         return self
 
@@ -69,7 +74,9 @@ class Flow(FlowData):
         facts = Facts([fact for fact in self._asked if str(fact.id) in left])
         return FlowWork(self._lens, facts, self._flowing, None, self._memory, bar or tqdm(disable=True))
 
-    def certify(self, top: int = 40, sample: int = 40, seed: int = 0, progress: bool = True) -> Self:
+    def certify(
+        self, top: int = defaults.TOP, sample: int = defaults.TOP, seed: int = 0, progress: bool = True
+    ) -> Self:
         """Cut the strongest edges of every fact, and a random sample of all, each alone, exactly, by replay.
 
         Args:
@@ -91,14 +98,14 @@ class Flow(FlowData):
             return self._with(certify(self, self._work(bar), top, sample, seed, bar))
 
     def agreement(self) -> pd.DataFrame:
-        """How attributions agree with exact cuts, one row a fact; see `flow.certificate.agreement`."""
-        from mambalens.flow.certificate import agreement
+        """How attributions agree with exact cuts, one row a fact; see `flow.agreement.agreement`."""
+        from mambalens.flow.agreement import agreement
 
         return agreement(self)
 
     def certificate(self) -> pd.DataFrame:
-        """Medians and means of `agreement` with 95 % intervals; see `flow.certificate.summary`."""
-        from mambalens.flow.certificate import summary
+        """Medians and means of `agreement` with 95 % intervals; see `flow.agreement.summary`."""
+        from mambalens.flow.agreement import summary
 
         return summary(self.agreement())
 
@@ -175,7 +182,9 @@ class Flow(FlowData):
             raise MambalensError(f"The role {source!r} is empty in every prompt: no route begins there.")
 
     def circuit(self, keep: float = 0.9, progress: bool = True) -> pd.DataFrame:
-        """The fewest edges of every fact that keep a share of the answer with all other edges cut, found greedily.
+        """A few edges of every fact that keep a share of the answer with all other edges cut, found greedily.
+
+        None of them can be taken out alone; that no fewer would do is not shown.
 
         Args:
             keep: share of the answer's probability.
@@ -184,7 +193,8 @@ class Flow(FlowData):
         Returns:
             One row per fact and edge of its circuit: model, fact_id, layer, mixer, path, source, target, their pieces,
             effect, cost (what taking this edge out of the circuit loses of the answer), kept (share of the answer that
-            the circuit keeps), edges (its size) and of (edges of the prompt).
+            the circuit keeps), edges (its size) and of (edges of the prompt). A fact whose answer is kept with every
+            edge cut has no row.
         """
         import pandas as pd
 
@@ -197,29 +207,15 @@ class Flow(FlowData):
         work = self._work()
         of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
         tables = []
+        columns = ["model", "fact_id", *EDGE, "source_piece", "target_piece", "effect"]
         prompts = list(work.prompts.values())
         for prompt, batch in tqdm(batches_of_one(work.lens, prompts), "circuits", len(prompts), disable=not progress):
             rows = of_fact[str(prompt.fact.id)]
             ablated = Ablated(work, batch, listed_of(work, rows), float(rows.base_prob.iloc[0]))
             found = circuit_of(ablated, rows.effect.to_numpy(float), keep)
-            columns = [
-                "model",
-                "fact_id",
-                "layer",
-                "mixer",
-                "path",
-                "source",
-                "target",
-                "source_piece",
-                "target_piece",
-                "effect",
-            ]
             about: dict[str, Any] = {
-                "cost": found.costs,
-                "kept": found.kept,
-                "edges": len(found.edges),
-                "of": len(rows),
-            }
+                "cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows),
+            }  # fmt: skip
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)
 
@@ -270,21 +266,3 @@ class Flow(FlowData):
                 edges = float(np.mean([round(share * count) for count in counts]))
                 table.append((work.lens.name, order, share, edges, len(values), mean, low, high))
         return pd.DataFrame(table, columns=["model", "order", "share_edges", "edges", "facts", "kept", "low", "high"])
-
-    def plot(self, fact_id: str | None = None, **options: Any) -> Figure:
-        """The flow of one prompt as a graph; see `figures.flow_graph.graph`."""
-        from mambalens.figures.flow_graph import graph
-
-        return graph(self, fact_id or str(self.base.fact_id[0]), **options)
-
-    def plot_pieces(self, **options: Any) -> Figure:
-        """The flow over all facts, by pieces and layers; see `figures.flow_graph.flow_by_piece`."""
-        from mambalens.figures.flow_pieces import flow_by_piece
-
-        return flow_by_piece(self, **options)
-
-    def report(self, path: str | Path, title: str | None = None, **options: Any) -> Path:
-        """Write one HTML page to look at the flow with; see `report.flow_page.write_flow_report`."""
-        from mambalens.report.flow_page import write_flow_report
-
-        return write_flow_report(self, path, title or f"Where answers flow: {', '.join(self.models)}", **options)

@@ -148,8 +148,6 @@ def test_what_does_not_fit_the_flow_is_refused(flow: FlowData, tmp_path: Path) -
         write_flow_report(flow, out, features=features_of(flow).drop(columns=["feature", "attributed"]))
     with pytest.raises(MambalensError, match=r"edge \(99, 'main', 0, 1\) is not an edge of this prompt"):
         write_flow_report(flow, out, routes={("atlas-mamba1", FAR.id): [(99, "main", 0, 1)]})
-    with pytest.raises(MambalensError, match="'log_prob'"):
-        write_flow_report(flow, out, measure="log_probs")
     with pytest.raises(MambalensError, match="no edges"):
         write_flow_report(FlowData(flow.table.iloc[:0], flow.skipped, flow.facts, flow.prompts, flow.configs), out)
     assert not out.exists()

@@ -99,7 +99,7 @@ def test_a_configuration_is_the_same_after_json() -> None:
         assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert list(config.to_json()) == [
         "model", "n_layers", "kinds", "facts", "n_facts", "answered", "sources", "target", "window", "features",
-        "paths", "mixers", "dtype",
+        "paths", "mixers", "dtype", "measure", "points",
     ]  # fmt: skip
     assert config.to_json()["window"] == [[0, 2], [1, 3]]
     assert config["answered"][0]["unusable"] == [["a", "the subject is empty"]]

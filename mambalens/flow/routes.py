@@ -59,23 +59,32 @@ class Route(NamedTuple):
 
     @property
     def carried(self) -> float:
-        """What the route carries.
-
-        Equation: Routes
-            carried = (sum_i loss(H_i) - loss(H_1 u ... u H_n)) / (n - 1)
-
-            Source: this package; of two hops the interaction of their cuts
-
-            Of a chain of n hops H_i; loss is the share of the answer's probability that is lost. It is what the first
-            hop loses that is not lost once more where the second is cut too. Hops that lose the same X, which is also
-            what they lose together, carry X; hops that have nothing to do with each other carry 0.
-        """
-        return (sum(self.costs) - self.joint) / (len(self.hops) - 1)
+        """What the route carries, see `carried_by`."""
+        return carried_by(self.costs, self.joint)
 
     @property
     def relays(self) -> tuple[tuple[int, ...], ...]:
         """The positions between source and last token, step by step."""
         return tuple(hop.targets for hop in self.hops[:-1])
+
+
+def carried_by(costs: Sequence[float], joint: float) -> float:
+    """What a chain of hops carries.
+
+    Equation: Routes
+        carried = (sum_i loss(H_i) - loss(H_1 u ... u H_n)) / (n - 1)
+
+        Source: this package; of two hops the interaction of their cuts
+
+        Of a chain of n hops H_i; loss is the share of the answer's probability that is lost. It is what the first hop
+        loses that is not lost once more where the second is cut too. Hops that lose the same X, which is also what they
+        lose together, carry X; hops that have nothing to do with each other carry 0.
+
+    Args:
+        costs: what cutting each hop alone loses.
+        joint: what cutting all of them loses.
+    """
+    return (sum(costs) - joint) / (len(costs) - 1)
 
 
 def routes_of(work: FlowWork, prompt: Prompt, batch: Batch, start: Sequence[int], k: int, prob: float) -> list[Route]:

@@ -38,12 +38,12 @@ class RunConfig:
     """Paths that were cut, each on its own."""
     mixers: str | None = None
     """The only kind of mixers that was cut; None: every kind."""
+    dtype: str = ""
+    """Precision of the model's weights, such as 'float32'."""
     measure: str = ""
     """Measure that a flow is of."""
     points: int = 0
     """Gradients that a flow has taken of every prompt."""
-    dtype: str = ""
-    """Precision of the model's weights, such as 'float32'."""
 
     @classmethod
     def from_json(cls, about: Mapping[str, Any]) -> Self:

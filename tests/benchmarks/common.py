@@ -1,0 +1,109 @@
+"""What benchmarks share: models of the shapes that people have, clocks, and how memory rises."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig, OlmoHybridConfig
+
+PROMPTS = 16
+"""Prompts of about 15 tokens that costs are told of."""
+
+
+def mamba1(width: int = 768, layers: int = 24, vocabulary: int = 50280) -> MambaConfig:
+    """The shape of state-spaces/mamba-130m."""
+    return MambaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, state_size=16)
+
+
+def mamba2(width: int = 768, layers: int = 24, vocabulary: int = 50288) -> Mamba2Config:
+    """The shape of state-spaces/mamba2-130m."""
+    heads = 2 * width // 64
+    return Mamba2Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_heads=heads,
+                        head_dim=64, n_groups=1, state_size=128, chunk_size=256)  # fmt: skip
+
+
+def gpt2(width: int = 1024, layers: int = 24, vocabulary: int = 50257) -> GPT2Config:
+    """The shape of gpt2-medium."""
+    return GPT2Config(n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, n_positions=2048)
+
+
+def deltanet(width: int = 768, layers: int = 24, vocabulary: int = 50257) -> OlmoHybridConfig:
+    """An OLMo hybrid of 140M parameters: three layers of Gated DeltaNet to one of attention, an MLP in each."""
+    heads = width // 128
+    return OlmoHybridConfig(hidden_size=width, num_hidden_layers=layers, vocab_size=vocabulary, intermediate_size=width,
+                            num_attention_heads=width // 64, linear_num_key_heads=heads, linear_num_value_heads=heads,
+                            linear_key_head_dim=64, linear_value_head_dim=128, tie_word_embeddings=True,
+                            pad_token_id=0)  # fmt: skip
+
+
+SHAPES: dict[str, Callable[..., Any]] = {"mamba1": mamba1, "mamba2": mamba2, "deltanet": deltanet, "gpt2": gpt2}
+NAMES = {"mamba1": "mamba-130m", "mamba2": "mamba2-130m", "deltanet": "deltanet-140m", "gpt2": "gpt2-medium"}
+
+
+def load(config: Any) -> Any:
+    """A random model whose decays differ."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("A_log"):
+            parameter.data.uniform_(-2.0, 2.0)
+    return model
+
+
+def seconds(work: Callable[[], Any], runs: int = 3) -> float:
+    """Median of a few runs after one that is not counted."""
+    work()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return sorted(times)[runs // 2]
+
+
+def peak_bytes(work: Callable[[], Any]) -> float:
+    """How far the process's memory rises (Linux; NaN elsewhere).
+
+    Memory that was used before stays with the allocator and would not rise again: call it in a fresh process.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return float("nan")
+
+    def of(field: str) -> int:
+        return 1024 * int(next(line for line in status.read_text().splitlines() if line.startswith(field)).split()[1])
+
+    stop, levels = threading.Event(), [of("VmRSS")]
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            levels.append(of("VmRSS"))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        work()
+    finally:
+        stop.set()
+        watcher.join()
+    return max(levels) - levels[0]
+
+
+def peak_in_fresh_process(script: str, part: str, *arguments: Any) -> float:
+    """`peak_bytes` of one piece of work in a process that has done nothing else: what `script --peak` prints."""
+    command = [sys.executable, script, "--peak", part, *map(str, arguments)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def report(line: dict[str, Any]) -> dict[str, Any]:
+    """Print a measurement as JSON."""
+    print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}))
+    return line

@@ -1,0 +1,196 @@
+"""What flows cost: `python tests/benchmarks/flow.py` (random models, two cores, about twenty minutes).
+
+Three parts, each with one JSON line for every measurement and a table; ratios are of figures taken in one run.
+
+models: 16 prompts of 12 to 18 tokens. Seconds for one plain forward pass of the prompts, for every edge attributed
+    (`lens.flow`) and for the 40 strongest edges of each cut exactly (`flow.certify`), everything included, from text to
+    tables; and what memory rises by over the loaded model, each in a fresh process.
+exact: one prompt of 15 tokens, every edge cut by replay (`method="exact"`), and by a hooked pass for each (measured on
+    40 of them, scaled to all).
+growth: how attributing and certifying grow with the prompt's length (four prompts, smaller models).
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from common import NAMES, PROMPTS, SHAPES, load, peak_bytes, peak_in_fresh_process, report, seconds
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as words
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+
+from mambalens import Fact, Facts, Lens
+from mambalens.flow.exact import without_edges
+from mambalens.result import Flow
+
+TOP, SAMPLED = 40, 40
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word: 'w0', 'w1', ..."""
+    known = {f"w{number}": number for number in range(vocabulary)}
+    made = Tokenizer(words.WordLevel(known, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", pad_token="w1")
+
+
+def facts_of(lengths: list[int], vocabulary: int) -> Facts:
+    """Prompts of random words, two of them the subject."""
+    draw, made = np.random.default_rng(0), []
+    for length in lengths:
+        prompt = [f"w{number}" for number in draw.choice(np.arange(2, vocabulary - 1), length, replace=False)]
+        made.append(Fact(" ".join(prompt), " ".join(prompt[2:4]), f"w{vocabulary - 1}"))
+    return Facts(made)
+
+
+class Flowed:
+    """A flow of random prompts, as `lens.flow` runs it."""
+
+    def __init__(self, model: Any, lengths: list[int]) -> None:
+        self.lens = Lens(model, tokenizer(model.config.vocab_size), "random")
+        self.facts = facts_of(lengths, model.config.vocab_size)
+        prompts = [self.lens.prompt(fact) for fact in self.facts]
+        self.batch = next(self.lens.batches(prompts))
+
+    @torch.no_grad()
+    def plain(self) -> None:
+        """One forward pass."""
+        self.lens.model(self.batch.ids, use_cache=False)
+
+    def attributed(self) -> Flow:
+        """Every edge of every prompt."""
+        return self.lens.flow(self.facts, progress=False)
+
+    def certified(self) -> Flow:
+        """The same with the strongest of each prompt cut."""
+        return self.lens.flow(self.facts, progress=False, certify=TOP)
+
+
+def lengths_of_prompts() -> list[int]:
+    """Of 16 prompts."""
+    return np.random.default_rng(0).integers(12, 19, PROMPTS).tolist()
+
+
+def models(names: list[str]) -> pd.DataFrame:
+    """Flows of models as people have them."""
+    lines = []
+    for name in names:
+        flowed = Flowed(load(SHAPES[name]()), lengths_of_prompts())
+        plain, attributed = seconds(flowed.plain), seconds(flowed.attributed)
+        flow = flowed.attributed()
+        certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False))
+        plain_peak, attributed_peak, certified_peak = (
+            peak_in_fresh_process(__file__, part, name) / 1e6 for part in ("plain", "attributed", "certified")
+        )
+        line = {
+            "model": NAMES[name],
+            "edges": len(flow.table),
+            "plain_s": plain,
+            "attribute_s": attributed,
+            "certify_s": certified,
+            "attribute/plain": attributed / plain,
+            "certify/plain": certified / plain,
+            "plain_peak_mb": plain_peak,
+            "attribute_peak_mb": attributed_peak,
+            "certify_peak_mb": certified_peak,
+            "attribute_peak/plain": attributed_peak / plain_peak,
+            "certify_peak/plain": certified_peak / plain_peak,
+            "backend": flowed.lens.hooks.backend,
+        }
+        lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+def exact(names: list[str]) -> pd.DataFrame:
+    """Every edge of one prompt, each alone."""
+    lines = []
+    for name in names:
+        flowed = Flowed(load(SHAPES[name]()), [15])
+        plain = seconds(flowed.plain)
+        replayed = seconds(lambda flowed=flowed: flowed.lens.flow(flowed.facts, method="exact", progress=False), 1)
+        flow = flowed.attributed()
+        hooked = seconds(lambda flowed=flowed, flow=flow: hooked_cuts(flowed, flow), 1) / SAMPLED * len(flow.table)
+        line = {
+            "model": NAMES[name],
+            "edges": len(flow.table),
+            "plain_s": plain,
+            "exact_s": replayed,
+            "hooked_s_scaled": hooked,
+            "exact/plain": replayed / plain,
+            "hooked/exact": hooked / replayed,
+        }
+        lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+@torch.no_grad()
+def hooked_cuts(flowed: Flowed, flow: Flow) -> None:
+    """Some edges of one prompt, by a hooked pass for each."""
+    work = flow._work()
+    time = flowed.batch.ids.shape[1]
+    listed = work.edges(time)
+    for number in np.random.default_rng(0).choice(len(listed.where), SAMPLED, replace=False):
+        edge = work.edge(listed, int(number))
+        mask = torch.zeros(time, time, dtype=torch.bool)
+        mask[edge.target, edge.source] = True
+        with without_edges(flowed.lens, {(edge.mixer, edge.path): mask}, work.features):
+            flowed.lens.last_logits(flowed.batch)
+
+
+def growth(names: list[str]) -> pd.DataFrame:
+    """Cost by prompt length."""
+    lines = []
+    for name in names:
+        for tokens in (16, 32, 64, 128, 256):
+            flowed = Flowed(load(SHAPES[name](256, 12, 1000)), [tokens] * 4)
+            plain, attributed = seconds(flowed.plain), seconds(flowed.attributed)
+            flow = flowed.attributed()
+            certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False))
+            line = {
+                "model": name,
+                "tokens": tokens,
+                "edges": len(flow.table) // 4,
+                "plain_s": plain,
+                "attribute_s": attributed,
+                "certify_s": certified,
+                "attribute/plain": attributed / plain,
+                "certify/plain": certified / plain,
+                "attribute_us_per_edge": 1e6 * attributed / len(flow.table),
+            }
+            lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
+def peak(part: str, name: str) -> float:
+    """What `peak_in_fresh_process` runs there."""
+    flowed = Flowed(load(SHAPES[name]()), lengths_of_prompts())
+    return peak_bytes(getattr(flowed, part))
+
+
+PARTS = {"models": models, "exact": exact, "growth": growth}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
+    parser.add_argument("--model", action="append", choices=SHAPES, help="by default all")
+    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    if options.peak:
+        print(peak(*options.peak))
+        return
+    for part in options.part or PARTS:
+        table = PARTS[part](options.model or list(SHAPES))
+        print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+        print(table.to_string(index=False, float_format="{:.2f}".format) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -16,18 +16,23 @@ from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaCo
 
 PROMPTS = 16
 """Prompts of about 15 tokens that costs are told of."""
+SPREAD = 0.02
+"""Of random weights; transformers' 0.1 for Mamba makes models that carry rounding from layer to layer as no trained one
+does."""
 
 
 def mamba1(width: int = 768, layers: int = 24, vocabulary: int = 50280) -> MambaConfig:
     """The shape of state-spaces/mamba-130m."""
-    return MambaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, state_size=16)
+    return MambaConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, state_size=16,
+                       initializer_range=SPREAD)  # fmt: skip
 
 
 def mamba2(width: int = 768, layers: int = 24, vocabulary: int = 50288) -> Mamba2Config:
     """The shape of state-spaces/mamba2-130m."""
     heads = 2 * width // 64
     return Mamba2Config(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers, num_heads=heads,
-                        head_dim=64, n_groups=1, state_size=128, chunk_size=256)  # fmt: skip
+                        head_dim=64, n_groups=1, state_size=128, chunk_size=256,
+                        initializer_range=SPREAD)  # fmt: skip
 
 
 def gpt2(width: int = 1024, layers: int = 24, vocabulary: int = 50257) -> GPT2Config:

@@ -36,7 +36,7 @@ def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
     known = {f"w{number}": number for number in range(vocabulary)}
     made = Tokenizer(words.WordLevel(known, unk_token="w0"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="w0", pad_token="w1")
+    return PreTrainedTokenizerFast(tokenizer_object=made)
 
 
 def facts_of(lengths: list[int], vocabulary: int) -> Facts:

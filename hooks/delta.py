@@ -25,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.hooks.recurrence import side_by_side
+from mambalens.hooks.recurrence import Index, side_by_side
 
 CHUNK = {True: 64, False: 16}
 """Positions that are solved as one system: with one decay a head, and with one for every channel of its keys."""
@@ -65,9 +65,9 @@ class DeltaInputs(NamedTuple):
         """What belongs to rows, row by row."""
         return DeltaInputs(*(side_by_side(t, rows) for t in self))
 
-    def of(self, prompts: Int[Tensor, " some"]) -> DeltaInputs:
-        """The inputs of these prompts."""
-        return DeltaInputs(*(t[prompts] for t in self))
+    def of(self, index: Index) -> DeltaInputs:
+        """The inputs of these prompts or rows."""
+        return DeltaInputs(*(t[index] for t in self))
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t].

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mambalens.hooks.recurrence import side_by_side
+from mambalens.hooks.recurrence import Index, side_by_side
 
 
 class GatedInputs(NamedTuple):
@@ -50,9 +50,9 @@ class GatedInputs(NamedTuple):
         """What belongs to rows, row by row."""
         return GatedInputs(*(side_by_side(t, rows) for t in self))
 
-    def of(self, prompts: Int[Tensor, " some"]) -> GatedInputs:
-        """The inputs of these prompts."""
-        return GatedInputs(*(t[prompts] for t in self))
+    def of(self, index: Index) -> GatedInputs:
+        """The inputs of these prompts or rows."""
+        return GatedInputs(*(t[index] for t in self))
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t] = 1."""

@@ -20,7 +20,7 @@ from mambalens.hooks.calls import conv_state
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, kept_taps, on
 from mambalens.hooks.mixer import Captured, weights_at_hand
-from mambalens.hooks.recurrence import Projected, State, States, side_by_side
+from mambalens.hooks.recurrence import Index, Projected, State, States, side_by_side
 from mambalens.hooks.recurrent import RecurrentMixer
 from mambalens.hooks.token_mixing import TokenMixing
 
@@ -42,9 +42,9 @@ class Convolved(NamedTuple):
         """What belongs to rows, row by row."""
         return Convolved(side_by_side(self.x, rows))
 
-    def of(self, prompts: Int[Tensor, " some"]) -> Convolved:
-        """What it gave of these prompts."""
-        return Convolved(self.x[prompts])
+    def of(self, index: Index) -> Convolved:
+        """What it gave of these prompts or rows."""
+        return Convolved(self.x[index])
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """Every position reads itself."""

@@ -34,6 +34,10 @@ class Projected(NamedTuple):
     """What the scan takes beside it, such as raw step sizes (Mamba-2) or decays and strengths (delta rules)."""
 
 
+Index = Int[Tensor, " some"] | tuple[slice, Int[Tensor, " some"]]
+"""Prompts, or every prompt and some rows."""
+
+
 @runtime_checkable
 class Inputs(Protocol):
     """Inputs of a recurrence, in float32 or better: what its positions write, keep, remove and read."""
@@ -55,8 +59,8 @@ class Inputs(Protocol):
     def by_row(self, rows: int) -> Inputs:
         """What belongs to rows side by side [batch, rows x length, ...], row by row [batch, rows, length, ...]."""
 
-    def of(self, prompts: Int[Tensor, " some"]) -> Inputs:
-        """The inputs of these prompts, which may be named several times."""
+    def of(self, index: Index) -> Inputs:
+        """The inputs of some prompts, which may be named several times, or of some rows."""
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:
         """alpha[t, t]: what a position's own value adds to its output, without the skip."""

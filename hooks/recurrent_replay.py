@@ -81,32 +81,31 @@ def _cut_rows(
     pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
 
     def without(
-        written: Int[Tensor, " row"], erased: Int[Tensor, " row"]
-    ) -> Float[Tensor, "batch row time feature width"]:
-        """Every position without its row's source set."""
+        inputs: Inputs, written: Int[Tensor, " some"], erased: Int[Tensor, " some"]
+    ) -> Float[Tensor, "batch some time feature width"]:
+        """Every position of some rows without their source sets."""
         cut = []
         for number in (written, erased):
-            stays = ~base.own_sources[number].transpose(0, 1)[..., None]  # [B, R, L, 1]
+            stays = ~base.own_sources[number].transpose(0, 1)[..., None]  # [B, some, L, 1]
             cut.append(None if stays.all() else stays)
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
         return mixer.resume_scan(inputs.cut(*cut), states, state)
 
-    def any_in(written: Int[Tensor, " row"], erased: Int[Tensor, " row"]) -> Bool[Tensor, " row"]:
-        return (written > 0) | (erased > 0)  # set 0 only fills up
-
     written, erased, _ = pairs[0]
-    if len(pairs) == 1 and rows.features is None and (base.all_targets or not any_in(written, erased).any()):
-        return without(written, erased)
-    y = without(torch.zeros_like(written), torch.zeros_like(written))
+    some = (written > 0) | (erased > 0)  # set 0 only fills up
+    if len(pairs) == 1 and rows.features is None and (base.all_targets or not some.any()):
+        return without(inputs, written, erased)
+    y = without(inputs, torch.zeros_like(written), torch.zeros_like(written))
     for written, erased, target in pairs:
-        some = any_in(written, erased)
-        if some.any():
-            cut = (base.targets[target] & some[:, None, None]).transpose(0, 1)[..., None]  # [B, R, L, 1]
+        here = ((written > 0) | (erased > 0)).nonzero().flatten()  # one row in many, where edges are cut one by one
+        if len(here):
+            cut = base.targets[target[here]].transpose(0, 1)[..., None]  # [B, some, L, 1]
             if rows.features is not None:
-                cut = cut & rows.features[None, :, None]
-            y = torch.where(cut[..., None], without(written, erased), y)
+                cut = cut & rows.features[here][None, :, None]
+            of_cut = without(inputs.of((slice(None), here)), written[here], erased[here])
+            y[:, here] = torch.where(cut[..., None], of_cut, y[:, here])
     return y
 
 

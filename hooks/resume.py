@@ -8,6 +8,7 @@ attention layer reads the prompt's keys for all of its rows at once.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -79,6 +80,10 @@ class Base:
         columns = self.columns.to(value.device)
         picked = value[torch.arange(len(columns), device=value.device)[:, None], columns]  # [B, L, ...]
         return picked[:, None].expand(-1, cuts, *picked.shape[1:]).flatten(1, 2)
+
+    def only(self, sources: Sequence[int], targets: Sequence[int]) -> Base:
+        """The same with some of its source sets and target sets, numbered in this order."""
+        return Base(self.first, self.targets[list(targets)], self.sources[list(sources)])
 
     def to(self, device: torch.device) -> Base:
         """The same on a device."""

@@ -19,7 +19,7 @@ from mambalens.hooks import fused, kernels, scan
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import weights_at_hand
-from mambalens.hooks.recurrence import State, States, side_by_side
+from mambalens.hooks.recurrence import Index, State, States, side_by_side
 from mambalens.hooks.recurrent import RecurrentMixer
 from mambalens.hooks.token_mixing import Decay
 
@@ -51,9 +51,9 @@ class ScanInputs(NamedTuple):
         x, dt, B, C = (side_by_side(t, rows) for t in (self.x, self.dt, self.B, self.C))
         return ScanInputs(x, dt, self.A, B, C)
 
-    def of(self, prompts: Int[Tensor, " some"]) -> ScanInputs:
-        """The inputs of these prompts."""
-        x, dt, B, C = (t[prompts] for t in (self.x, self.dt, self.B, self.C))
+    def of(self, index: Index) -> ScanInputs:
+        """The inputs of these prompts or rows."""
+        x, dt, B, C = (t[index] for t in (self.x, self.dt, self.B, self.C))
         return ScanInputs(x, dt, self.A, B, C)
 
     def own_entry(self) -> Float[Tensor, "*batch time feature"]:

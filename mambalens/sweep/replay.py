@@ -55,11 +55,6 @@ class Row(NamedTuple):
         """Numbers of its source sets."""
         return tuple(source for part in self.parts for source, _ in part.pairs)
 
-    def renumbered(self, number: Mapping[int, int]) -> Row:
-        """The same with other numbers of the source sets."""
-        pairs = tuple((number[source], target) for source, target in self.pairs)
-        return Row(self.cutting, pairs, tuple(part.renumbered(number) for part in self.also))
-
 
 UNCUT = Row(Cutting({}, Paths.NONE), ((0, 0),))
 """Replays the prompts as they are."""
@@ -152,17 +147,28 @@ class Replay:
         room = self.memory // SHARES // (max(1, per_set) * len(self.last) * _bytes(self.model))
         sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
-        inside: set[int] = set()
+        inside: dict[Mixer, set[int]] = {}
         of = [cut.sources for cut in cuts]
         for number in sorted(range(len(cuts)), key=of.__getitem__):
-            added = inside.union(of[number])
-            if group and (len(group) == most or (len(added) > len(inside) and len(added) > sets)):
+            added = _joined(inside, cuts[number])
+            grows = any(len(of_mixer) > len(inside.get(mixer, ())) for mixer, of_mixer in added.items())
+            if group and (len(group) == most or (grows and max(map(len, added.values())) > sets)):
                 yield group
-                group, added = [], set(of[number])
+                group, inside = [], {}
+                added = _joined(inside, cuts[number])
             group.append(number)
-            inside = added
+            inside.update(added)
         if group:
             yield group
+
+
+def _joined(inside: Mapping[Mixer, set[int]], cut: Row) -> dict[Mixer, set[int]]:
+    """The source sets of the mixers that a cut is in, its own among them."""
+    added: dict[Mixer, set[int]] = {}
+    for part in cut.parts:
+        for mixer in part.cutting.features:
+            added.setdefault(mixer, set(inside.get(mixer, ()))).update(source for source, _ in part.pairs)
+    return added
 
 
 class _Walk:
@@ -170,13 +176,12 @@ class _Walk:
 
     def __init__(self, replay: Replay, cuts: Sequence[Row]) -> None:
         self.replay, self.model = replay, replay.model
-        used = sorted({source for cut in cuts for source in cut.sources} - {0})
-        number = {source: i for i, source in enumerate(used, 1)} | {0: 0}
-        sources = torch.cat([torch.zeros_like(replay.sources[:1]), replay.sources[[source - 1 for source in used]]])
-        self.base = Base(replay.first, replay.targets, sources)
         # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
         order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: cuts[i].start)
-        self.cuts = [UNCUT, *(cuts[i].renumbered(number) for i in order)]
+        self.cuts = [UNCUT, *(cuts[i] for i in order)]
+        nothing = torch.zeros_like(replay.sources[:1])
+        self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
+        self.of_mixer = {mixer: _Sets.of(self.base, self.cuts, mixer) for mixer in replay.hooks.mixers}
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -194,7 +199,7 @@ class _Walk:
             mixer.expect(joined * self.replay.targets[0].numel())
         with ExitStack() as stack:
             for mixer in mixers:
-                self.kept[mixer] = stack.enter_context(mixer.keeping(self.base))
+                self.kept[mixer] = stack.enter_context(mixer.keeping(self.of_mixer[mixer].base))
             for number, layer in enumerate(self.replay.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
             self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
@@ -238,15 +243,16 @@ class _Walk:
         widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
         per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
-        size = min([size, *(of_mixer.most_cuts for of_mixer in kept)])
+        size = min([size, *(of_layer.most_cuts for of_layer in kept)])
         parts = []
         of_base = self.base.to(base.device)
         for begin in range(0, len(joined), size):
             cuts = joined[begin : begin + size]
             given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
             with ExitStack() as stack:
-                for mixer, of_mixer in zip(here, kept, strict=True):
-                    stack.enter_context(mixer.resuming(of_mixer, self.base, _rows(cuts, mixer)))
+                for mixer, of_layer in zip(here, kept, strict=True):
+                    sets = self.of_mixer[mixer]
+                    stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
                 parts.append(_hidden(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
@@ -267,7 +273,25 @@ class _Walk:
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
+class _Sets(NamedTuple):
+    """The source sets and target sets that cuts have in one mixer: what it keeps grows with them."""
+
+    base: Base
+    source: dict[int, int]
+    """Number of a source set in the mixer's base, by its number in the replay."""
+    target: dict[int, int]
+
+    @staticmethod
+    def of(base: Base, cuts: Sequence[Row], mixer: Mixer) -> _Sets:
+        """Those of some cuts."""
+        pairs = [pair for cut in cuts for part in cut.parts if mixer in part.cutting.features for pair in part.pairs]
+        sources = sorted({0} | {source for source, _ in pairs})
+        targets = sorted({target for _, target in pairs} or {0})
+        numbers = ({old: new for new, old in enumerate(sets)} for sets in (sources, targets))
+        return _Sets(base.only(sources, targets), *numbers)
+
+
+def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:
     """What is cut of each row in one mixer."""
     listed: list[list[tuple[int, ...]]] = []
     masks: list[Bool[Tensor, " feature"] | None] = []
@@ -275,7 +299,8 @@ def _rows(cuts: Sequence[Row], mixer: Mixer) -> Rows:
         here = [part for part in cut.parts if mixer in part.cutting.features]
         of_target: dict[int, dict[Paths, int]] = {}
         for part in here:
-            for source, target in part.pairs:
+            for pair in part.pairs:
+                source, target = sets.source[pair[0]], sets.target[pair[1]]
                 ways_cut = of_target.setdefault(target, {})
                 for path in part.cutting.paths & mixer.paths:
                     assert ways_cut.setdefault(path, source) == source, "two source sets of one target set"

@@ -220,7 +220,8 @@ def test_a_routes_numbers_are_those_of_its_cuts(flow: Flow, far: tuple[Lens, Fac
                 prob = float(lens.last_logits(batch).softmax(-1)[0, prompt.target_id])
             losses.append(100 * (1 - prob / base))
     np.testing.assert_allclose([*best.hop_pct, best.joint_pct], losses, atol=0.05)
-    assert best.carried_pct == pytest.approx((sum(best.hop_pct) - best.joint_pct) / (len(best.hop_pct) - 1))
+    shared = (sum(best.hop_pct) - best.joint_pct) / (len(best.hop_pct) - 1)
+    assert best.carried_pct == pytest.approx(min(shared, *best.hop_pct))
     by_piece = flow.routes_by_piece(routes=found, progress=False)
     assert (by_piece.facts <= 3).all() and by_piece.carried_pct.is_monotonic_decreasing
 
@@ -239,6 +240,16 @@ def test_hops_that_lose_the_same_carry_it_and_independent_ones_nothing() -> None
     hops = (Hop((0,), (1,)), Hop((1,), (2,)))
     assert Route(hops, (0.4, 0.4), 0.4).carried == pytest.approx(0.4)
     assert Route(hops, (0.2, 0.3), 0.5).carried == pytest.approx(0.0)
+
+
+def test_a_route_carries_no_more_than_its_weakest_hop() -> None:
+    hops = (Hop((0,), (1,)), Hop((1,), (2,)), Hop((2,), (3,)))
+    assert Route(hops, (0.4, 0.4, 0.4), 0.4).carried == pytest.approx(0.4)
+    assert Route(hops, (0.5, -0.0001, 0.5), 0.5).carried == pytest.approx(-0.0001)
+    assert Route(hops[:2], (0.1, 0.6), 0.2).carried == pytest.approx(0.1)  # the first hop's cut undoes the second's
+
+
+def test_the_ways_of_a_hop_are_told_by_path_and_layers() -> None:
     lens = Lens.load("atlas-mamba1")
     mixers = lens.hooks.mixers
     edges = [Edge(mixers[n], Paths.CONV, 0, 1) for n in (5, 7, 8, 9, 11)]

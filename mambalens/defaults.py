@@ -30,6 +30,8 @@ TOP = 40
 """Edges of a prompt that count as its strongest: those that are looked at twice, and cut exactly."""
 MEASURE = "log_odds"
 """Measure that a flow is of."""
+METHODS = ("gradient", "exact")
+"""How a flow finds its effects; the first where nothing is said."""
 FLOW_BLOCK = 32
 """Facts of a flow's block."""
 DETAILS = 1000

@@ -80,7 +80,8 @@ def carried_by(costs: Sequence[float], joint: float) -> float:
         the first hop loses that is not lost once more where the others are cut too: hops that lose the same X, which is
         also what they lose together, carry X, and hops that have nothing to do with each other carry 0. In a chain of
         three it is a mean of two such shares, which two hops that lose the same make large by themselves, whatever lies
-        between them. What a chain carries passes every hop of it, so it is never more than its smallest loss.
+        between them. What a chain carries passes every hop of it, so it is never more than its smallest loss, which is
+        below zero where a hop works against the answer.
 
     Args:
         costs: what cutting each hop alone loses.

@@ -54,7 +54,8 @@ def run(
         work = FlowWork(lens, facts, flowing, batch_size, memory, bar)
         bar.reset(total=work.size(facts))
         if flowing.every and progress:
-            said = f"Every edge is cut on its own: {work.cuts(facts):,} cuts in {len(work.prompts)} prompts."
+            count = len(work.prompts)
+            said = f"Every edge is cut on its own: {work.cuts(facts):,} cuts in {count} prompt{'s' * (count > 1)}."
             bar.write(said, file=sys.stderr)
         config = _configuration(lens, facts, flowing)
         prompts = prompt_table(lens, work.prompts.values())

@@ -30,7 +30,11 @@ TOP = 40
 """Edges of a prompt that count as its strongest: those that are looked at twice, and cut exactly."""
 MEASURE = "log_odds"
 """Measure that a flow is of."""
+METHODS = ("gradient", "exact")
+"""How a flow finds its effects; the first where nothing is said."""
 FLOW_BLOCK = 32
 """Facts of a flow's block."""
+DETAILED = 100
+"""Facts of a model whose edges go into a flow's page; its means are over all."""
 DETAILS = 1000
 """Facts of a model whose own numbers go into a report; its curves are means over all."""

@@ -13,7 +13,7 @@ from mambalens.evaluation import FactLike
 from mambalens.facts.fact import Fact, Facts
 from mambalens.facts.files import as_facts
 from mambalens.facts.roles import check_role
-from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Paths
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
@@ -257,7 +257,7 @@ class Lens(LoadedModel):
         paths: Sequence[str] | str = "both",
         features: Features = defaults.GROUP,
         measure: str | Measure = defaults.MEASURE,
-        method: str = "gradient",
+        method: str = defaults.METHODS[0],
         batch_size: int | None = None,
         out: str | Path | None = None,
         progress: bool = True,
@@ -299,12 +299,8 @@ class Lens(LoadedModel):
 
         if target != defaults.TARGET:
             raise MambalensError(f"target={target!r}: a flow ends where the answer is read, at {defaults.TARGET!r}.")
-        if method not in ("gradient", "exact"):
-            raise MambalensError(f"method={method!r} is not a method: {choose(method, ('gradient', 'exact'))}.")
         asked = as_facts(facts)
-        flowing = Flowing(
-            _tuple(paths), features, measure, points, top=certify, sample=sample, every=method == "exact", seed=seed
-        )
+        flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed)
         found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
         return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
 

@@ -20,6 +20,7 @@ from mambalens.flow.routes import Hop, Losses, Route, ways
 from mambalens.flow.work import Flowing, FlowWork, choose_edges
 from mambalens.hooks.knockout import Paths
 from mambalens.result import Flow
+from mambalens.runs.stored import kind_of
 from mambalens.system.progress import tqdm
 
 MODELS = ("atlas-mamba1", "atlas-mamba2", "atlas-gpt-neox", "atlas-deltanet")
@@ -195,6 +196,60 @@ def test_a_flow_goes_on_where_it_stopped_and_is_read_again(far: tuple[Lens, Fact
         SweepResult.load(tmp_path / "saved")
 
 
+def test_a_flow_is_filtered_by_the_columns_of_its_facts(flow: Flow) -> None:
+    relation = flow.facts.relation[0]
+    part = flow.where(relation=relation)
+    assert set(part.table.fact_id) == set(flow.facts.fact_id[flow.facts.relation == relation])
+    assert part.where(path="conv", layer=[3, 4]).table.layer.isin([3, 4]).all()
+    with pytest.raises(MambalensError, match=r"'wordin' is no column of the facts: did you mean 'wording'\?"):
+        flow.where(wordin="far")
+    with pytest.raises(MambalensError, match="No edge of the flow has layer=99"):
+        flow.where(layer=99)
+
+
+def test_the_same_edges_are_not_put_together_twice(flow: Flow) -> None:
+    first, *others = flow.base.fact_id
+    parts = [flow.where(fact_id=first), flow.where(fact_id=others)]
+    assert len(Flow.concat(parts).table) == len(flow.table)
+    assert len(Flow.concat([flow.where(path="conv"), flow.where(path="main")]).table) == len(flow.table)
+    with pytest.raises(MambalensError, match=f"have the same edges .fact '{first}', model 'atlas-mamba1'"):
+        Flow.concat([flow, parts[0]])
+    other = Flow.with_verbs(parts[0])
+    other.facts = other.facts.assign(target="another")
+    with pytest.raises(MambalensError, match="Different facts have the id"):
+        Flow.concat([parts[1], other])
+
+
+def test_a_folder_holds_a_sweep_or_a_flow_and_says_which(flow: Flow, far: tuple[Lens, Facts], tmp_path: Path) -> None:
+    lens, facts = far
+    sweep = lens.sweep(facts, "subject", window=12, out=tmp_path / "sweep", progress=False)
+    one = facts[:1]
+    lens.flow(one, out=tmp_path / "flow", progress=False)
+    assert [kind_of(tmp_path / name) for name in ("sweep", "flow")] == ["sweep", "flow"]
+    before = {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.parquet"))}
+    for wrong in (
+        lambda: lens.flow(one, out=tmp_path / "sweep", progress=False),
+        lambda: flow.save(tmp_path / "sweep"),
+        lambda: lens.sweep(facts, "subject", window=12, out=tmp_path / "flow", progress=False),
+        lambda: sweep.save(tmp_path / "flow"),
+    ):
+        with pytest.raises(MambalensError, match=r"holds a (sweep|flow) .*is not written over it"):
+            wrong()
+    assert before == {path: path.read_bytes() for path in sorted(tmp_path.rglob("*.parquet"))}
+    with pytest.raises(MambalensError, match="holds sweeps and flows"):
+        kind_of(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(MambalensError, match=r"holds no sweep and no flow \(no sweep.json, no flow.json\)"):
+        kind_of(tmp_path / "empty")
+
+
+def test_a_refusal_says_what_differs_in_the_words_of_the_command_line(far: tuple[Lens, Facts], tmp_path: Path) -> None:
+    lens, facts = far
+    lens.flow(facts[:1], out=tmp_path, certify=2, progress=False)
+    with pytest.raises(MambalensError, match="certify: 2 there, 3 now; seed: 0 there, 5 now"):
+        lens.flow(facts[:1], out=tmp_path, certify=3, seed=5, progress=False)
+
+
 def test_a_routes_numbers_are_those_of_its_cuts(flow: Flow, far: tuple[Lens, Facts]) -> None:
     lens, facts = far
     found = flow.routes(k=2, progress=False)
@@ -220,7 +275,8 @@ def test_a_routes_numbers_are_those_of_its_cuts(flow: Flow, far: tuple[Lens, Fac
                 prob = float(lens.last_logits(batch).softmax(-1)[0, prompt.target_id])
             losses.append(100 * (1 - prob / base))
     np.testing.assert_allclose([*best.hop_pct, best.joint_pct], losses, atol=0.05)
-    assert best.carried_pct == pytest.approx((sum(best.hop_pct) - best.joint_pct) / (len(best.hop_pct) - 1))
+    shared = (sum(best.hop_pct) - best.joint_pct) / (len(best.hop_pct) - 1)
+    assert best.carried_pct == pytest.approx(min(shared, *best.hop_pct))
     by_piece = flow.routes_by_piece(routes=found, progress=False)
     assert (by_piece.facts <= 3).all() and by_piece.carried_pct.is_monotonic_decreasing
 
@@ -239,6 +295,16 @@ def test_hops_that_lose_the_same_carry_it_and_independent_ones_nothing() -> None
     hops = (Hop((0,), (1,)), Hop((1,), (2,)))
     assert Route(hops, (0.4, 0.4), 0.4).carried == pytest.approx(0.4)
     assert Route(hops, (0.2, 0.3), 0.5).carried == pytest.approx(0.0)
+
+
+def test_a_route_carries_no_more_than_its_weakest_hop() -> None:
+    hops = (Hop((0,), (1,)), Hop((1,), (2,)), Hop((2,), (3,)))
+    assert Route(hops, (0.4, 0.4, 0.4), 0.4).carried == pytest.approx(0.4)
+    assert Route(hops, (0.5, -0.0001, 0.5), 0.5).carried == pytest.approx(-0.0001)
+    assert Route(hops[:2], (0.1, 0.6), 0.2).carried == pytest.approx(0.1)  # the first hop's cut undoes the second's
+
+
+def test_the_ways_of_a_hop_are_told_by_path_and_layers() -> None:
     lens = Lens.load("atlas-mamba1")
     mixers = lens.hooks.mixers
     edges = [Edge(mixers[n], Paths.CONV, 0, 1) for n in (5, 7, 8, 9, 11)]
@@ -298,6 +364,7 @@ def test_measures_and_mistakes_are_said(far: tuple[Lens, Facts]) -> None:
     assert lens.flow(one, measure="logit", points=1, progress=False).measure == "Logit of the target"
     for given, said in (
         ({"measure": "odds"}, "measure='odds'"), ({"method": "fast"}, "method='fast'"), ({"points": 0}, "points=0"),
+        ({"certify": -1}, "certify=-1: give 0 or more"),
         ({"target": "first"}, "target='first'"), ({"paths": "erase"}, "path='erase'"),
     ):  # fmt: skip
         with pytest.raises(MambalensError, match=said):

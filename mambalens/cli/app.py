@@ -11,9 +11,23 @@ from typing import Any
 import click
 
 from mambalens.cli import asked
-from mambalens.cli.parser import Verbs, argument, every_setting, option, settings
+from mambalens.cli.parser import Verbs, argument, every_setting, option, settings, typed
 from mambalens.cli.settings import SweepSettings
-from mambalens.defaults import DETAILS, FACTS, GROUP, PATH, SOURCE, TARGET, WINDOW
+from mambalens.defaults import (
+    DETAILED,
+    DETAILS,
+    FACTS,
+    FLOW_BLOCK,
+    GROUP,
+    MEASURE,
+    METHODS,
+    PATH,
+    POINTS,
+    SOURCE,
+    TARGET,
+    TOP,
+    WINDOW,
+)
 from mambalens.hooks.errors import MambalensError
 from mambalens.system import processes
 from mambalens.system.events import print_json, tell
@@ -49,28 +63,78 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
     from mambalens.cli import output
     from mambalens.cli.programs import estimate, sweep_all
     from mambalens.result import SweepResult
-    from mambalens.runs.folder import writable_folder
+    from mambalens.runs.folder import SWEEP, writable_folder
 
     chosen = asked.facts(settings.facts, settings.where)
     load = functools.partial(asked.lens, dtype=settings.dtype, tokenizer=settings.tokenizer)
     if dry_run:
         output.estimates(estimate(settings, chosen, groups, load))
         return
-    out = writable_folder(settings.out)
+    out = writable_folder(settings.out, SWEEP)
     if as_json:
         print_json()
-    try:
-        say: Callable[[str], None] = (lambda _: None) if as_json else functools.partial(click.echo, err=True)
-        results, failed = sweep_all(settings, chosen, groups, load, say, progress=not as_json)
-    except KeyboardInterrupt:
-        click.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
-        raise
+    with output.interruptible(out):
+        results, failed = sweep_all(settings, chosen, groups, load, _say(as_json), progress=not as_json)
     result = SweepResult.concat(results)
     tell("result", folder=str(out), models=result.models, rows=len(result.table), skipped=len(result.skipped))
     if processes.first() and not as_json:
         output.swept(result, out)
     if failed:
         sys.exit(1)
+
+
+@app.command(short_help="Find the edges between tokens that an answer flows along.")
+@ONE_MODEL
+@option("--prompt", help="A prompt; text that ends right before the target.")
+@option("--subject", help="Its subject, as spelled in the prompt.")
+@option("--target", help="Its continuation.")
+@settings("facts", "where", "all_facts", limit=20)
+@option("--out", help="Folder for results, figure and page.", kind=Path, required=True)
+@option("--path", help="main, conv, erase or both.", many=True, default=("both",))
+@ONE_GROUP
+@option("--measure", help="log_odds, log_prob or logit.", default=MEASURE)
+@option("--points", help="Gradients of every prompt.", kind=int, least=1, default=POINTS)
+@option("--method", help="gradient, or exact: all cut.", default=METHODS[0])
+@option("--certify", help="Strongest edges, cut exactly.", kind=int, least=0, default=TOP)
+@option("--sample", help="Random edges, cut too.", kind=int, least=0, default=0)
+@option("--seed", help="Of --sample.", kind=int, least=0, default=0)
+@option("--routes", help="Routes to find.", kind=int, least=0, show_default="3 for --prompt")
+@option("--source", help="Role at which routes begin.", default=SOURCE)
+@option("--circuit", help="Share that few edges are to keep, e.g. 0.9.", kind=float)
+@settings("batch_size", block_size=FLOW_BLOCK)
+@settings("memory", "dtype", "tokenizer")
+@option("--json", "as_json", help="Print progress and result as JSON lines.", kind=bool)
+def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
+    """Find the edges between tokens, of every layer, that an answer flows along.
+
+    Example: mambalens flow atlas-mamba1 --prompt 'In Peru the capital is' --subject Peru --target Lima --out runs/peru
+    """
+    from mambalens.cli import flow_files, flow_output, flows, output
+    from mambalens.runs.folder import FLOW, writable_folder
+
+    settings = flows.FlowSettings(**given)
+    choosing = typed("facts", "where", "limit", "all_facts")
+    if settings.prompt is not None and choosing:
+        raise MambalensError(
+            f"--prompt is a single one, and {', '.join(choosing)} would choose among facts: leave out either."
+        )
+    writable_folder(out, FLOW)
+    if as_json:
+        print_json()
+    say, progress = _say(as_json), not as_json and processes.first()
+    with output.interruptible(out):
+        lens, found = flows.find(settings, model, out, say, progress)
+        if not processes.first():
+            return
+        answers = flows.ask(settings, found, say, progress)
+    files = flow_files.write(answers, out)
+    tell(
+        "result", folder=str(out), model=lens.name, facts=len(found.base), edges=len(found.table),
+        cut=int(found.table.exact.notna().sum()), skipped=len(found.skipped), files=files,
+    )  # fmt: skip
+    if not as_json:
+        flow_output.told(answers, lens, settings.source, settings.circuit)
+        click.echo(f"\n{len(found.table):,} edges, {', '.join(files)} in {out}")
 
 
 @app.command(short_help="Count the facts that a model knows.")
@@ -225,55 +289,85 @@ def diagnose(
     click.echo(f"\ndiagnostics.csv, diagnostics.png in {out}")
 
 
-@app.command(short_help="Draw a sweep's curves.")
-@argument("folder", "DIR", "Folder of a sweep, or of several.", kind=Path)
+@app.command(short_help="Draw a sweep's curves, or a flow.")
+@argument("folder", "DIR", "Folder of a sweep or a flow, or of several.", kind=Path)
 @option("--metric", help="change_pct, prob, hit, rank or kl.", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")
 @option("--rows", help="What rows of panels differ in: path, wording, ...")
 @option("--columns", help="What columns of panels differ in.")
 @settings("where")
 @option("--interval", help="bootstrap, t or sem.", default="bootstrap")
-@option("--out", help="Figure file; by default flow.png in DIR.", kind=Path)
+@option("--out", help="Figure file; by default one in DIR.", kind=Path)
 def plot(
     folder: Path, metric: str, x: str, rows: str | None, columns: str | None, where: tuple[str, ...], interval: str,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Draw the information-flow curves of a finished sweep.
+    """Draw the information-flow curves of a finished sweep, or a flow: a prompt's graph, or pieces over many facts.
+
+    Of a flow, --where is the only option beside --out.
 
     Example: mambalens plot runs/first --columns wording --x depth
     """
-    from mambalens.figures import flow
-    from mambalens.result import SweepResult
+    from mambalens.runs.folder import FLOW
+    from mambalens.runs.stored import kind_of
 
-    result = SweepResult.load(folder)
-    if where:
-        result = result.where(**asked.conditions(where))
-    figure = flow(result, metric, x, rows, columns, interval)
-    figure.savefig(out or folder / "flow.png", dpi=130)
-    click.echo(f"Figure: {out or folder / 'flow.png'}")
+    if kind_of(folder) == FLOW:
+        from mambalens.cli import flow_files
+
+        unused = typed("metric", "x", "rows", "columns", "interval")
+        if unused:
+            raise MambalensError(
+                f"{str(folder)!r} holds a flow, and {', '.join(unused)} draw curves of a sweep: leave them out."
+            )
+        name, figure = flow_files.figure_of(flow_files.load([folder], asked.conditions(where)))
+    else:
+        from mambalens.figures import flow
+        from mambalens.result import SweepResult
+
+        result = SweepResult.load(folder)
+        if where:
+            result = result.where(**asked.conditions(where))
+        name, figure = "flow.png", flow(result, metric, x, rows, columns, interval)
+    figure.savefig(out or folder / name, dpi=130)
+    click.echo(f"Figure: {out or folder / name}")
 
 
-@app.command(short_help="Write a page to look at sweeps with.")
-@argument("folders", "DIR", "Folders of sweeps, put together.", kind=Path, many=True)
-@option("--out", help="Page; by default report.html in the first DIR.", kind=Path)
+@app.command(short_help="Write a page to look at sweeps or flows with.")
+@argument("folders", "DIR", "Folders of sweeps, or of flows, put together.", kind=Path, many=True)
+@option("--out", help="Page; by default report.html, or flow.html, in the first DIR.", kind=Path)
 @option("--title", help="Heading; by default the models.")
-@option("--details", help="Facts a model whose own numbers are in the page.", kind=int, least=0, default=DETAILS)
+@option("--details", help="Facts a model whose own numbers are in the page.", kind=int, least=0,
+        show_default=f"{DETAILS}, {DETAILED} of a flow")  # fmt: skip
 @settings("where")
 def report(
-    folders: tuple[Path, ...], out: Path | None, title: str | None, details: int, where: tuple[str, ...]
+    folders: tuple[Path, ...], out: Path | None, title: str | None, details: int | None, where: tuple[str, ...]
 ) -> None:
-    """Write a page to look at sweeps with, one file that needs no network.
+    """Write a page to look at sweeps or flows with, one file that needs no network.
 
     Heatmaps of single prompts are in it where a sweep has --source each.
 
     Example: mambalens report runs/first runs/second --out report.html
     """
-    from mambalens.result import SweepResult
+    from mambalens.runs.folder import FLOW
+    from mambalens.runs.stored import kind_of
 
-    result = SweepResult.concat([SweepResult.load(folder) for folder in folders])
-    if where:
-        result = result.where(**asked.conditions(where))
-    page = result.report(out or folders[0] / "report.html", title, details)
+    kinds = {kind_of(folder): folder for folder in folders}
+    if len(kinds) > 1:
+        held = " and ".join(f"{str(folder)!r} a {kind}" for kind, folder in kinds.items())
+        raise MambalensError(f"{held} do not go into one page: write one of each.")
+    if FLOW in kinds:
+        from mambalens.cli import flow_files
+
+        found = flow_files.load(folders, asked.conditions(where))
+        home = out or folders[0] / flow_files.PAGE
+        page = found.flow.report(home, title, facts=DETAILED if details is None else details, routes=found.routes)
+    else:
+        from mambalens.result import SweepResult
+
+        result = SweepResult.concat([SweepResult.load(folder) for folder in folders])
+        if where:
+            result = result.where(**asked.conditions(where))
+        page = result.report(out or folders[0] / "report.html", title, DETAILS if details is None else details)
     click.echo(f"Page: {page} ({page.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -338,6 +432,11 @@ def facts(name: str, where: tuple[str, ...], n: int) -> None:
     output.counted(chosen.table, name)
     for fact in chosen.sample(n):
         click.echo(f"  {fact.prompt} →{fact.continuation}")
+
+
+def _say(as_json: bool) -> Callable[[str], None]:
+    """What a verb has to say, beside what it prints; nothing where a program listens."""
+    return (lambda _: None) if as_json else functools.partial(click.echo, err=True)
 
 
 def main() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
     from mambalens.cli.programs import Estimate
-    from mambalens.result import CausalFeatures, SweepResult
+    from mambalens.result import CausalFeatures, Flow, SweepResult
 
 
 def estimates(found: Iterable[Estimate]) -> None:
@@ -44,11 +45,26 @@ def swept(result: SweepResult, out: Path) -> None:
     if len(worst):
         click.echo("The window that costs most, change of the target's probability in % with 95 % intervals:\n")
         click.echo(worst.to_string(index=False, float_format="{:.1f}".format))
+    skipped(result)
+    figure = " and flow.png" if flow.exists() else ""
+    click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
+
+
+def skipped(result: SweepResult | Flow) -> None:
+    """What was left out, counted by reason."""
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
         click.echo(f"\nSkipped (listed in result.skipped):\n{reasons.value_counts().to_string(header=False)}")
-    figure = " and flow.png" if flow.exists() else ""
-    click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
+
+
+@contextmanager
+def interruptible(out: Path) -> Iterator[None]:
+    """While the `with` runs, Ctrl-C ends with a sentence that says how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo(f"\nStopped. What was finished is in {out}; the same command goes on from there.", err=True)
+        raise
 
 
 def evaluated(table: pd.DataFrame) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from mambalens.cli.settings import SweepSettings
 
@@ -72,6 +73,13 @@ def argument(
         help += "  [required]"
     shown = (metavar if required else f"[{metavar}]") + "..." * many
     return click.argument(name, type=_type(kind), nargs=-1 if many else 1, metavar=shown, help=help, **more)
+
+
+def typed(*names: str) -> list[str]:
+    """Which of these options the command line has, as flags."""
+    context = click.get_current_context()
+    given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    return [f"--{name.replace('_', '-')}" for name in given]
 
 
 def settings(*names: str, **defaults: Any) -> Callable[[Verb], Verb]:

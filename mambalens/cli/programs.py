@@ -129,14 +129,36 @@ def facts_of(settings: SweepSettings, lens: Lens, facts: Facts, say: Say, progre
         facts = lens.with_short_subjects(facts, settings.subject_tokens)
         if not len(facts):
             raise MambalensError(f"No subject has at most {settings.subject_tokens} tokens of {lens.name}'s tokenizer.")
-    if settings.all_facts:
-        return facts.sample(settings.limit) if settings.limit else facts
-    known = lens.known(facts, settings.batch_size, progress, settings.limit)
-    share = f"{len(known)} facts" if settings.limit else f"the {len(known)} of {len(facts)} facts"
-    say(f"{lens.name}: sweeping {share} that it knows")
+    return known_or_all(lens, facts, settings.limit, settings.all_facts, settings.batch_size, say, progress, "sweeping")
+
+
+def known_or_all(
+    lens: Lens, facts: Facts, limit: int | None, all_facts: bool, batch_size: int | None, say: Say, progress: bool,
+    doing: str,
+) -> Facts:  # fmt: skip
+    """The facts that a model knows, or all of them where that is asked for.
+
+    Args:
+        lens: the model.
+        facts: facts to choose from.
+        limit: how many at most.
+        all_facts: also those that it answers wrong.
+        batch_size: prompts a batch.
+        say: hears how many there are.
+        progress: show a progress bar.
+        doing: what is done with them, for the message.
+
+    Raises:
+        MambalensError: if it knows none.
+    """
+    if all_facts:
+        return facts.sample(limit) if limit else facts
+    known = lens.known(facts, batch_size, progress, limit)
+    share = f"{len(known)} facts" if limit else f"the {len(known)} of {len(facts)} facts"
+    say(f"{lens.name}: {doing} {share} that it knows")
     if not len(known):
         raise MambalensError(
-            f"{lens.name} answers none of the {len(facts)} facts right: sweep them anyway with --all-facts."
+            f"{lens.name} answers none of the {len(facts)} facts right: --all-facts takes them anyway."
         )
     return known
 

@@ -175,7 +175,7 @@ def route_hops(edges: pd.DataFrame, route: Iterable[Edge | Sequence[Edge]], has:
     names = edges[["layer", "path", "source", "target"]].itertuples(index=False, name=None)
     rows = {edge: (place, index) for place, (edge, index) in enumerate(zip(names, edges.index, strict=True))}
     found = []
-    for hop in route:
+    for hop in filter(len, route):  # a hop that no single path reaches has no edge
         places = []
         for edge in [hop] if isinstance(hop[0], int | np.integer) else hop:
             if tuple(edge) not in rows:  # type: ignore[arg-type]

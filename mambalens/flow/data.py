@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 
 from mambalens.defaults import MEASURE
-from mambalens.flow.table import BASE, MEASURES, with_categories
+from mambalens.flow.table import BASE, EDGE, MEASURES, with_categories
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
-from mambalens.runs.data import with_unusable
+from mambalens.runs.data import column_of, facts_together, with_unusable
+from mambalens.runs.folder import FLOW
 from mambalens.runs.stored import Stored, folders_of, stored_in
-
-KIND = "flow"
-"""What a flow's folder is called among runs."""
 
 
 class FlowData:
@@ -124,17 +122,15 @@ class FlowData:
         return [str(token) for token in found.tokens.iloc[0]]
 
     def where(self, **values: Any) -> Self:
-        """The part whose columns have these values; a list means any of them.
+        """The part whose columns have these values, of the table or of the facts; a list means any of them.
 
         Raises:
-            MambalensError: for a column that the table does not have, or if nothing is left.
+            MambalensError: for a column that neither the table nor the facts have, or if nothing is left.
         """
         table = self.table
         for column, value in values.items():
-            if column not in table:
-                raise MambalensError(f"{column!r} is no column of a flow: {', '.join(table.columns)}.")
             wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
-            table = table[table[column].astype(str).isin(wanted)]
+            table = table[column_of(column, table, self.facts).astype(str).isin(wanted)]
         if not len(table):
             raise MambalensError(f"No edge of the flow has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
         return self._with(table.reset_index(drop=True))
@@ -148,7 +144,7 @@ class FlowData:
         Raises:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
-        return Stored([self.table], self.skipped, self.facts, self.prompts, self.configs).save(folder, KIND)
+        return Stored([self.table], self.skipped, self.facts, self.prompts, self.configs).save(folder, FLOW)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -156,17 +152,22 @@ class FlowData:
 
         A folder with such folders in it gives them all as one.
         """
-        found = folders_of(folder, KIND)
+        found = folders_of(folder, FLOW)
         if found != [Path(folder)]:
             return cls.concat([cls.load(path) for path in found])
-        stored = stored_in(found[0], KIND)
+        stored = stored_in(found[0], FLOW)
         table = pd.concat([with_categories(table) for table in stored.tables], ignore_index=True)
         skipped = with_unusable(stored.skipped, stored.configs)
         return cls(table, skipped, stored.facts, stored.prompts, stored.configs, stored.unfinished)
 
     @classmethod
     def concat(cls, flows: Sequence[FlowData]) -> Self:
-        """Several flows as one, for comparing models."""
+        """Several flows as one, for comparing models.
+
+        Raises:
+            MambalensError: if there is none, if two have the same edges, whose effects would be added up twice, or if
+                different facts have the same id.
+        """
         if not flows:
             raise MambalensError("There is no flow to put together.")
 
@@ -174,13 +175,21 @@ class FlowData:
             parts = pd.concat([getattr(flow, name) for flow in flows], ignore_index=True)
             return parts.drop_duplicates(keys, ignore_index=True)
 
+        facts = facts_together([flow.facts for flow in flows])
         table = pd.concat([flow.table for flow in flows], ignore_index=True)
+        twice = table[table.duplicated(["model", "fact_id", "features", *EDGE])]
+        if len(twice):
+            first = twice.iloc[0]
+            raise MambalensError(
+                f"Several of the flows have the same edges (fact {first.fact_id!r}, model {first.model!r}, features "
+                f"{first.features!r}): put together flows of different facts, models or features."
+            )
         configs = [config for flow in flows for config in flow.configs]
-        return cls(
-            table, together("skipped", ["fact_id", "reason"]), together("facts", ["fact_id"]),
-            together("prompts", ["model", "fact_id"]), configs, sum(flow.unfinished for flow in flows),
-        )  # fmt: skip
+        skipped, prompts = together("skipped", ["fact_id", "reason"]), together("prompts", ["model", "fact_id"])
+        return cls(table, skipped, facts, prompts, configs, sum(flow.unfinished for flow in flows))
 
     def _with(self, table: pd.DataFrame) -> Self:
         """The same with other rows."""
-        return type(self)(table, self.skipped, self.facts, self.prompts, self.configs, self.unfinished)
+        left = set(table.model)
+        configs = [config for config in self.configs if config.model in left]
+        return type(self)(table, self.skipped, self.facts, self.prompts, configs, self.unfinished)

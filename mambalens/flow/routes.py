@@ -72,19 +72,22 @@ def carried_by(costs: Sequence[float], joint: float) -> float:
     """What a chain of hops carries.
 
     Equation: Routes
-        carried = (sum_i loss(H_i) - loss(H_1 u ... u H_n)) / (n - 1)
+        carried = min(min_i loss(H_i), (sum_i loss(H_i) - loss(H_1 u ... u H_n)) / (n - 1))
 
-        Source: this package; of two hops the interaction of their cuts
+        Source: this package; the second term is, of two hops, the interaction of their cuts
 
-        Of a chain of n hops H_i; loss is the share of the answer's probability that is lost. It is what the first hop
-        loses that is not lost once more where the second is cut too. Hops that lose the same X, which is also what they
-        lose together, carry X; hops that have nothing to do with each other carry 0.
+        Of a chain of n hops H_i; loss is the share of the answer's probability that is lost. The second term is what
+        the first hop loses that is not lost once more where the others are cut too: hops that lose the same X, which is
+        also what they lose together, carry X, and hops that have nothing to do with each other carry 0. In a chain of
+        three it is a mean of two such shares, which two hops that lose the same make large by themselves, whatever lies
+        between them. What a chain carries passes every hop of it, so it is never more than its smallest loss, which is
+        below zero where a hop works against the answer.
 
     Args:
         costs: what cutting each hop alone loses.
         joint: what cutting all of them loses.
     """
-    return (sum(costs) - joint) / (len(costs) - 1)
+    return min(*costs, (sum(costs) - joint) / (len(costs) - 1))
 
 
 def routes_of(work: FlowWork, prompt: Prompt, batch: Batch, start: Sequence[int], k: int, prob: float) -> list[Route]:

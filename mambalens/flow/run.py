@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 from mambalens.defaults import FLOW_BLOCK, TARGET
 from mambalens.facts.fact import Facts
-from mambalens.flow.data import KIND, FlowData
+from mambalens.flow.data import FlowData
 from mambalens.flow.work import Flowing, FlowWork
 from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
@@ -42,10 +43,8 @@ def run(
     import pandas as pd
 
     from mambalens.runs.data import with_unusable
-    from mambalens.runs.folder import RunFolder
+    from mambalens.runs.folder import FLOW, RunFolder
 
-    if flowing.points < 1:
-        raise MambalensError(f"points={flowing.points}: give 1 or more gradients.")
     if out is not None and not isinstance(flowing.measure, str):
         raise MambalensError("A flow of a function cannot be kept in a folder, which could not tell it from another: "
                              "name a measure, or leave out the folder and save the result.")  # fmt: skip
@@ -55,7 +54,9 @@ def run(
         work = FlowWork(lens, facts, flowing, batch_size, memory, bar)
         bar.reset(total=work.size(facts))
         if flowing.every and progress:
-            bar.write(f"Every edge is cut on its own: {work.cuts(facts):,} cuts of {len(work.prompts)} prompts.")
+            count = len(work.prompts)
+            said = f"Every edge is cut on its own: {work.cuts(facts):,} cuts in {count} prompt{'s' * (count > 1)}."
+            bar.write(said, file=sys.stderr)
         config = _configuration(lens, facts, flowing)
         prompts = prompt_table(lens, work.prompts.values())
         if out is None:
@@ -64,7 +65,7 @@ def run(
             return FlowData(table, with_unusable(skipped, [config]), facts.table, prompts, [config])
         defined = _definition(lens, facts, flowing, config) | {"block_size": block_size}
         about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
-        fill(RunFolder(out, defined, about, facts.table, prompts, KIND), work, blocks)
+        fill(RunFolder(out, defined, about, facts.table, prompts, FLOW), work, blocks)
     return FlowData.load(out)
 
 
@@ -84,5 +85,8 @@ def _definition(lens: LoadedModel, facts: Facts, flowing: Flowing, config: RunCo
         found = lens.hooks.feature_masks(flowing.features, None)
         masks = [[m.layer, m.kind, None if f is None else f.nonzero().flatten().tolist()] for m, f in found.items()]
     names = ("model", "n_layers", "facts", "n_facts", "features", "paths", "dtype", "measure", "points")
-    asked = {name: getattr(flowing, name) for name in ("strongest", "top", "sample", "every", "seed")}
+    # Called what they are called when a flow is asked for: a refusal quotes them.
+    cuts = {"certify": flowing.top, "sample": flowing.sample, "seed": flowing.seed}
+    asked = {"strongest": flowing.strongest, "method": "exact" if flowing.every else "gradient"}
+    asked |= dict.fromkeys(cuts, 0) if flowing.every else cuts
     return {key: about[key] for key in names} | asked | {"feature masks": masks} | model_and_facts(lens, facts)

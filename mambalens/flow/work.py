@@ -5,14 +5,14 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.defaults import MEASURE, POINTS, TOP
+from mambalens.defaults import MEASURE, METHODS, POINTS, TOP
 from mambalens.facts.fact import Facts
 from mambalens.facts.pieces import PIECES, piece_of
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
@@ -20,7 +20,8 @@ from mambalens.flow.attribution import Asked, attribute
 from mambalens.flow.exact import Edge, ExactCuts
 from mambalens.flow.measures import Measure, measure_of
 from mambalens.flow.table import CHOSEN, CHOSEN_FEATURES, EDGES
-from mambalens.hooks import Mixer
+from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Features, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.halving import Halving
@@ -49,6 +50,41 @@ class Flowing(NamedTuple):
     every: bool = False
     """Cut every edge."""
     seed: int = 0
+
+    @classmethod
+    def asked(
+        cls,
+        paths: Sequence[str] = ("both",),
+        features: Features = "all",
+        measure: str | Measure = MEASURE,
+        points: int = POINTS,
+        method: str = METHODS[0],
+        certify: int = 0,
+        sample: int = 0,
+        seed: int = 0,
+    ) -> Self:
+        """What is asked for, in the words of `Lens.flow`.
+
+        Raises:
+            MambalensError: for an unknown measure or method, and numbers that are too small.
+        """
+        if method not in METHODS:
+            raise MambalensError(f"method={method!r} is not a method: {choose(method, METHODS)}.")
+        for name, number, least in (("points", points, 1), ("certify", certify, 0), ("sample", sample, 0)):
+            if number < least:
+                raise MambalensError(f"{name}={number}: give {least} or more.")
+        measure_of(measure)
+        every = method == "exact"
+        return cls(tuple(paths), features, measure, points, top=certify, sample=sample, every=every, seed=seed)
+
+    def check(self, hooks: HookManager) -> None:
+        """See that a model has what is asked for.
+
+        Raises:
+            MambalensError: for an unknown path or group.
+        """
+        for path in self.paths:
+            hooks.resolve(None, self.features, path)  # type: ignore[arg-type]
 
     @property
     def features_name(self) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from mambalens.defaults import DETAILED
 from mambalens.facts.roles import pieces
 from mambalens.figures.flow_graph import Edge, levels, route_hops
 from mambalens.figures.flow_pieces import pieces_of
@@ -21,8 +22,6 @@ from mambalens.report.assets import plain, rounded, texts, write
 if TYPE_CHECKING:
     from mambalens.flow.data import FlowData
 
-FACTS = 100
-"""Facts of each model that a page keeps the edges of."""
 EDGES = 300
 """Edges of a prompt that a page keeps."""
 SKIPS = 200
@@ -40,7 +39,7 @@ def write_flow_report(
     flow: FlowData,
     path: str | Path,
     title: str | None = None,
-    facts: int = FACTS,
+    facts: int = DETAILED,
     edges: int = EDGES,
     features: pd.DataFrame | None = None,
     routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None = None,

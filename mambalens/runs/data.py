@@ -64,14 +64,7 @@ class SweepData:
             raise MambalensError("There is no result to put together.")
         tables = [result.table for result in results]
         skipped = [result.skipped for result in results]
-        facts = pd.concat([result.facts for result in results], ignore_index=True)
-        facts = facts.drop_duplicates("fact_id", ignore_index=True)
-        asked = pd.concat([result.facts[["fact_id", "prompt", "target"]] for result in results]).drop_duplicates()
-        other = asked.fact_id[asked.fact_id.duplicated()]
-        if len(other):
-            raise MambalensError(
-                f"Different facts have the id {other.iloc[0]!r} in these results: give the facts ids of their own."
-            )
+        facts = facts_together([result.facts for result in results])
         configs = [config for result in results for config in result.configs]
         unfinished = sum(result.unfinished for result in results)
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
@@ -106,12 +99,7 @@ class SweepData:
 
     def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
         """A column of the table, or of the facts, for every row of the table."""
-        table = self.table if table is None else table
-        if name in table.columns:
-            return table[name]
-        if name not in self.facts.columns:
-            raise MambalensError(f"{name!r} is no column of the facts: {choose(name, self.facts.columns)}.")
-        return table.fact_id.map(self.facts.set_index("fact_id")[name])
+        return column_of(name, self.table if table is None else table, self.facts)
 
     def summary(
         self, interval: str = "bootstrap", metric: str = "change_pct", by: Sequence[str] = (), seed: int = 0
@@ -177,6 +165,35 @@ class SweepData:
         table = pd.concat([with_position(table) for table in stored.tables], ignore_index=True)
         skipped = with_unusable(stored.skipped, stored.configs)
         return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts)
+
+
+def column_of(name: str, table: pd.DataFrame, facts: pd.DataFrame) -> pd.Series:
+    """A column of a table, or of its facts, for every row of the table.
+
+    Raises:
+        MambalensError: if neither has it.
+    """
+    if name in table.columns:
+        return table[name]
+    if name not in facts.columns:
+        raise MambalensError(f"{name!r} is no column of the facts: {choose(name, facts.columns)}.")
+    return table.fact_id.map(facts.set_index("fact_id")[name])
+
+
+def facts_together(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The facts of several results, each once.
+
+    Raises:
+        MambalensError: if different facts have the same id.
+    """
+    facts = pd.concat(tables, ignore_index=True)
+    asked = facts[["fact_id", "prompt", "target"]].drop_duplicates()
+    other = asked.fact_id[asked.fact_id.duplicated()]
+    if len(other):
+        raise MambalensError(
+            f"Different facts have the id {other.iloc[0]!r} in these results: give the facts ids of their own."
+        )
+    return facts.drop_duplicates("fact_id", ignore_index=True)
 
 
 def dearest_rows(rows: pd.DataFrame, keys: Sequence[str], value: str = "mean") -> pd.DataFrame:

@@ -31,8 +31,9 @@ import pyarrow.parquet as pq
 from mambalens.hooks.errors import MambalensError
 
 FACTS, PROMPTS, PARTS, LOCKS = "facts.parquet", "prompts.parquet", "parts", "locks"
-SWEEP = "sweep"
-"""The kind of run that a folder holds where nothing else is said: `sweep.json` says what was run."""
+SWEEP, FLOW = "sweep", "flow"
+"""Kinds of runs that a folder holds: `sweep.json` or `flow.json` says what was run."""
+KINDS = (SWEEP, FLOW)
 SAVED = "saved"
 """Stands for the run of a result that was saved, not filled block by block."""
 _KEY = b"mambalens"
@@ -53,7 +54,7 @@ class RunFolder:
         kind: what kind of run it is: 'sweep' or 'flow'.
 
     Raises:
-        MambalensError: if the folder cannot be written, or holds another run.
+        MambalensError: if the folder cannot be written, or holds another run, of this kind or another.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class RunFolder:
             for folder in (PARTS, LOCKS):
                 (self.path / folder).mkdir(parents=True, exist_ok=True)
             with self.claim("run", wait=True):
+                check_kind(self.path, kind)
                 if config.exists():
                     self._compare(read_config(self.path, kind))
                 if not (self.path / PROMPTS).exists():
@@ -170,13 +172,33 @@ class Interrupts:
             raise KeyboardInterrupt
 
 
-def writable_folder(folder: str | Path) -> Path:
-    """The folder, made if need be; asked for before long work starts.
+def check_kind(folder: Path, kind: str) -> None:
+    """Keep results of different kinds apart: their parts have the same names.
 
     Raises:
-        MambalensError: if it cannot be made or written to.
+        MambalensError: if a folder holds a result of another kind.
+    """
+    for other in KINDS:
+        if other != kind and config_of(folder, other).exists():
+            raise MambalensError(
+                f"{str(folder)!r} holds a {other} ({other}.json): a {kind} is not written over it, choose another "
+                "folder."
+            )
+
+
+def writable_folder(folder: str | Path, kind: str | None = None) -> Path:
+    """The folder, made if need be; asked for before long work starts.
+
+    Args:
+        folder: the folder.
+        kind: the kind of result that is to be kept there, if any.
+
+    Raises:
+        MambalensError: if it cannot be made or written to, or holds a result of another kind.
     """
     folder = Path(folder)
+    if kind is not None:
+        check_kind(folder, kind)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f".probe.{os.getpid()}").touch()

@@ -12,6 +12,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import (
     FACTS,
+    KINDS,
     PARTS,
     SAVED,
     atomically,
@@ -45,9 +46,9 @@ class Stored(NamedTuple):
         """Write tables as parquet and what was run as JSON, in the format of a run's folder.
 
         Raises:
-            MambalensError: if it cannot be written, or holds a run of its own.
+            MambalensError: if it cannot be written, or holds a run of its own or a result of another kind.
         """
-        folder = writable_folder(folder)
+        folder = writable_folder(folder, kind)
         config = config_of(folder, kind)
         if config.exists() and is_run(folder, kind):
             raise MambalensError(
@@ -63,6 +64,29 @@ class Stored(NamedTuple):
             text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
             atomically(config, lambda file: file.write_text(text))
         return folder
+
+
+def kind_of(folder: str | Path) -> str:
+    """Which kind of result a folder holds, or folders in it do: 'sweep' or 'flow'.
+
+    Raises:
+        MambalensError: if there is none, or both are there.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MambalensError(f"The folder {str(folder)!r} does not exist.")
+    names = {kind: config_of(folder, kind).name for kind in KINDS}
+    found = [kind for kind in KINDS if (folder / names[kind]).is_file()]
+    found = found or [kind for kind in KINDS if next(folder.rglob(names[kind]), None) is not None]
+    if not found:
+        raise MambalensError(
+            f"The folder {str(folder)!r} holds no {' and no '.join(KINDS)} (no {', no '.join(names.values())})."
+        )
+    if len(found) > 1:
+        raise MambalensError(
+            f"The folder {str(folder)!r} holds {' and '.join(f'{kind}s' for kind in found)}: name a folder of one kind."
+        )
+    return found[0]
 
 
 def folders_of(folder: str | Path, kind: str) -> list[Path]:

@@ -195,6 +195,33 @@ def test_a_flow_goes_on_where_it_stopped_and_is_read_again(far: tuple[Lens, Fact
         SweepResult.load(tmp_path / "saved")
 
 
+def test_the_features_of_the_strongest_edges_add_up_to_what_one_gradient_attributes(
+    far: tuple[Lens, Facts], flow: Flow
+) -> None:
+    """And their strongest come first; of a group of features, only these."""
+    lens, facts = far
+    once = lens.flow(facts, points=1, progress=False)
+    edge = ["fact_id", "layer", "mixer", "path", "source", "target"]
+    whole = once.edge_features(4, 10**6, progress=False)
+    added = whole.groupby(edge, sort=False, observed=True).effect.agg(["sum", "size"]).reset_index()
+    strongest = once.strongest(4)
+    assert added[edge].astype(str).equals(strongest[edge].astype(str).reset_index(drop=True))
+    np.testing.assert_allclose(added["sum"], strongest.attributed, atol=1e-4)
+    assert added["size"].eq(lens.hooks.mixers[0].n_features).all()
+    few = once.edge_features(4, 3, progress=False)
+    first = whole.groupby(edge, sort=False, observed=True).head(3).reset_index(drop=True)
+    assert few.astype({"effect": "float32"}).round(3).equals(first.astype({"effect": "float32"}).round(3))
+    slow = lens.flow(facts, features="slow", progress=False).edge_features(2, 10**6, progress=False)
+    for layer, rows in slow.groupby("layer"):
+        mask = lens.hooks.resolve([layer], "slow").features[lens.hooks.mixers[layer]]
+        assert mask is not None and sorted(rows.feature.unique()) == mask.nonzero().flatten().tolist()
+    for asked in ({"count": 0}, {"k": 0}):
+        with pytest.raises(MambalensError, match="=0: ask for 1 or more"):
+            flow.edge_features(**asked)
+    with pytest.raises(MambalensError, match=r"flow\.of\(lens, facts\)"):
+        Flow.with_verbs(flow).edge_features()
+
+
 def test_a_routes_numbers_are_those_of_its_cuts(flow: Flow, far: tuple[Lens, Facts]) -> None:
     lens, facts = far
     found = flow.routes(k=2, progress=False)

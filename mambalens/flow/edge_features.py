@@ -69,7 +69,7 @@ def by_feature(
 ) -> dict[Where, Float[Tensor, "edge feature"]]:
     """The effects of some edges, parted into features; zero for features that are not asked for.
 
-    Equation: Features of an edge
+    Equation: Every edge
         effect[t, s, f] = <dm/da_t, a^-s_t - a_t>_f
 
         Source: this package, as attribution patching, Syed et al. 2023, arXiv:2310.10348

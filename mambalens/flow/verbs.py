@@ -250,6 +250,18 @@ class FlowVerbs(FlowData):
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)
 
+    def stability(self, circuits: pd.DataFrame, splits: int = 100, seed: int = 0) -> pd.DataFrame:
+        """How circuits of random halves of the facts agree, against chance; see `flow.stability.stability`.
+
+        Args:
+            circuits: from `circuit`.
+            splits: how often the facts are halved.
+            seed: of the halves, and of the edges that are drawn for chance.
+        """
+        from mambalens.flow.stability import stability
+
+        return stability(self, circuits, splits, seed)
+
     def faithfulness(self, seed: int = 0, progress: bool = True) -> pd.DataFrame:
         """What circuits of growing size keep of the answer: by effect, by attention alone, and at random.
 

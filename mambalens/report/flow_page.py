@@ -17,7 +17,7 @@ from mambalens.flow.table import EDGE, EDGE_FEATURES
 from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
-from mambalens.report.assets import plain, rounded, texts, write
+from mambalens.report.assets import left_out, plain, rounded, texts, write
 
 if TYPE_CHECKING:
     from mambalens.flow.data import FlowData
@@ -26,8 +26,6 @@ FACTS = 100
 """Facts of each model that a page keeps the edges of."""
 EDGES = 300
 """Edges of a prompt that a page keeps."""
-SKIPS = 200
-"""Skipped facts that are listed one by one."""
 FEATURES = 5
 """Features of an edge that a page keeps."""
 _PROMPT = ["model", "features", "fact_id"]
@@ -101,16 +99,14 @@ def _page(
         "kept": most_edges,
         "has_features": features is not None,
     }
-    skipped = flow.skipped.drop_duplicates()
     return render(
         "flow.html", title=title, data=plain(data), measure=flow.measure, unit=flow.unit,
         models=[_about(flow, model) for model in flow.models], n_prompts=len(prompts),
         choices={name: list(dict.fromkeys(one[name] for one in prompts)) for name in ("model", "features")},
         paths={path: words[path] for path in paths}, deepest=max(_layers(flow).values()) - 1,
-        left_out={name: left for name in flow.models if (left := _n_facts(flow, name) - most_facts) > 0},
+        not_kept={name: left for name in flow.models if (left := _n_facts(flow, name) - most_facts) > 0},
         pieces=[_by_piece(flow, model, group, words) for model, group in _groups(flow)],
-        skipped=skipped.head(SKIPS).to_dict("records"), n_skipped=len(skipped), unfinished=flow.unfinished,
-        **texts("flow.js", "flow.css"),
+        unfinished=flow.unfinished, **left_out(flow.skipped), **texts("flow.js", "flow.css"),
     )  # fmt: skip
 
 

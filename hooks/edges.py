@@ -77,6 +77,10 @@ class Arrivals(ABC):
             gradient: dm/da at the node where its edges arrive.
         """
 
+    def by_feature(self, path: Paths, values: Float[Tensor, " edge *rest"]) -> Float[Tensor, "edge feature"]:
+        """What belongs to a node, added up for each of the mixer's features."""
+        return values.flatten(2).sum(2)
+
 
 def node_of(path: Paths) -> Paths:
     """The node at which a path's edges arrive."""
@@ -95,3 +99,18 @@ def effects_of(
         gradient: dm/da at the node of each edge.
     """
     return (arrivals.changes(path, places) * gradient).flatten(1).sum(1)
+
+
+def effects_by_feature(
+    arrivals: Arrivals, path: Paths, places: Places, gradient: Float[Tensor, " edge *rest"]
+) -> Float[Tensor, "edge feature"]:
+    """The effects of some edges, parted into what comes by each of the mixer's features; they add up to `effects_of`.
+
+    Args:
+        arrivals: of a pass that was given a mask of features, be it of all: only there has each its own channels where
+            features share some of the convolution's.
+        path: the path.
+        places: the edges.
+        gradient: dm/da at the node of each edge.
+    """
+    return arrivals.by_feature(path, arrivals.changes(path, places) * gradient)

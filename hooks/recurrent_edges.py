@@ -117,6 +117,11 @@ class RecurrentArrivals(Arrivals):
             found -= torch.linalg.vecdot(alpha, handed, dim=1)
         return found.tril_(-1)
 
+    def by_feature(self, path: Paths, values: Float[Tensor, " edge *rest"]) -> Float[Tensor, "edge feature"]:
+        if path is not Paths.CONV:
+            return super().by_feature(path, values)
+        return values.new_zeros(len(values), self.mixer.n_features).index_add_(1, self.feature_of, values)
+
     def _tap_effects(self, gradient: Float[Tensor, "batch time channel"]) -> Float[Tensor, "batch time source"]:
         batch, time = gradient.shape[:2]
         kernel = self.weight.shape[1]

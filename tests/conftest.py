@@ -11,7 +11,12 @@ from jaxtyping import install_import_hook
 
 # What a user hands over is checked by these two themselves, in sentences.
 FIRST_TO_HEAR = ("manager", "knockout")
-HOOKS = [path.stem for path in (Path(__file__).parent.parent / "hooks").glob("[a-z]*.py")]
+# Their methods give the class they are called on, which beartype knows only where it has the whole class.
+GIVE_THEMSELVES = ("data", "verbs")
+ROOT = Path(__file__).parent.parent
+HOOKS = [path.stem for path in (ROOT / "hooks").glob("[a-z]*.py")]
+FLOW = [f"flow.{path.stem}" for path in (ROOT / "mambalens" / "flow").glob("[a-z]*.py")
+        if path.stem not in GIVE_THEMSELVES]  # fmt: skip
 
 if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
     install_import_hook(
@@ -21,8 +26,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
-                    "flow.attribution",
-                    "flow.measures",
+                    *FLOW,
                     "sweep.replay",
                     "sweep.prediction",
                     "runs.intervals",

@@ -10,7 +10,7 @@ import pandas as pd
 from mambalens import Fact, Lens
 from mambalens.facts.pieces import piece_of
 from mambalens.flow.data import FlowData
-from mambalens.flow.table import EDGES
+from mambalens.flow.table import EDGE_FEATURES, EDGES
 from mambalens.runs.config import RunConfig
 
 TAPS = 3
@@ -90,7 +90,6 @@ def features_of(flow: FlowData, count: int = 4, seed: int = 0) -> pd.DataFrame:
     rng, rows = np.random.default_rng(seed), []
     for edge in flow.strongest(10).itertuples():
         for feature, share in zip(rng.choice(384, count, replace=False), rng.dirichlet(np.ones(count)), strict=True):
-            rows.append((edge.fact_id, edge.model, edge.layer, edge.path, edge.source, edge.target, int(feature),
-                         share * edge.attributed))  # fmt: skip
-    names = ["fact_id", "model", "layer", "path", "source", "target", "feature", "attributed"]
-    return pd.DataFrame(rows, columns=names)
+            rows.append((edge.model, edge.fact_id, edge.layer, edge.mixer, edge.path, edge.source, edge.target,
+                         int(feature), share * edge.attributed))  # fmt: skip
+    return pd.DataFrame(rows, columns=list(EDGE_FEATURES))

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.flow.attribution import Asked, Attributed, attribute, look
+from mambalens.flow.edge_features import by_feature
 from mambalens.flow.measures import log_odds
 from mambalens.hooks import Mixer, recurrent_edges
 from mambalens.hooks.attention_edges import AttentionArrivals
@@ -129,17 +130,36 @@ def read_by_twin(mixer: Any, given: dict[str, Any], main: Tensor, conv: Tensor, 
 
 
 def activated_by_twin(mixer: Any, inner: Tensor, blocked: Tensor) -> Tensor:
-    """What the convolution gives with these taps blocked [batch, T, S, channel or 1], behind its activation."""
+    """What the convolution gives with these taps blocked [batch, T, S, feature or 1], behind its activation.
+
+    Where taps of single features are blocked that share channels, every feature has its own.
+    """
     conv = mixer.convolution
-    bias = None if mixer.kind == "shortconv" else conv.bias
-    convolved = explicit.convolution(inner, conv.weight[:, 0], bias, blocked.expand(-1, -1, -1, inner.shape[-1]))
+    weight, bias = conv.weight[:, 0], None if mixer.kind == "shortconv" else conv.bias
+    shared = mixer.channels_by_feature(inner.device) if blocked.shape[-1] > 1 else None
+    if shared is not None:
+        channels, of = shared
+        inner, weight, bias, blocked = (
+            inner[..., channels],
+            weight[channels],
+            bias if bias is None else bias[channels],
+            blocked[..., of],
+        )
+    convolved = explicit.convolution(inner, weight, bias, blocked.expand(-1, -1, -1, inner.shape[-1]))
     return convolved if mixer.kind in LINEAR_BEHIND else F.silu(convolved)
 
 
 @contextmanager
-def gated(mixer: Any, path: Paths, edges: Places, time: int, share: Tensor) -> Iterator[None]:
-    """While the block runs, a share of one edge of every row is cut: in between what the twins give with and without."""
+def gated(
+    mixer: Any, path: Paths, edges: Places, time: int, share: Tensor, features: Tensor | None = None
+) -> Iterator[None]:
+    """While the block runs, a share of one edge of every row is cut: in between what the twins give with and without.
+
+    Of all features, or of those of each row [row, feature].
+    """
     cut = mask_of(edges, time, every(mixer))
+    if features is not None:
+        cut = cut & features[:, None, None]
     none = torch.zeros_like(cut)
 
     def between(whole: Tensor, without: Tensor) -> Tensor:
@@ -151,7 +171,8 @@ def gated(mixer: Any, path: Paths, edges: Places, time: int, share: Tensor) -> I
         hidden, _ = mixer.told(given)
         projected = mixer.project(hidden)
         if path is Paths.CONV:
-            activated = [activated_by_twin(mixer, projected.inner, blocked[..., :1]) for blocked in (none, cut)]
+            some = slice(1) if features is None else slice(None)
+            activated = [activated_by_twin(mixer, projected.inner, blocked[..., some]) for blocked in (none, cut)]
             inputs = mixer.scan_inputs(between(*activated), projected.beside)
             y = mixer.with_skip(mixer.scan(inputs)[0], inputs)
         else:
@@ -190,13 +211,22 @@ def gated(mixer: Any, path: Paths, edges: Places, time: int, share: Tensor) -> I
             handle.remove()
 
 
-def slope(lens: LoadedModel, batch: Batch, mixer: Mixer, path: Paths, edges: Places, at: float = 0.0) -> Tensor:
-    """Finite differences of the measure by the gate of each edge, to the fourth order."""
+def slope(
+    lens: LoadedModel,
+    batch: Batch,
+    mixer: Mixer,
+    path: Paths,
+    edges: Places,
+    at: float = 0.0,
+    features: Tensor | None = None,
+) -> Tensor:
+    """Finite differences of the measure by the gate of each edge, to the fourth order; of some features of each."""
     moved = torch.tensor([-2.0, -1.0, 1.0, 2.0], dtype=torch.float64)
     rows = Places(*(t.repeat_interleave(4) for t in edges))
     share = at + STEP * moved.repeat(len(edges.source))
     repeated = batch.part(rows.prompt.tolist())
-    with torch.no_grad(), gated(mixer, path, rows, batch.ids.shape[1], share):
+    of_rows = None if features is None else features.repeat_interleave(4, 0)
+    with torch.no_grad(), gated(mixer, path, rows, batch.ids.shape[1], share, of_rows):
         measured = log_odds(lens.last_logits(repeated), repeated.targets).view(-1, 4)
     return measured @ torch.tensor([1.0, -8.0, 8.0, -1.0], dtype=torch.float64) / (12 * STEP)
 
@@ -552,6 +582,35 @@ def test_effects_of_some_features_and_of_the_rest_add_up(model_type: str) -> Non
                 with lens.hooks.knockout(edges=blocked, layers=[mixer.layer], mixers=mixer.kind,
                                          path=str(path.name).lower(), features=some[mixer]):  # fmt: skip
                     assert largest(wholly, lens.last_logits(repeated)) < EXACT
+
+
+@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+def test_the_features_of_an_edge_add_up_to_it_and_each_is_the_slope_of_its_own_gate(
+    model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all features, of gates that the explicit form computes; an edge at a time or together; also of some features."""
+    lens, batch = lens_of(model_type), batch_of()
+    asked = asked_of(lens)
+    with exactly():
+        whole = attribute(lens, batch, asked).effects
+        edges = {(mixer, path): some_edges(batch, mixer, path) for mixer, path in ways(lens)}
+        found = by_feature(lens, batch, asked, edges)
+        size = max(float(effects.abs().max()) for effects in whole.values())
+        for (mixer, path), parts in found.items():
+            assert parts.shape == (SAMPLE, mixer.n_features)
+            assert largest(parts.sum(1), whole[mixer, path][edges[mixer, path]]) < EXACT * size
+            # The strongest feature of every edge and its last one, whatever that carries.
+            strongest, last = parts.abs().argmax(1), torch.full((SAMPLE,), mixer.n_features - 1)
+            one = F.one_hot(torch.cat([strongest, last]), mixer.n_features).bool()
+            twice = Places(*(t.repeat(2) for t in edges[mixer, path]))
+            slopes = slope(lens, batch, mixer, path, twice, features=one)
+            assert largest(parts.repeat(2, 1)[one], slopes) < SLOPE * size, (mixer, path)
+        assert max(float(parts.abs().max()) for parts in found.values()) > 1e-4
+        monkeypatch.setattr("mambalens.flow.edge_features.AT_ONCE", 1)
+        generator = torch.Generator().manual_seed(4)
+        some = {mixer: torch.rand(mixer.n_features, generator=generator) < 0.5 for mixer in asked.features}
+        for where, parts in by_feature(lens, batch, replace(asked, features=some), edges).items():
+            assert largest(parts, found[where] * some[where[0]]) < EXACT * size
 
 
 def state(model: Any) -> list[Any]:

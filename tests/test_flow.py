@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from flows import made
 from models import in_double
 
 from mambalens import Fact, Facts, Lens, MambalensError, load_facts
 from mambalens.facts.pieces import piece_of
 from mambalens.flow.agreement import agreement
 from mambalens.flow.circuits import Ablated
+from mambalens.flow.data import FlowData
 from mambalens.flow.exact import Edge, ExactCuts, without_edges
 from mambalens.flow.routes import Hop, Losses, Route, ways
+from mambalens.flow.stability import CLASS, stability
+from mambalens.flow.table import EDGE
+from mambalens.flow.verbs import FlowVerbs
 from mambalens.flow.work import Flowing, FlowWork, choose_edges
 from mambalens.hooks.knockout import Paths
 from mambalens.result import Flow
@@ -250,6 +258,33 @@ def test_a_refusal_says_what_differs_in_the_words_of_the_command_line(far: tuple
         lens.flow(facts[:1], out=tmp_path, certify=3, seed=5, progress=False)
 
 
+def test_the_features_of_the_strongest_edges_add_up_to_what_one_gradient_attributes(
+    far: tuple[Lens, Facts], flow: Flow
+) -> None:
+    """And their strongest come first; of a group of features, only these."""
+    lens, facts = far
+    once = lens.flow(facts, points=1, progress=False)
+    edge = ["fact_id", "layer", "mixer", "path", "source", "target"]
+    whole = once.edge_features(4, 10**6, progress=False)
+    added = whole.groupby(edge, sort=False, observed=True).effect.agg(["sum", "size"]).reset_index()
+    strongest = once.strongest(4)
+    assert added[edge].astype(str).equals(strongest[edge].astype(str).reset_index(drop=True))
+    np.testing.assert_allclose(added["sum"], strongest.attributed, atol=1e-4)
+    assert added["size"].eq(lens.hooks.mixers[0].n_features).all()
+    few = once.edge_features(4, 3, progress=False)
+    first = whole.groupby(edge, sort=False, observed=True).head(3).reset_index(drop=True)
+    assert few.astype({"effect": "float32"}).round(3).equals(first.astype({"effect": "float32"}).round(3))
+    slow = lens.flow(facts, features="slow", progress=False).edge_features(2, 10**6, progress=False)
+    for layer, rows in slow.groupby("layer"):
+        mask = lens.hooks.resolve([layer], "slow").features[lens.hooks.mixers[layer]]
+        assert mask is not None and sorted(rows.feature.unique()) == mask.nonzero().flatten().tolist()
+    for asked in ({"count": 0}, {"k": 0}):
+        with pytest.raises(MambalensError, match="=0: ask for 1 or more"):
+            flow.edge_features(**asked)
+    with pytest.raises(MambalensError, match=r"flow\.of\(lens, facts\)"):
+        Flow.with_verbs(flow).edge_features()
+
+
 def test_a_routes_numbers_are_those_of_its_cuts(flow: Flow, far: tuple[Lens, Facts]) -> None:
     lens, facts = far
     found = flow.routes(k=2, progress=False)
@@ -369,3 +404,63 @@ def test_measures_and_mistakes_are_said(far: tuple[Lens, Facts]) -> None:
     ):  # fmt: skip
         with pytest.raises(MambalensError, match=said):
             lens.flow(one, progress=False, **given)
+
+
+def circuits_of(flow: FlowData, *numbers: Sequence[int]) -> pd.DataFrame:
+    """Some edges of each fact, by their numbers among the fact's own."""
+    tables = [rows.iloc[list(some)] for (_, rows), some in
+              zip(flow.table.groupby("fact_id", sort=False), numbers, strict=True)]  # fmt: skip
+    return pd.concat(tables)[["model", "fact_id", *EDGE]]
+
+
+@pytest.fixture(scope="module")
+def alike() -> FlowData:
+    """Four prompts of the same tokens in the same pieces, so that an edge's number says its class."""
+    fact = load_facts("atlas").where(wording="far")[0]
+    lens = Lens.load("atlas-mamba1")
+    return made([replace(fact, id=str(n)) for n in range(4)], lens, layers=3)
+
+
+def test_circuits_that_are_the_same_agree_wholly_and_disjoint_ones_not_at_all(alike: FlowData) -> None:
+    count = len(alike.table) // 4
+    some = list(range(0, count, 7))
+    same = stability(alike, circuits_of(alike, *[some] * 4), 20).iloc[0]
+    assert (same.facts, same.splits) == (4, 20)
+    assert same.agreement == same.agreement_low == same.agreement_high == 1
+    assert 0 < same.by_chance_low <= same.by_chance <= same.by_chance_high < 0.9
+    kinds = alike.table.head(count).groupby(CLASS, observed=True, sort=False).ngroup().to_numpy()
+    apart = [np.flatnonzero(kinds % 4 == n).tolist() for n in range(4)]
+    none = stability(alike, circuits_of(alike, *apart), 20).iloc[0]
+    assert none.agreement == none.agreement_high == 0 < none.by_chance
+
+
+def test_the_agreement_of_halves_is_counted_by_hand(alike: FlowData) -> None:
+    """Classes are counted once in a fact; halves of two and two facts, of three different ways to halve them."""
+    kinds = alike.table.head(len(alike.table) // 4).groupby(CLASS, observed=True, sort=False).ngroup()
+    first = [int(np.flatnonzero(kinds == n)[0]) for n in range(4)]
+    twice = next(np.flatnonzero(kinds == n)[:2].tolist() for n in range(4, int(kinds.max())) if (kinds == n).sum() > 1)
+    circuits = circuits_of(alike, [first[0], *twice], [first[0], twice[1]], [first[0], first[1]], [first[1]])
+    # {a b} {a b} {a c} {c}: shares a 1, b 1 | a 1/2, c 1; and twice a 1, b 1/2, c 1/2 | a 1/2, b 1/2, c 1/2.
+    wanted = [0.5 / 3, 1.5 / 2]
+    found = stability(alike, circuits, 300, seed=3).iloc[0]
+    assert [found.agreement_low, found.agreement_high] == pytest.approx(wanted)
+    assert found.agreement == pytest.approx((wanted[0] + 2 * wanted[1]) / 3, abs=0.05)
+
+
+def test_halves_are_those_of_the_seed_and_what_does_not_fit_is_refused(alike: FlowData) -> None:
+    draw = np.random.default_rng(0)
+    count = len(alike.table) // 4
+    circuits = circuits_of(alike, *(draw.choice(count, 30, replace=False) for _ in range(4)))
+    one, again, other = (stability(alike, circuits, 30, seed) for seed in (1, 1, 2))
+    assert one.equals(again) and not one.equals(other)
+    assert one.equals(stability(alike, circuits.astype({"mixer": str, "path": str}), 30, 1))
+    whole = FlowVerbs.with_verbs(alike).stability(circuits, 30, 1)
+    assert whole.equals(one)
+    with pytest.raises(MambalensError, match="splits=0"):
+        stability(alike, circuits, 0)
+    with pytest.raises(MambalensError, match="no layer and no path"):
+        stability(alike, circuits.drop(columns=["layer", "path"]))
+    with pytest.raises(MambalensError, match="there for 1 fact: halves need two"):
+        stability(alike, circuits[circuits.fact_id == "2"])
+    with pytest.raises(MambalensError, match="no edge .* of '0' in 'atlas-mamba1'"):
+        stability(alike, circuits.assign(layer=99))

@@ -139,6 +139,8 @@ def test_a_graph_refuses_what_it_cannot_draw_and_says_what_to_do() -> None:
     with pytest.raises(MambalensError, match="several values of model .*name one, for example model='atlas-mamba1'"):
         graph(two, "short")
     assert lines_of(graph(two, "short", model="atlas-mamba1"))
+    with pytest.raises(MambalensError, match="model='mamba' is not in the flow of 'short': .*'atlas-mamba1'"):
+        graph(two, "short", model="mamba")
     for name, flow in (
         ("tokens", FlowData(FLOW.table, FLOW.skipped, FLOW.facts, FLOW.prompts.iloc[:0], FLOW.configs)),
     ):

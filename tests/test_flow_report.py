@@ -15,10 +15,11 @@ import pandas as pd
 import pytest
 from flows import features_of, made
 
-from mambalens import Fact, Lens, MambalensError, load_facts
+from mambalens import Fact, Facts, Lens, MambalensError, load_facts
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.flow.data import FlowData
 from mambalens.report.flow_page import write_flow_report
+from mambalens.result import Flow
 
 ODD = Fact(
     '<script>alert("x")</script> & <b>Peru</b>: the capital of <b>Peru</b> is', "<b>Peru</b>",
@@ -144,13 +145,39 @@ def test_what_does_not_fit_the_flow_is_refused(flow: FlowData, tmp_path: Path) -
     out = tmp_path / "x.html"
     with pytest.raises(MambalensError, match="facts=0"):
         write_flow_report(flow, out, facts=0)
-    with pytest.raises(MambalensError, match="features have no feature and no attributed"):
-        write_flow_report(flow, out, features=features_of(flow).drop(columns=["feature", "attributed"]))
+    with pytest.raises(MambalensError, match="features have no feature and no effect"):
+        write_flow_report(flow, out, features=features_of(flow).drop(columns=["feature", "effect"]))
     with pytest.raises(MambalensError, match=r"edge \(99, 'main', 0, 1\) is not an edge of this prompt"):
         write_flow_report(flow, out, routes={("atlas-mamba1", FAR.id): [(99, "main", 0, 1)]})
     with pytest.raises(MambalensError, match="no edges"):
         write_flow_report(FlowData(flow.table.iloc[:0], flow.skipped, flow.facts, flow.prompts, flow.configs), out)
     assert not out.exists()
+
+
+@pytest.fixture(scope="module")
+def real() -> Flow:
+    """A flow that knows its model."""
+    return Lens.load("atlas-mamba2").flow(Facts(FACTS[:2]), points=1, progress=False)
+
+
+@pytest.fixture(scope="module")
+def real_page(real: Flow, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return real.report(tmp_path_factory.mktemp("real") / "flow.html", edges=60, facts=1, progress=False)
+
+
+def test_a_flow_that_knows_its_model_tells_the_features_of_the_edges_that_the_page_keeps(
+    real: Flow, real_page: Path, tmp_path: Path
+) -> None:
+    data = data_of(real_page)
+    (prompt,) = data["prompts"]
+    assert data["has_features"] and sorted(map(int, prompt["single"])) == list(range(60))
+    found = real.where(fact_id=prompt["id"]).edge_features(60, 5, progress=False)
+    shown = [tuple(row) for place in range(60) for row in prompt["single"][str(place)]]
+    assert [feature for feature, _ in shown] == found.feature.tolist()
+    np.testing.assert_allclose([effect for _, effect in shown], found.effect, rtol=1e-3)
+    own = real.where(fact_id=prompt["id"])
+    without = data_of(Flow.with_verbs(own).report(tmp_path / "without.html"))
+    assert not without["has_features"] and without["prompts"][0]["single"] == {}
 
 
 # --- in a browser
@@ -239,7 +266,7 @@ def test_an_edge_tells_its_numbers_and_features(tab: Any, flow: FlowData) -> Non
     assert f"{prompt[edge.source].replace(' ', '·')} ({edge.source}) →" in said
     assert f"Attributed\n{shown(edge.attributed)} nats" in said and f"Exact\n{shown(edge.exact)} nats" in said
     assert f"{edge.layer}, {'scan' if edge.path == 'main' else 'convolution'} (mamba1)" in said
-    assert edge.source_piece in said and edge.target_piece in said and "Features" in said
+    assert edge.source_piece in said and edge.target_piece in said and "Strongest features" in said
     assert tab.locator("#single tbody tr").count() == 4
     assert tab.locator("#graph .edge:not(.dim)").count() == 1
     assert tab.locator("#edges tr.chosen").get_attribute("data-edge") == str(edge.name)
@@ -249,6 +276,21 @@ def test_an_edge_tells_its_numbers_and_features(tab: Any, flow: FlowData) -> Non
     assert tab.locator(f"#graph .edge.chosen[data-edge='{uncut}']").count() == 1
     tab.keyboard.press("Escape")
     assert tab.locator("#graph .chosen").count() == 0 and "Choose an edge" in tab.inner_text("#chosen")
+
+
+def test_the_panel_of_an_edge_tells_the_features_that_the_flow_computed(
+    browser: Any, real: Flow, real_page: Path, tmp_path: Path
+) -> None:
+    found = real.where(fact_id=FACTS[0].id).edge_features(2, 5, progress=False)
+    tab = browser.new_page()
+    tab.goto(real_page.as_uri())
+    tab.click("#edges tr[data-edge='1'] button")
+    told = [tab.locator("#single tbody tr").nth(i).inner_text().split() for i in range(5)]
+    assert told == [[str(row.feature), shown(row.effect)] for row in found[5:].itertuples()]
+    tab.goto(Flow.with_verbs(real).report(tmp_path / "without.html").as_uri())
+    tab.click("#edges tr[data-edge='1'] button")
+    assert "Attributed" in tab.inner_text("#chosen") and "feature" not in tab.inner_text("#chosen")
+    tab.close()
 
 
 def place(tab: Any, edge: int) -> list[float]:

@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 
+from mambalens.figures.one import of_one
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed, visible
 from mambalens.hooks.errors import MambalensError, choose
 
@@ -136,16 +137,7 @@ def _prompt(flow: FlowData, fact_id: str, model: str | None, features: str | Non
     edges = flow.table[flow.table.fact_id == fact_id]
     if not len(edges):
         raise MambalensError(f"fact_id={fact_id!r} is not in the flow: {choose(fact_id, flow.table.fact_id.unique())}.")
-    for name, given in (("model", model), ("features", features)):
-        values = list(edges[name].unique())
-        if given is not None and given not in values:
-            raise MambalensError(f"{name}={given!r} is not in the flow of {fact_id!r}: {choose(given, values)}.")
-        if given is None and len(values) > 1:
-            raise MambalensError(
-                f"One graph cannot show several values of {name} ({', '.join(values)}): name one, for example "
-                f"{name}={values[0]!r}."
-            )
-        edges = edges if given is None else edges[edges[name] == given]
+    edges = of_one(edges, "One graph cannot show", f"the flow of {fact_id!r}", model=model, features=features)
     model = str(edges.model.iloc[0])
     prompts = flow.prompts[(flow.prompts.model == model) & (flow.prompts.fact_id == fact_id)]
     if not len(prompts):

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
+from mambalens.figures.one import of_one
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed
-from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.errors import MambalensError
 from mambalens.runs.intervals import mean_intervals
 
 if TYPE_CHECKING:
@@ -54,16 +55,7 @@ def pieces_of(flow: FlowData, model: str | None = None, features: str | None = N
     table = flow.by_piece()
     if not len(table):
         raise MambalensError("The flow has no edges: there is nothing to add up by pieces.")
-    for name, given in (("model", model), ("features", features)):
-        values = list(table[name].unique())
-        if given is not None and given not in values:
-            raise MambalensError(f"{name}={given!r} is not in the flow: {choose(given, values)}.")
-        if given is None and len(values) > 1:
-            raise MambalensError(
-                f"Flows of several {name if name == 'features' else 'models'} ({', '.join(values)}) do not add up: "
-                f"name one, for example {name}={values[0]!r}."
-            )
-        table = table if given is None else table[table[name] == given]
+    table = of_one(table, "One mean cannot be of", model=model, features=features)
     name = str(table.model.iloc[0])
     layers = max([int(table.layer.max()) + 1, *(one.n_layers for one in flow.configs if one.model == name)])
     pairs = table.source_piece.astype(str) + "\0" + table.target_piece.astype(str)

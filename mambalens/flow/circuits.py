@@ -56,7 +56,7 @@ class Ablated:
     def __init__(self, work: FlowWork, batch: Batch, listed: Listed, prob: float) -> None:
         self.work, self.batch, self.listed, self.prob = work, batch, listed, prob
 
-    def kept(self, circuits: Sequence[Int[np.ndarray, " some"]]) -> Float[np.ndarray, " circuit"]:
+    def kept(self, circuits: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " circuit"]:
         """Share of the answer's probability that each of some circuits keeps.
 
         Equation: Circuits
@@ -72,7 +72,7 @@ class Ablated:
         return np.concatenate(parts) if parts else np.zeros(0)
 
     @torch.no_grad()
-    def _some(self, circuits: Sequence[Int[np.ndarray, " some"]]) -> Float[np.ndarray, " circuit"]:
+    def _some(self, circuits: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " circuit"]:
         lens, listed, time = self.work.lens, self.listed, self.batch.ids.shape[1]
         cut = np.tri(time, k=-1, dtype=bool)
         masks = np.broadcast_to(cut, (len(self.work.where), len(circuits), time, time)).copy()

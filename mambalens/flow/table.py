@@ -26,6 +26,9 @@ and the target's probability without a cut."""
 BASE = ("fact_id", "model", "prob", "measure", "edges")
 """Columns of what is known of every fact without a cut: the target's probability, the measure, and how many edges the
 prompt has."""
+EDGE_FEATURES = ("model", "fact_id", *EDGE, "feature", "effect")
+"""Columns of what edges carry by single features: the number of a channel or head, and its part of the edge's effect,
+in the measure's unit."""
 MEASURES = {
     "log_odds": "Log-odds of the target (nats)",
     "log_prob": "Log-probability of the target (nats)",

@@ -64,6 +64,11 @@ class FlowVerbs(FlowData):
         new._lens, new._asked, new._flowing, new._memory = self._lens, self._asked, self._flowing, self._memory
         return new
 
+    @property
+    def knows_model(self) -> bool:
+        """Whether the model is at hand."""
+        return self._lens is not None
+
     def _work(self, bar: Any = None) -> FlowWork:
         """The model's work on the facts that are left."""
         from mambalens.flow.work import FlowWork
@@ -108,6 +113,32 @@ class FlowVerbs(FlowData):
         from mambalens.flow.agreement import summary
 
         return summary(self.agreement())
+
+    def edge_features(self, count: int = 20, k: int = 5, progress: bool = True) -> pd.DataFrame:
+        """By which of the mixer's features the strongest edges have their effect; see `flow.edge_features`.
+
+        Args:
+            count: edges of a fact, the strongest.
+            k: features of an edge, the strongest.
+            progress: show a progress bar.
+
+        Returns:
+            One row per fact, edge and feature, the strongest feature of an edge first: model, fact_id, layer, mixer,
+            path, source, target, feature (number of the channel or head), effect (the feature's part of what cutting
+            the edge changes, by the gradient of the model as it is, in the measure's unit: nats for log-odds). The
+            parts of all features of an edge add up to what a flow with `points=1` attributes to it.
+
+        Raises:
+            MambalensError: for no edges or no features, or if the flow was loaded without its model.
+        """
+        from mambalens.flow.edge_features import edge_features
+
+        for name, number in (("count", count), ("k", k)):
+            if number < 1:
+                raise MambalensError(f"{name}={number}: ask for 1 or more.")
+        work = self._work()
+        with tqdm(desc="edge features", unit="prompt", total=len(work.prompts), disable=not progress) as bar:
+            return edge_features(work, self.strongest(count), k, bar)
 
     def routes(self, source: str = "subject", k: int = 5, progress: bool = True) -> pd.DataFrame:
         """The strongest chains of positions from a role to the last token, every one scored by exact cuts.
@@ -218,6 +249,18 @@ class FlowVerbs(FlowData):
             }  # fmt: skip
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)
+
+    def stability(self, circuits: pd.DataFrame, splits: int = 100, seed: int = 0) -> pd.DataFrame:
+        """How circuits of random halves of the facts agree, against chance; see `flow.stability.stability`.
+
+        Args:
+            circuits: from `circuit`.
+            splits: how often the facts are halved.
+            seed: of the halves, and of the edges that are drawn for chance.
+        """
+        from mambalens.flow.stability import stability
+
+        return stability(self, circuits, splits, seed)
 
     def faithfulness(self, seed: int = 0, progress: bool = True) -> pd.DataFrame:
         """What circuits of growing size keep of the answer: by effect, by attention alone, and at random.

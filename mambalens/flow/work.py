@@ -26,7 +26,7 @@ from mambalens.hooks.knockout import Features, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.prediction import target_probability
-from mambalens.system.memory import budget
+from mambalens.system.memory import budget, widest
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -181,11 +181,8 @@ class FlowWork:
     def _prompts_at_once(self, time: int) -> int:
         """How many prompts of a length a pass with its graph may take."""
         lens = self.lens
-        widest = max(
-            (max(p.shape) for layer in lens.hooks.layers for p in layer.parameters() if p.ndim == 2), default=1
-        )
         # About twelve tensors as wide as the layer's widest are kept of each; one layer's scan or heads beside them.
-        of_graph = 12 * lens.n_layers * time * widest
+        of_graph = 12 * lens.n_layers * time * widest(lens.hooks.layers)
         of_one = max(
             time * mixer.n_features * time + 4 * mixer.kept_numbers(time, 1) * time for mixer in lens.hooks.mixers
         )

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from markupsafe import Markup
 
+SKIPS = 200
+"""What was left out is listed up to so much."""
+
 
 def write(path: str | Path, page: str) -> Path:
     """Write a page, whole or not at all."""
@@ -57,6 +60,17 @@ def tables() -> dict[str, Markup]:
         "plotly": Markup(get_plotlyjs()),
         "table_module": Markup(f"data:text/javascript;base64,{module}"),
         "table_styles": Markup((folder / "dt_bundle.css").read_text()),
+    }
+
+
+def left_out(skipped: pd.DataFrame) -> dict[str, Any]:
+    """What a run left out, as `left_out.html` lists it: how much, how often for which reason, and the first ones."""
+    skipped = skipped.drop_duplicates()
+    reasons = skipped.reason.astype(str).str.replace(r"(?<=is not in).*", " the prompt", regex=True)
+    return {
+        "n_skipped": len(skipped),
+        "reasons": reasons.value_counts().to_dict(),
+        "skipped": skipped.head(SKIPS).to_dict("records"),
     }
 
 

@@ -14,21 +14,19 @@ from mambalens.facts.roles import pieces
 from mambalens.figures.flow_graph import Edge, levels, route_hops
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, signed
-from mambalens.flow.table import EDGE
+from mambalens.flow.table import EDGE, EDGE_FEATURES
+from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
-from mambalens.report.assets import plain, rounded, texts, write
+from mambalens.report.assets import left_out, plain, rounded, texts, write
 
 if TYPE_CHECKING:
     from mambalens.flow.data import FlowData
 
 EDGES = 300
 """Edges of a prompt that a page keeps."""
-SKIPS = 200
-"""Skipped facts that are listed one by one."""
-FEATURES = ("fact_id", "model", "layer", "path", "source", "target", "feature", "attributed")
-"""Columns of what single features of an edge carry."""
-_EDGE = ["layer", "path", "source", "target"]
+FEATURES = 5
+"""Features of an edge that a page keeps."""
 _PROMPT = ["model", "features", "fact_id"]
 
 Route = Sequence[Edge | Sequence[Edge]]
@@ -43,6 +41,7 @@ def write_flow_report(
     edges: int = EDGES,
     features: pd.DataFrame | None = None,
     routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None = None,
+    progress: bool = True,
 ) -> Path:
     """Write one HTML page to look at a flow with; it needs no network.
 
@@ -52,9 +51,12 @@ def write_flow_report(
         title: a heading; by default the models.
         facts: facts of each model that can be chosen; means by piece are over all.
         edges: the strongest edges of each prompt, which the page keeps.
-        features: what single features of edges carry, one row a feature: columns `FEATURES`.
+        features: what edges carry by single features, as `Flow.edge_features` gives it: columns
+            `flow.table.EDGE_FEATURES`. Without, a flow that knows its model computes it for the edges that the page
+            keeps; of others, the page says nothing about features.
         routes: by model and fact_id, the route to mark; or a table of them with the columns model, fact_id and edges,
             of which the first of each fact is taken.
+        progress: show a progress bar where features are computed.
 
     Returns:
         The file.
@@ -67,9 +69,12 @@ def write_flow_report(
             raise MambalensError(f"{name}={number}: give 1 or more to keep in the page.")
     if not len(flow.table):
         raise MambalensError("The flow has no edges: there is nothing to report.")
-    missing = [name for name in FEATURES if features is not None and name not in features]
+    features = _features_known(flow, facts, edges, progress) if features is None else features
+    missing = [name for name in EDGE_FEATURES if features is not None and name not in features]
     if missing:
-        raise MambalensError(f"The features have no {' and no '.join(missing)}: columns are {', '.join(FEATURES)}.")
+        raise MambalensError(
+            f"The features have no {' and no '.join(missing)}: columns are {', '.join(EDGE_FEATURES)}."
+        )
     heading = title or f"Where facts flow: {', '.join(flow.models)}"
     return write(path, _page(flow, heading, facts, edges, features, _routes(routes)))
 
@@ -93,17 +98,23 @@ def _page(
         "kept": most_edges,
         "has_features": features is not None,
     }
-    skipped = flow.skipped.drop_duplicates()
     return render(
         "flow.html", title=title, data=plain(data), measure=flow.measure, unit=flow.unit,
         models=[_about(flow, model) for model in flow.models], n_prompts=len(prompts),
         choices={name: list(dict.fromkeys(one[name] for one in prompts)) for name in ("model", "features")},
         paths={path: words[path] for path in paths}, deepest=max(_layers(flow).values()) - 1,
-        left_out={name: left for name in flow.models if (left := _n_facts(flow, name) - most_facts) > 0},
+        not_kept={name: left for name in flow.models if (left := _n_facts(flow, name) - most_facts) > 0},
         pieces=[_by_piece(flow, model, group, words) for model, group in _groups(flow)],
-        skipped=skipped.head(SKIPS).to_dict("records"), n_skipped=len(skipped), unfinished=flow.unfinished,
-        **texts("flow.js", "flow.css"),
+        unfinished=flow.unfinished, **left_out(flow.skipped), **texts("flow.js", "flow.css"),
     )  # fmt: skip
+
+
+def _features_known(flow: FlowData, facts: int, edges: int, progress: bool) -> pd.DataFrame | None:
+    """The strongest features of the edges that the page keeps, where the flow's model is at hand."""
+    if not isinstance(flow, FlowVerbs) or not flow.knows_model:
+        return None
+    kept = flow.where(fact_id=list(flow.table.fact_id.unique()[:facts]))
+    return kept.edge_features(edges, FEATURES, progress)
 
 
 def _routes(routes: pd.DataFrame | Mapping[tuple[str, str], Route] | None) -> dict[tuple[str, str], Route]:
@@ -195,12 +206,13 @@ def _single(kept: pd.DataFrame, features: pd.DataFrame | None) -> dict[int, list
     """Features of the edges that have any, by the edge's place among those kept, the strongest first."""
     if features is None:
         return {}
-    place = {edge: i for i, edge in enumerate(kept[_EDGE].itertuples(index=False, name=None))}
+    names = list(EDGE)
+    place = {edge: i for i, edge in enumerate(kept[names].itertuples(index=False, name=None))}
     found = {}
-    for edge, rows in features.groupby(_EDGE, sort=False, observed=True):
+    for edge, rows in features.groupby(names, sort=False, observed=True):
         if edge in place:
-            rows = rows.iloc[np.argsort(-rows.attributed.abs().to_numpy(), kind="stable")]
-            found[place[edge]] = list(zip(rows.feature.tolist(), rounded(rows.attributed), strict=True))
+            rows = rows.iloc[np.argsort(-rows.effect.abs().to_numpy(), kind="stable")]
+            found[place[edge]] = list(zip(rows.feature.tolist(), rounded(rows.effect), strict=True))
     return found
 
 

@@ -14,12 +14,10 @@ from mambalens.facts.roles import pieces
 from mambalens.figures.style import PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
-from mambalens.report.assets import packed, plain, rounded, tables, texts, write
+from mambalens.report.assets import left_out, packed, plain, rounded, tables, texts, write
 from mambalens.runs.data import SweepData
 from mambalens.runs.table import GROUP, METRICS, SINGLE
 
-SKIPS = 200
-"""Skipped facts that are listed one by one."""
 SUBSET_VALUES = 12
 """A column of the facts with at most so many values splits the curves."""
 DIMENSIONS = ("model", "source", "features", "path", "target", "window_size")
@@ -53,14 +51,11 @@ def _page(result: SweepData, title: str, details: int) -> str:
     choices = {name: [str(value) for value in roles.table[name].unique()] for name in DIMENSIONS}
     path = main_path(result)
     words = {"main": path, **PATHS}
-    skipped = result.skipped.drop_duplicates()
-    reasons = skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)
     return render(
         "report.html", title=title, data=plain(data), metrics=METRICS, subsets=subsets, choices=choices,
         words={name: f"{name} ({word})" for name, word in words.items()},
         models=[_about(result, model) for model in result.models],
-        skipped=skipped.head(SKIPS).to_dict("records"), n_skipped=len(skipped),
-        reasons=reasons.value_counts().to_dict(), unfinished=result.unfinished, **tables(), **texts("report.js"),
+        unfinished=result.unfinished, **left_out(result.skipped), **tables(), **texts("report.js"),
     )  # fmt: skip
 
 

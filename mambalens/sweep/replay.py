@@ -26,6 +26,7 @@ from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
 from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.resume import Base, Rows
+from mambalens.system.memory import widest
 
 SHARES = 4
 """Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
@@ -240,8 +241,7 @@ class _Walk:
             hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         kept = [self.kept[mixer].pop() for mixer in here]
-        widest = max((max(p.shape) for p in layer.parameters() if p.ndim == 2), default=1)
-        per_cut = 4 * (widest + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
+        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
         parts = []
@@ -320,9 +320,10 @@ def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:
     """How many prompts of so many positions, with so many source sets, a base pass may take."""
     model = hooks.model
-    widest = max((max(p.shape) for layer in hooks.layers for p in layer.parameters() if p.ndim == 2), default=1)
     width = model.get_input_embeddings().weight.shape[1]
-    numbers = 4 * time * (widest + width) + max(mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers)
+    numbers = 4 * time * (widest(hooks.layers) + width) + max(
+        mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers
+    )
     return max(1, memory // SHARES // (numbers * _bytes(model)))
 
 

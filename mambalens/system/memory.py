@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate.utils import convert_file_size_to_int
+from torch import nn
 
 from mambalens.hooks.errors import MambalensError
 
@@ -34,6 +36,11 @@ def budget(memory: int | str | None, device: torch.device) -> int:
     if size < LEAST:
         raise MambalensError(f"memory={memory!r} is less than a mebibyte, which no model can work with.")
     return size
+
+
+def widest(layers: Iterable[nn.Module]) -> int:
+    """The longest side of any matrix in some layers: how wide what they keep of a position may be."""
+    return max((max(p.shape) for layer in layers for p in layer.parameters() if p.ndim == 2), default=1)
 
 
 def free(device: torch.device) -> int:

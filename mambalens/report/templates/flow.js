@@ -282,8 +282,8 @@ function aboutEdge(edge) {
   if (edge.single) {
     const table = element("table", "", { className: "plain", id: "single" });
     fill(table, ["feature", `attributed${unit && `,${unit}`}`], edge.single.map(([feature, attributed]) => [feature, signed(attributed)]));
-    found.push(element("h4", "Features"), table);
-  } else if (data.has_features) found.push(element("p", "The features of this edge were not asked for.", { className: "caption" }));
+    found.push(element("h4", "Strongest features"), element("p", "By the gradient of the model as it is; all features add up to what one gradient attributes to the edge.", { className: "caption" }), table);
+  } else if (data.has_features) found.push(element("p", "The features of this edge are not known.", { className: "caption" }));
   return found;
 }
 

@@ -17,6 +17,7 @@ from models import in_double
 
 from mambalens import Fact, Facts, Lens, MambalensError, load_facts
 from mambalens.facts.pieces import piece_of
+from mambalens.facts.prompts import Batch
 from mambalens.flow.agreement import agreement
 from mambalens.flow.circuits import Ablated
 from mambalens.flow.data import FlowData
@@ -59,30 +60,59 @@ def flow(far: tuple[Lens, Facts]) -> Flow:
     return lens.flow(facts, certify=12, sample=8, progress=False)
 
 
+def logits_of(exact: ExactCuts, batch: Batch, cuts: Sequence[Sequence[Sequence[Edge]]]) -> list[torch.Tensor]:
+    return exact.scores(batch, cuts, lambda logits, targets: logits)
+
+
+def without(lens: Lens, batch: Batch, cut: Sequence[Edge]) -> torch.Tensor:
+    """The logits of one prompt in a pass whose hooks cut some edges."""
+    masks: dict[Any, torch.Tensor] = {}
+    for edge in cut:
+        mask = masks.setdefault((edge.mixer, edge.path), torch.zeros(2 * batch.ids.shape[1:], dtype=torch.bool))
+        mask[edge.target, edge.source] = True
+    with in_double(lens.model), without_edges(lens, masks, dict.fromkeys(lens.hooks.mixers)):
+        return lens.last_logits(batch)[0]
+
+
 def test_cuts_of_one_and_many_edges_by_replay_equal_passes_with_hooks(lens: Lens) -> None:
-    """Single edges of every layer and path, and sets of them over layers, paths and targets."""
-    (fact,) = facts_of(lens, 1)
-    work = work_of(lens, Facts([fact]))
+    """Prompts of different length side by side, each with its own: single edges of every layer and path, and sets of
+    them over layers, paths and targets; one prompt with few, and one with none.
+    """
+    facts = Facts([*facts_of(lens, 2, wording="far"), *facts_of(lens, 2, wording="near")])
+    work = work_of(lens, facts)
     batch = next(lens.batches(list(work.prompts.values())))
-    listed = work.edges(batch.ids.shape[1])
-    draw = np.random.default_rng(0)
-    chosen = [np.flatnonzero(listed.where == number) for number in range(len(work.where))]
-    cuts = [[work.edge(listed, int(draw.choice(numbers)))] for numbers in chosen]
-    cuts += [[work.edge(listed, int(n)) for n in draw.choice(len(listed.where), size, replace=False)]
-             for size in (2, 3, 5, 20, 200)]  # fmt: skip
-    cuts.append([])
-    exact = ExactCuts(lens, 2**28)
+    assert len(set(batch.last.tolist())) > 1
+    cuts: list[list[list[Edge]]] = []
+    for i, prompt in enumerate(batch.prompts):
+        listed, draw = work.edges(len(prompt.ids)), np.random.default_rng(i)
+        single = [np.flatnonzero(listed.where == number) for number in range(len(work.where))]
+        of_prompt = [[work.edge(listed, int(draw.choice(numbers)))] for numbers in single]
+        of_prompt += [[work.edge(listed, int(n)) for n in draw.choice(len(listed.where), size, replace=False)]
+                      for size in (2, 3, 5, 20, 200)]  # fmt: skip
+        cuts.append([[], *of_prompt] if i < 2 else of_prompt[3:7] if i < 3 else [])
+    exact, answered = ExactCuts(lens, 2**28), []
     with in_double(lens.model):
-        answers = exact.logits(batch, cuts)
-    assert exact.replays
-    for cut, answer in zip(cuts, answers, strict=True):
-        masks: dict[Any, torch.Tensor] = {}
-        for edge in cut:
-            mask = masks.setdefault((edge.mixer, edge.path), torch.zeros(2 * batch.ids.shape[1:], dtype=torch.bool))
-            mask[edge.target, edge.source] = True
-        with in_double(lens.model), without_edges(lens, masks, dict.fromkeys(lens.hooks.mixers)):
-            own = lens.last_logits(batch)[0]
-        assert float((answer - own).abs().max()) < 1e-9 * float(own.abs().max())
+        answers = exact.scores(batch, cuts, lambda logits, targets: logits, answered.append)
+    assert exact.replays and sum(answered) == sum(map(len, cuts))
+    for i, of_prompt in enumerate(cuts):
+        assert len(answers[i]) == len(of_prompt)
+        for cut, answer in zip(of_prompt, answers[i], strict=True):
+            own = without(lens, batch.part([i]).trimmed(), cut)
+            assert float((answer - own).abs().max()) < 1e-9 * float(own.abs().max())
+
+
+def test_memory_for_few_source_sets_changes_nothing(lens: Lens) -> None:
+    facts = facts_of(lens, 2)
+    work = work_of(lens, facts)
+    batch = next(lens.batches(list(work.prompts.values())))
+    draw = np.random.default_rng(0)
+    cuts = []
+    for prompt in batch.prompts:
+        listed = work.edges(len(prompt.ids))
+        cuts.append([[work.edge(listed, int(n))] for n in draw.choice(len(listed.where), 60, replace=False)])
+    with in_double(lens.model):
+        much, little = (torch.stack(logits_of(ExactCuts(lens, memory), batch, cuts)) for memory in (2**30, 2**20))
+    assert float((much - little).abs().max()) < 1e-9 * float(much.abs().max())
 
 
 def test_one_row_of_a_replay_may_lack_a_write_and_another_erasure_for_one_target() -> None:
@@ -98,9 +128,9 @@ def test_one_row_of_a_replay_may_lack_a_write_and_another_erasure_for_one_target
     ]
     exact = ExactCuts(lens, 2**28)
     with in_double(lens.model):
-        replayed = exact.logits(batch, [both])
+        (replayed,) = logits_of(exact, batch, [[both]])
         exact.replays = False
-        hooked = exact.logits(batch, [both])
+        (hooked,) = logits_of(exact, batch, [[both]])
     assert float((replayed - hooked).abs().max()) < 1e-9 * float(hooked.abs().max())
 
 
@@ -111,11 +141,11 @@ def test_a_model_that_replay_misses_is_answered_by_hooks(monkeypatch: pytest.Mon
     batch = next(lens.batches(list(work.prompts.values())))
     listed = work.edges(batch.ids.shape[1])
     cuts = [[work.edge(listed, number)] for number in (3, 77)]
-    right = ExactCuts(lens, 2**28).logits(batch, cuts)
+    (right,) = logits_of(ExactCuts(lens, 2**28), batch, [cuts])
     monkeypatch.setattr("mambalens.flow.exact.UNCUT_TOLERANCE", {torch.float32: 0.0})
     exact = ExactCuts(lens, 2**28)
     with pytest.warns(UserWarning, match="without a cut it misses by"):
-        answers = exact.logits(batch, cuts)
+        (answers,) = logits_of(exact, batch, [cuts])
     assert not exact.replays and torch.allclose(answers, right, atol=1e-3)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from mambalens.flow.data import FlowData
 from mambalens.flow.table import CHOSEN
-from mambalens.flow.work import FlowWork, Listed, batches_of_one, choose_edges
+from mambalens.flow.work import FlowWork, Listed, choose_edges
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,18 +29,21 @@ def certify(flow: FlowData, work: FlowWork, top: int, sample: int, seed: int, ba
     exact = table.exact.to_numpy(float, copy=True)
     chosen = table.chosen.cat.codes.to_numpy(copy=True)
     groups = table.groupby("fact_id", sort=False).indices
-    for prompt, batch in batches_of_one(work.lens, list(work.prompts.values())):
-        fact_id = str(prompt.fact.id)
-        at = groups[fact_id]
-        rows = table.iloc[at]
-        numbers, why = choose_edges(rows.attributed.to_numpy(float), top, sample, fact_id, seed)
-        new = np.isnan(exact[at[numbers]])
-        if new.any():
-            listed = listed_of(work, rows)
-            exact[at[numbers[new]]] = work.cut(batch, listed, numbers[new], float(rows.base_measure.iloc[0]))
-        bar.update(int((~new).sum()))
-        here = chosen[at[numbers]]
-        chosen[at[numbers]] = np.where(here == CHOSEN.index("all"), here, why)
+    for batch in work.batches(list(work.prompts.values()), top + sample):
+        listed, new, base = [], [], []
+        places = [groups[str(prompt.fact.id)] for prompt in batch.prompts]
+        for prompt, at in zip(batch.prompts, places, strict=True):
+            rows = table.iloc[at]
+            numbers, why = choose_edges(rows.attributed.to_numpy(float), top, sample, str(prompt.fact.id), seed)
+            known = ~np.isnan(exact[at[numbers]])
+            bar.update(int(known.sum()))
+            here = chosen[at[numbers]]
+            chosen[at[numbers]] = np.where(here == CHOSEN.index("all"), here, why)
+            listed.append(listed_of(work, rows))
+            new.append(numbers[~known])
+            base.append(float(rows.base_measure.iloc[0]))
+        for at, numbers, found in zip(places, new, work.cut(batch, listed, new, base), strict=True):
+            exact[at[numbers]] = found
     return table.assign(exact=exact, chosen=np.array(CHOSEN, object)[chosen])
 
 

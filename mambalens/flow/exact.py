@@ -1,18 +1,21 @@
-"""Sets of edges cut exactly, by replay: what a prompt's prediction is without them.
+"""Sets of edges cut exactly, by replay: what prompts' predictions are without them.
 
 A cut changes nothing below its first layer and nothing left of its first target, so its row is short. Rows of one
-replay are of equal length; cuts are grouped by their first target so that long rows do not make short ones long.
+replay are of equal length; cuts are grouped by their first target so that long rows do not make short ones long. A row
+holds a cut of every prompt of the batch, each prompt its own: what takes all weights through the machine is done once
+for all of them.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import NamedTuple, cast
+from itertools import zip_longest
+from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
@@ -36,10 +39,12 @@ class Edge(NamedTuple):
 
 Cut = Sequence[Edge]
 """Edges that are cut together."""
+Score = Callable[[Tensor, Tensor], Tensor]
+"""Of logits [prompt, vocabulary] and scored tokens [prompt]: something for every prompt."""
 
 
 class ExactCuts:
-    """Answers cuts of edges, prompt by prompt.
+    """Answers cuts of edges, those of several prompts side by side.
 
     Args:
         lens: the model.
@@ -55,69 +60,103 @@ class ExactCuts:
         self.features = features or dict.fromkeys(lens.hooks.mixers)
         self.replays = can_replay(lens.hooks)
 
-    def logits(self, batch: Batch, cuts: Sequence[Cut]) -> Float[Tensor, "cut vocabulary"]:
-        """Logits behind one prompt's last token under every cut, each on its own.
+    def scores(
+        self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score, done: Callable[[int], Any] = lambda _: None
+    ) -> list[Float[Tensor, " _ *rest"]]:
+        """What is made of the logits behind every prompt's last token under every cut of it, each on its own.
 
         Args:
-            batch: one prompt, without columns behind it.
-            cuts: edges that are cut together. One without edges cuts nothing.
+            batch: prompts.
+            cuts: of every prompt. One without edges cuts nothing.
+            score: what is made of them.
+            done: told how many cuts more are answered.
         """
-        assert len(batch.prompts) == 1 and batch.ids.shape[1] == int(batch.last[0]) + 1
-        found: Tensor | None = None
-        own = self.lens.last_logits(batch).softmax(-1)  # what every replay has to reproduce
-        for numbers in self._groups(cuts, batch.ids.shape[1]):
-            of_group = self._answers(batch, [cuts[number] for number in numbers], own)
-            found = of_group.new_zeros(len(cuts), of_group.shape[1]) if found is None else found
-            found[numbers] = of_group
-        if found is None:
-            raise MambalensError("There is no cut to answer.")
-        return found
+        found: list[list[Tensor | None]] = [[None] * len(of_prompt) for of_prompt in cuts]
+        for group in self._groups(cuts, batch.last + 1):
+            for prompt, number, value in self._answers(batch, cuts, group, score):
+                found[prompt][number] = value
+            done(sum(map(len, group)))
+        return [torch.stack(cast(list[Tensor], of_prompt)) if of_prompt else torch.empty(0) for of_prompt in found]
 
-    def _groups(self, cuts: Sequence[Cut], time: int) -> Iterator[list[int]]:
-        """Numbers of the cuts that share a replay: those that make its base pass worth while.
+    def _groups(self, cuts: Sequence[Sequence[Cut]], times: Int[Tensor, " prompt"]) -> Iterator[list[list[int]]]:
+        """Numbers of the cuts that share a replay, prompt by prompt: those that make its base pass worth while.
 
-        A replay costs its base pass, all tokens through all layers, and for every cut the positions from the group's
-        first target on, through the layers from the cut's first on.
+        A replay costs its base pass, all tokens through all layers, and for every row of cuts, one of each prompt, the
+        positions from the earliest first target on, through the layers from the first on that is cut.
         """
         layers = self.lens.n_layers
-        first = [min((edge.target for edge in cut), default=time - 1) for cut in cuts]
-        depth = [layers - min((edge.mixer.layer for edge in cut), default=0) for cut in cuts]
-        order = sorted(range(len(cuts)), key=lambda number: -first[number])
-        # The cheapest way to part the ordered cuts: `best[n]` is that of the first n of them.
-        starts = [n for n in range(len(order)) if n == 0 or first[order[n]] != first[order[n - 1]]] + [len(order)]
-        best, parted = {0: 0.0}, {0: 0}
-        for end in starts[1:]:
-            length = time - first[order[end - 1]]
-            for begin in starts[: starts.index(end)]:
-                rows = sum(depth[number] for number in order[begin:end]) * length
-                cost = best[begin] + time * layers + rows
+        left = [
+            [time - min((edge.target for edge in cut), default=time - 1) for cut in of_prompt]
+            for of_prompt, time in zip(cuts, times.tolist(), strict=True)
+        ]
+        first = [[min((edge.mixer.layer for edge in cut), default=0) for cut in of_prompt] for of_prompt in cuts]
+        lengths = sorted({length for of_prompt in left for length in of_prompt})
+
+        def inside(shortest: int, longest: int) -> list[list[int]]:
+            """The cuts whose rows are so long, those in the lowest layers first."""
+            return [
+                sorted((n for n, length in enumerate(of) if shortest <= length <= longest), key=starts.__getitem__)
+                for of, starts in zip(left, first, strict=True)
+            ]
+
+        base = int(times.sum()) * layers
+        best, parted = (
+            {0: 0.0},
+            {0: 0},
+        )  # the cheapest way to part the lengths: `best[n]` is that of the first n of them
+        for end in range(1, len(lengths) + 1):
+            for begin in range(end):
+                of_prompts = inside(lengths[begin], lengths[end - 1])
+                starts = [[first[prompt][n] for n in of] for prompt, of in enumerate(of_prompts)]
+                depth = sum(layers - min(row) for row in zip_longest(*starts, fillvalue=layers))
+                cost = best[begin] + base + depth * len(cuts) * lengths[end - 1]
                 if cost < best.get(end, float("inf")):
                     best[end], parted[end] = cost, begin
-        end = len(order)
+        end = len(lengths)
         while end:
-            yield order[parted[end] : end]
+            yield inside(lengths[parted[end]], lengths[end - 1])
             end = parted[end]
 
     @torch.no_grad()
     def _answers(
-        self, batch: Batch, cuts: Sequence[Cut], own: Float[Tensor, "1 vocabulary"]
-    ) -> Float[Tensor, "cut vocabulary"]:
+        self, batch: Batch, cuts: Sequence[Sequence[Cut]], group: list[list[int]], score: Score
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Prompt, number and score of every cut of a group."""
         if self.replays:
-            answered = self._replayed(batch, cuts, own)
+            answered = self._replayed(batch, cuts, group, score)
             if answered is not None:
-                return answered
-        return torch.cat([self._hooked(batch, cut) for cut in cuts])
+                yield from answered
+                return
+        for prompt, numbers in enumerate(group):
+            alone = batch.part([prompt]).trimmed()
+            for number in numbers:
+                logits = self._hooked(alone, cuts[prompt][number])
+                yield prompt, number, score(logits, alone.targets.to(logits.device))[0]
 
     def _replayed(
-        self, batch: Batch, cuts: Sequence[Cut], own: Float[Tensor, "1 vocabulary"]
-    ) -> Float[Tensor, "cut vocabulary"] | None:
+        self, batch: Batch, cuts: Sequence[Sequence[Cut]], group: list[list[int]], score: Score
+    ) -> list[tuple[int, int, Tensor]] | None:
         time = batch.ids.shape[1]
         sources, targets = _Sets(time), _Sets(time)
-        rows = [UNCUT, *(self._row(cut, sources, targets) for cut in cuts)]
-        of_targets = targets.masks() if targets.sets else None
-        replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(), of_targets, self.memory)
+        numbers = list(zip_longest(*group))
+        rows = [UNCUT]
+        for of_row in numbers:
+            of_prompts = [() if n is None else cuts[prompt][n] for prompt, n in enumerate(of_row)]
+            rows.append(self._row(of_prompts, sources, targets))
+        of_targets = targets.masks(len(cuts)) if targets.sets else None
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(len(cuts)), of_targets, self.memory)
+        found: list[tuple[int, int, Tensor]] = []
         try:
-            found = dict(replay.logits(rows))
+            for row, logits in replay.logits(rows):
+                if row == 0:
+                    difference = self._difference(batch, logits)
+                    if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
+                        self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
+                        return None
+                    continue
+                values = score(logits, batch.targets.to(logits.device))
+                of_row = numbers[row - 1]
+                found += [(prompt, n, values[prompt]) for prompt, n in enumerate(of_row) if n is not None]
         except MambalensError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
@@ -125,28 +164,36 @@ class ExactCuts:
                 raise
             self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
             return None
-        difference = float((found[0].softmax(-1) - own.to(found[0].device)).abs().max())
-        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-            self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
-            return None
-        return torch.cat([found[number] for number in range(1, len(rows))])
+        return found
+
+    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
+        """Between the model's own prediction and the replay's without a cut, of the shortest prompt run alone."""
+        shortest = int(batch.last.argmin())
+        own = self.lens.last_logits(batch.part([shortest]).trimmed()).softmax(-1)[0]
+        return float((uncut[shortest].softmax(-1) - own.to(uncut.device)).abs().max())
 
     def _give_up(self, why: str) -> None:
         self.replays = False
         warnings.warn(f"{self.lens.name} {why}. Every cut takes a forward pass of its own instead.", stacklevel=2)
 
-    def _row(self, cut: Cut, sources: _Sets, targets: _Sets) -> Row:
-        """A cut as a row of the replay: by mixer, path and target, the sources that it does without."""
-        without: dict[tuple[Mixer, Paths], dict[int, set[int]]] = {}
-        for edge in cut:
-            without.setdefault((edge.mixer, edge.path), {}).setdefault(edge.target, set()).add(edge.source)
-        parts = [
-            Row(
-                Cutting({mixer: self.features[mixer]}, path),
-                tuple((sources.number(read) + 1, targets.number({target})) for target, read in of.items()),
-            )
-            for (mixer, path), of in without.items()
-        ]
+    def _row(self, cuts: Sequence[Cut], sources: _Sets, targets: _Sets) -> Row:
+        """One cut of every prompt as a row: by mixer, path and target, the sources that it does without."""
+        without: dict[Mixer, list[dict[int, dict[Paths, set[int]]]]] = {}
+        for prompt, cut in enumerate(cuts):
+            for edge in cut:
+                of_prompts = without.setdefault(edge.mixer, [{} for _ in cuts])
+                of_prompts[prompt].setdefault(edge.target, {}).setdefault(edge.path, set()).add(edge.source)
+        pairs: dict[tuple[Mixer, Paths], list[tuple[int, int]]] = {}
+        for mixer, of_prompts in without.items():
+            # The first target of every prompt side by side, then the second of those that have one, ... A target's
+            # paths stay together: what it reads lacks all of them at once.
+            for side in zip_longest(*(sorted(of.items()) for of in of_prompts), fillvalue=None):
+                at = targets.number([set() if pair is None else {pair[0]} for pair in side])
+                for path in mixer.paths:
+                    read = [set() if pair is None else pair[1].get(path, set()) for pair in side]
+                    if any(read):
+                        pairs.setdefault((mixer, path), []).append((sources.number(read) + 1, at))
+        parts = [Row(Cutting({mixer: self.features[mixer]}, path), tuple(of)) for (mixer, path), of in pairs.items()]
         return parts[0]._replace(also=tuple(parts[1:])) if parts else UNCUT
 
     def _hooked(self, batch: Batch, cut: Cut) -> Float[Tensor, "1 vocabulary"]:
@@ -187,19 +234,20 @@ def without_edges(
 
 
 class _Sets:
-    """Sets of positions, each once."""
+    """Sets of positions of every prompt, each once."""
 
     def __init__(self, time: int) -> None:
         self.time = time
-        self.sets: dict[frozenset[int], int] = {}
+        self.sets: dict[tuple[frozenset[int], ...], int] = {}
 
-    def number(self, positions: set[int]) -> int:
-        """The number of a set."""
-        return self.sets.setdefault(frozenset(positions), len(self.sets))
+    def number(self, positions: Sequence[set[int]]) -> int:
+        """The number of a set, told prompt by prompt."""
+        return self.sets.setdefault(tuple(map(frozenset, positions)), len(self.sets))
 
-    def masks(self) -> Tensor:
-        """All of them, of one prompt [set, 1, T]; at least one."""
-        masks = torch.zeros(max(1, len(self.sets)), 1, self.time, dtype=torch.bool)
-        for positions, number in self.sets.items():
-            masks[number, 0, sorted(positions)] = True
+    def masks(self, prompts: int) -> Bool[Tensor, "positions prompt time"]:
+        """All of them; at least one."""
+        masks = torch.zeros(max(1, len(self.sets)), prompts, self.time, dtype=torch.bool)
+        for of_prompts, number in self.sets.items():
+            for prompt, positions in enumerate(of_prompts):
+                masks[number, prompt, sorted(positions)] = True
         return masks

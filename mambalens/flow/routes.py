@@ -158,9 +158,8 @@ class Losses:
 
     def of(self, cuts: Sequence[Sequence[Edge]]) -> list[float]:
         """What cutting sets of edges loses."""
-        logits = self.work.exact.logits(self.batch, cuts)
-        targets = self.batch.targets.to(logits.device).expand(len(cuts))
-        return (1 - target_probability(logits, targets) / self.prob).tolist()
+        (prob,) = self.work.exact.scores(self.batch, [cuts], target_probability)
+        return (1 - prob / self.prob).tolist()
 
 
 def carriers(loss: Losses, hop: Hop, rows: pd.DataFrame) -> list[Edge]:

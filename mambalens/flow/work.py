@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from mambalens.hooks.knockout import Features, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.prediction import target_probability
+from mambalens.sweep.replay import prompts_at_once
 from mambalens.system.memory import budget, widest
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ class Flowing(NamedTuple):
         certify: int = 0,
         sample: int = 0,
         seed: int = 0,
-    ) -> Self:
+    ) -> Flowing:
         """What is asked for, in the words of `Lens.flow`.
 
         Raises:
@@ -192,18 +194,19 @@ class FlowWork:
         found = attribute(self.lens, batch, self.asked)
         targets = batch.targets.to(found.logits.device)
         measure, prob = self.measure(found.logits, targets), target_probability(found.logits, targets)
-        effects = torch.stack([found.effects[where].cpu() for where in self.where], 1)  # [B, where, T, S]
+        effects = torch.stack([found.effects[where].cpu() for where in self.where], 1).numpy()  # [B, where, T, S]
+        listed = [self.edges(len(prompt.ids)) for prompt in batch.prompts]
+        attributed = [of[edges.where, edges.target, edges.source].astype(np.float64)
+                      for of, edges in zip(effects, listed, strict=True)]  # fmt: skip
+        self.bar.update(len(listed))
+        chosen = list(itertools.starmap(self._chosen, zip(batch.prompts, attributed, strict=True)))
+        cut = self.cut(batch, listed, [numbers for numbers, _ in chosen], measure.tolist())
         tables = []
         for i, prompt in enumerate(batch.prompts):
-            listed = self.edges(len(prompt.ids))
-            attributed = effects[i].numpy()[listed.where, listed.target, listed.source].astype(np.float64)
-            exact, chosen = np.full(len(attributed), np.nan), np.zeros(len(attributed), np.int8)
-            self.bar.update(1)
-            numbers, why = self._chosen(prompt, attributed)
-            if len(numbers):
-                exact[numbers] = self.cut(batch.part([i]).trimmed(), listed, numbers, float(measure[i]))
-                chosen[numbers] = why
-            tables.append(self._table(prompt, listed, attributed, exact, chosen, float(measure[i]), float(prob[i])))
+            exact, why = np.full(len(attributed[i]), np.nan), np.zeros(len(attributed[i]), np.int8)
+            numbers, reasons = chosen[i]
+            exact[numbers], why[numbers] = cut[i], reasons
+            tables.append(self._table(prompt, listed[i], attributed[i], exact, why, float(measure[i]), float(prob[i])))
         return tables, []
 
     def _chosen(
@@ -215,14 +218,31 @@ class FlowWork:
             return np.arange(len(attributed)), np.full(len(attributed), CHOSEN.index("all"))
         return choose_edges(attributed, flowing.top, flowing.sample, str(prompt.fact.id), flowing.seed)
 
+    def batches(self, prompts: Sequence[Prompt], cuts: int) -> Iterator[Batch]:
+        """Prompts in batches that have room for so many cuts of each."""
+        hooks = self.lens.hooks
+        return self.lens.batches(prompts, most=lambda time: prompts_at_once(hooks, time, cuts, self.memory))
+
     def cut(
-        self, batch: Batch, listed: Listed, numbers: Sequence[int] | Int[np.ndarray, " some"], base: float
-    ) -> Float[np.ndarray, " some"]:
-        """What cutting some edges of one prompt, each alone, changes."""
-        logits = self.exact.logits(batch, [[self.edge(listed, int(number))] for number in numbers])
-        self.bar.update(len(numbers))
-        targets = batch.targets.to(logits.device).expand(len(numbers))
-        return (self.measure(logits, targets).double() - base).cpu().numpy()
+        self,
+        batch: Batch,
+        listed: Sequence[Listed],
+        numbers: Sequence[Int[np.ndarray, " _"]],
+        base: Sequence[float],
+    ) -> list[Float[np.ndarray, " _"]]:
+        """What cutting some edges, each alone, changes of the measure, prompt by prompt.
+
+        Args:
+            batch: prompts.
+            listed: their edges.
+            numbers: of the edges to cut.
+            base: the measure without a cut.
+        """
+        if not any(map(len, numbers)):
+            return [np.zeros(0) for _ in numbers]
+        cuts = [[[self.edge(of, int(n))] for n in some] for of, some in zip(listed, numbers, strict=True)]
+        found = self.exact.scores(batch, cuts, self.measure, self.bar.update)
+        return [value.double().cpu().numpy() - before for value, before in zip(found, base, strict=True)]
 
     def _table(
         self,

@@ -74,7 +74,7 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
     if as_json:
         print_json()
     with output.interruptible(out):
-        results, failed = sweep_all(settings, chosen, groups, load, _say(as_json), progress=not as_json)
+        results, failed = sweep_all(settings, chosen, groups, load, _say(silent=as_json), progress=not as_json)
     result = SweepResult.concat(results)
     tell("result", folder=str(out), models=result.models, rows=len(result.table), skipped=len(result.skipped))
     if processes.first() and not as_json:
@@ -121,7 +121,8 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
     writable_folder(out, FLOW)
     if as_json:
         print_json()
-    say, progress = _say(as_json), not as_json and processes.first()
+    progress = processes.first() and not as_json
+    say = _say(silent=not progress)
     with output.interruptible(out):
         lens, found = flows.find(settings, model, out, say, progress)
         if not processes.first():
@@ -434,9 +435,9 @@ def facts(name: str, where: tuple[str, ...], n: int) -> None:
         click.echo(f"  {fact.prompt} →{fact.continuation}")
 
 
-def _say(as_json: bool) -> Callable[[str], None]:
-    """What a verb has to say, beside what it prints; nothing where a program listens."""
-    return (lambda _: None) if as_json else functools.partial(click.echo, err=True)
+def _say(silent: bool) -> Callable[[str], None]:
+    """Hears what a verb has to say beside what it prints."""
+    return (lambda _: None) if silent else functools.partial(click.echo, err=True)
 
 
 def main() -> None:

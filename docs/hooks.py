@@ -157,7 +157,12 @@ def constant(file: str, name: str) -> Any:
     for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            return ast.literal_eval(node.value)  # type: ignore[attr-defined]
+            value = node.value  # type: ignore[attr-defined]
+            if isinstance(value, ast.Tuple):  # which may hold another constant's values: (*EDGE, "features")
+                parts = [constant(file, e.value.id) if isinstance(e, ast.Starred) else (ast.literal_eval(e),)
+                         for e in value.elts]  # type: ignore[attr-defined]  # fmt: skip
+                return tuple(part for several in parts for part in several)
+            return ast.literal_eval(value)
     raise LookupError(f"{file} has no {name}.")
 
 

@@ -21,7 +21,9 @@ from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
 
 from mambalens import Fact, Lens, load_facts
 from mambalens.experiments.comparison import compare
+from mambalens.figures import certificate
 from mambalens.hooks.delta import DeltaInputs, delta_attention
+from mambalens.result import Flow
 
 # Okabe & Ito's palette. Hatches, markers and dashes say the same as colours, and numbers stand in cells.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -602,6 +604,30 @@ def relays() -> Figure:
     return figure
 
 
+def edges() -> Figure:
+    """The strongest edges of one prompt and its route, as `flow.plot` draws them."""
+    found = Lens.load("atlas-mamba1").flow(far(), certify=40, progress=False)
+    return found.plot(route=found.routes(k=1, progress=False).edges[0])
+
+
+def edges_by_piece() -> Figure:
+    """The flow over many facts, as `flow.plot_pieces` draws it."""
+    lens = Lens.load("atlas-mamba1")
+    facts = lens.known(load_facts("atlas").where(wording="far"), limit=20, progress=False)
+    return lens.flow(facts, certify=40, sample=40, progress=False).plot_pieces()
+
+
+def edges_certified() -> Figure:
+    """Attributed against exact effects, in two models."""
+    facts = load_facts("atlas").where(wording="far").sample(40)
+    flows = []
+    for name in ("atlas-mamba1", "atlas-gpt-neox"):
+        lens = Lens.load(name)
+        known = lens.known(facts, limit=20, progress=False)
+        flows.append(lens.flow(known, certify=40, sample=40, progress=False))
+    return certificate(Flow.concat(flows))
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
@@ -617,6 +643,9 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         flow,
         heatmap,
         relays,
+        edges,
+        edges_by_piece,
+        edges_certified,
     )
 }
 

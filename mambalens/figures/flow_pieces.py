@@ -145,8 +145,8 @@ def flow_by_piece(
     )  # fmt: skip
     figure.suptitle(
         plain(title or f"{name}: what cutting the edges between pieces of the prompt changes, means over facts")
-        + f"\n{said}; facts that have both in parentheses, of {found.facts}; at the right all layers and paths, "
-        "95 % intervals",
+        + f"\n{said}; in parentheses how many of {found.facts} facts have both\n"
+        "at the right the sum of all layers and paths with its 95 % interval",
         fontsize=9.5,
     )
     bar = figure.colorbar(image, ax=axes, pad=0.01, shrink=0.9)

@@ -92,6 +92,16 @@ class ZambaMixer(S6Mixer):
             alpha[:, here] = super().alpha(head, features[here] - h * width)
         return alpha
 
+    def edge_effects(
+        self, inputs: ScanInputs, gradient: Float[Tensor, "batch time feature width"], features: Int[Tensor, " some"]
+    ) -> Float[Tensor, "batch time time"]:
+        width = self.module.mamba_head_dim
+        found = gradient.new_zeros(*gradient.shape[:2], gradient.shape[1])
+        for h, head in enumerate(self._heads(inputs)):
+            of_head = features[features // width == h] - h * width
+            found += super().edge_effects(head, gradient[:, :, h * width : (h + 1) * width], of_head)
+        return found
+
     def decay(self, inputs: ScanInputs) -> Decay:
         return Decay(inputs.dt, inputs.A, inputs.B)
 

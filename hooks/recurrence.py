@@ -23,6 +23,9 @@ from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
+AT_ONCE = 2**22
+"""Numbers of effective attention that are made at a time."""
+
 
 class Projected(NamedTuple):
     """What the input projection gives, before the convolution."""
@@ -192,6 +195,27 @@ class Recurrence(Mixer):
     @abstractmethod
     def alpha(self, inputs: Any, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         """Effective attention of the features with these numbers."""
+
+    def edge_effects(
+        self, inputs: Any, gradient: Float[Tensor, "batch time feature width"], features: Int[Tensor, " some"]
+    ) -> Float[Tensor, "batch time time"]:
+        """What every position hands to every other over the scan, times a gradient, of some features together.
+
+        Args:
+            inputs: as for `scan`.
+            gradient: of what positions read.
+            features: numbers of the features.
+
+        Returns:
+            Targets in rows; what stands at s >= t means nothing.
+        """
+        batch, time = inputs.x.shape[:2]
+        found = gradient.new_zeros(batch, time, time)
+        for some in features.split(max(1, AT_ONCE // (batch * time * time))) if len(features) else ():
+            alpha = self.alpha(inputs, some)  # [B, f, T, T]
+            handed = torch.einsum("btfp,bsfp->bfts", gradient[:, :, some], inputs.x[:, :, some])
+            found += torch.linalg.vecdot(alpha, handed, dim=1)
+        return found
 
     @abstractmethod
     def finish(

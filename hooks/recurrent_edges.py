@@ -13,9 +13,6 @@ from mambalens.hooks.edges import Arrivals, Places, Weakened
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.recurrence import Recurrence
 
-AT_ONCE = 2**22
-"""Numbers of effective attention that are made at a time."""
-
 
 class RecurrentArrivals(Arrivals):
     """What arrives in a mixer that is a recurrence: behind the convolution's activation, and what is read of the state.
@@ -107,15 +104,9 @@ class RecurrentArrivals(Arrivals):
         if path is Paths.CONV:
             return self._tap_effects(gradient)
         inputs = self.inputs if path is Paths.MAIN else self.mixer.erasures(self.inputs)
-        batch, time, count = inputs.x.shape[:3]
-        chosen = torch.arange(count, device=gradient.device)
+        chosen = torch.arange(inputs.x.shape[2], device=gradient.device)
         chosen = chosen if self.features is None else chosen[self.features]
-        found = gradient.new_zeros(batch, time, time)
-        for some in chosen.split(max(1, AT_ONCE // (batch * time * time))) if len(chosen) else ():
-            alpha = self.mixer.alpha(inputs, some)  # [B, f, T, T]
-            handed = torch.einsum("btfp,bsfp->bfts", gradient[:, :, some], inputs.x[:, :, some])
-            found -= torch.linalg.vecdot(alpha, handed, dim=1)
-        return found.tril_(-1)
+        return -self.mixer.edge_effects(inputs, gradient, chosen).tril_(-1)
 
     def by_feature(self, path: Paths, values: Float[Tensor, " edge *rest"]) -> Float[Tensor, "edge feature"]:
         if path is not Paths.CONV:

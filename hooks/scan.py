@@ -297,6 +297,52 @@ def selective_attention(
     return alpha.tril_().mul_(steps[:, :, None, :])
 
 
+def selective_effects(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    A: Float[Tensor, "feature state"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    gradient: Float[Tensor, "batch time feature"],
+) -> Float[Tensor, "batch time time"]:
+    """What every position s hands to every t > s over Mamba-1's scan, times a gradient at t, of all features together.
+
+        sum_f gradient_t[f] alpha[t, s, f] x_s[f]
+
+    What each position left in the state goes on from step to step, and is read with C_t and the gradient at once: no
+    attention of single features, and no position after s is looked at twice.
+
+    Args:
+        x, dt, A, B, C: as in `selective_scan`.
+        gradient: of what is read.
+
+    Returns:
+        Targets in rows; zero where s >= t.
+    """
+    batch, time, count = x.shape
+    found = x.new_zeros(batch, time, time)
+    if not count:
+        return found
+    rate = _rate(A)  # [N, D]
+    fitting = TILE.get(x.device.type, 2**26) // (time * len(rate))  # features of all prompts together
+    features = max(1, min(count, fitting))
+    scratch, decays = _Scratch(0, x), _Scratch(1, x)
+    for at in _slices(batch, max(1, fitting // features)):
+        for some in _slices(count, features):
+            rate_of, written = rate[:, some], dt[at, :, some] * x[at, :, some]
+            prompts = len(written)
+            left = scratch.of(prompts, time, *rate_of.shape)  # [b, T, N, f]: what each position left in the state
+            decay = decays.of(prompts, *rate_of.shape)
+            for t in range(time):
+                if t:
+                    torch.mul(dt[at, t, None, some], rate_of, out=decay).exp2_()
+                    left[:, :t] *= decay[:, None]
+                    read = C[at, t, :, None] * gradient[at, t, None, some]  # [b, N, f]
+                    found[at, t, :t] += (left[:, :t].flatten(2) @ read.flatten(1)[..., None])[..., 0]
+                torch.mul(B[at, t, :, None], written[:, t, None], out=left[:, t])
+    return found
+
+
 def ssd_attention(
     dt: Float[Tensor, "batch time feature"],
     A: Float[Tensor, " feature"],

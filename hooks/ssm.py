@@ -137,6 +137,15 @@ class S6Mixer(SSMMixer):
             inputs.dt[:, :, features], inputs.A[features], inputs.B[:, :, 0], inputs.C[:, :, 0]
         )
 
+    def edge_effects(
+        self, inputs: ScanInputs, gradient: Float[Tensor, "batch time feature width"], features: Int[Tensor, " some"]
+    ) -> Float[Tensor, "batch time time"]:
+        x, dt, of = inputs.x[..., 0], inputs.dt, gradient[..., 0]
+        A = inputs.A
+        if len(features) < len(A):
+            x, dt, A, of = x[..., features], dt[..., features], A[features], of[..., features]
+        return scan.selective_effects(x, dt, A, inputs.B[:, :, 0], inputs.C[:, :, 0], of)
+
     def decay(self, inputs: ScanInputs) -> Decay:
         return Decay(inputs.dt, inputs.A, inputs.B[:, :, 0])
 

@@ -22,7 +22,7 @@ from mambalens.facts.prompts import Batch
 from mambalens.flow.attribution import Asked, Attributed, attribute, look
 from mambalens.flow.edge_features import by_feature
 from mambalens.flow.measures import log_odds
-from mambalens.hooks import Mixer, recurrent_edges
+from mambalens.hooks import Mixer, recurrence, scan
 from mambalens.hooks.attention_edges import AttentionArrivals
 from mambalens.hooks.calls import bound
 from mambalens.hooks.edges import Places, Weakened, effects_of, node_of
@@ -721,7 +721,8 @@ def test_prompts_longer_than_chunks(name: str, monkeypatch: pytest.MonkeyPatch) 
             edges = some_edges(batch, mixer, path, 8)
             gradient = looked.gradients[mixer, node_of(path)]
             whole = arrivals.effects(path, gradient)
-            monkeypatch.setattr(recurrent_edges, "AT_ONCE", 1)
+            monkeypatch.setattr(recurrence, "AT_ONCE", 1)
+            monkeypatch.setitem(scan.TILE, "cpu", 1)
             effects = arrivals.effects(path, gradient)
             monkeypatch.undo()
             assert largest(effects, whole) < EXACT

@@ -1,24 +1,24 @@
 """Sets of edges cut exactly, by replay: what prompts' predictions are without them.
 
 A cut changes nothing below its first layer and nothing left of its first target, so its row is short. Rows of one
-replay are of equal length; cuts are grouped by their first target so that long rows do not make short ones long. A row
-holds a cut of every prompt of the batch, each prompt its own: what takes all weights through the machine is done once
-for all of them.
+replay are of equal length; the cuts of a prompt are parted into slots by their first target, so that long rows do not
+make short ones long, and slots of like length, of all prompts, share a replay: a row holds a cut of each.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
 from typing import Any, NamedTuple, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
+from mambalens.flow.slots import slots_of, walks_of
 from mambalens.hooks import Mixer
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Path, Paths
@@ -37,6 +37,8 @@ class Edge(NamedTuple):
     target: int
 
 
+SLOTS = 16
+"""Slots that a replay of few prompts may have all the same."""
 Cut = Sequence[Edge]
 """Edges that are cut together."""
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -72,80 +74,45 @@ class ExactCuts:
             done: told how many cuts more are answered.
         """
         found: list[list[Tensor | None]] = [[None] * len(of_prompt) for of_prompt in cuts]
-        for group in self._groups(cuts, batch.last + 1):
-            for prompt, number, value in self._answers(batch, cuts, group, score):
-                found[prompt][number] = value
-            done(sum(map(len, group)))
+        layers, slots = self.lens.n_layers, []
+        for prompt, (of_prompt, time) in enumerate(zip(cuts, (batch.last + 1).tolist(), strict=True)):
+            lengths = [time - min((edge.target for edge in cut), default=time - 1) for cut in of_prompt]
+            starts = [min((edge.mixer.layer for edge in cut), default=0) for cut in of_prompt]
+            slots += slots_of(prompt, time, lengths, starts, layers)
+        for walk in walks_of(slots, layers, max(len(cuts), SLOTS)):
+            part = batch.part([slot.prompt for slot in walk]).trimmed()
+            of_slots = [[cuts[slot.prompt][number] for number in slot.cuts] for slot in walk]
+            for row, number, value in self._answers(part, of_slots, score):
+                slot = walk[row]
+                found[slot.prompt][slot.cuts[number]] = value
+            done(sum(map(len, of_slots)))
         return [torch.stack(cast(list[Tensor], of_prompt)) if of_prompt else torch.empty(0) for of_prompt in found]
-
-    def _groups(self, cuts: Sequence[Sequence[Cut]], times: Int[Tensor, " prompt"]) -> Iterator[list[list[int]]]:
-        """Numbers of the cuts that share a replay, prompt by prompt: those that make its base pass worth while.
-
-        A replay costs its base pass, all tokens through all layers, and for every row of cuts, one of each prompt, the
-        positions from the earliest first target on, through the layers from the first on that is cut.
-        """
-        layers = self.lens.n_layers
-        left = [
-            [time - min((edge.target for edge in cut), default=time - 1) for cut in of_prompt]
-            for of_prompt, time in zip(cuts, times.tolist(), strict=True)
-        ]
-        first = [[min((edge.mixer.layer for edge in cut), default=0) for cut in of_prompt] for of_prompt in cuts]
-        lengths = sorted({length for of_prompt in left for length in of_prompt})
-
-        def inside(shortest: int, longest: int) -> list[list[int]]:
-            """The cuts whose rows are so long, those in the lowest layers first."""
-            return [
-                sorted((n for n, length in enumerate(of) if shortest <= length <= longest), key=starts.__getitem__)
-                for of, starts in zip(left, first, strict=True)
-            ]
-
-        base = int(times.sum()) * layers
-        best, parted = (
-            {0: 0.0},
-            {0: 0},
-        )  # the cheapest way to part the lengths: `best[n]` is that of the first n of them
-        for end in range(1, len(lengths) + 1):
-            for begin in range(end):
-                of_prompts = inside(lengths[begin], lengths[end - 1])
-                starts = [[first[prompt][n] for n in of] for prompt, of in enumerate(of_prompts)]
-                depth = sum(layers - min(row) for row in zip_longest(*starts, fillvalue=layers))
-                cost = best[begin] + base + depth * len(cuts) * lengths[end - 1]
-                if cost < best.get(end, float("inf")):
-                    best[end], parted[end] = cost, begin
-        end = len(lengths)
-        while end:
-            yield inside(lengths[parted[end]], lengths[end - 1])
-            end = parted[end]
 
     @torch.no_grad()
     def _answers(
-        self, batch: Batch, cuts: Sequence[Sequence[Cut]], group: list[list[int]], score: Score
-    ) -> Iterator[tuple[int, int, Tensor]]:
-        """Prompt, number and score of every cut of a group."""
-        if self.replays:
-            answered = self._replayed(batch, cuts, group, score)
-            if answered is not None:
-                yield from answered
-                return
-        for prompt, numbers in enumerate(group):
+        self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score
+    ) -> Iterable[tuple[int, int, Float[Tensor, " *rest"]]]:
+        """Prompt, number and score of every cut, in a replay of its own."""
+        answered = self._replayed(batch, cuts, score) if self.replays else None
+        if answered is not None:
+            return answered
+        found = []
+        for prompt, of_prompt in enumerate(cuts):
             alone = batch.part([prompt]).trimmed()
-            for number in numbers:
-                logits = self._hooked(alone, cuts[prompt][number])
-                yield prompt, number, score(logits, alone.targets.to(logits.device))[0]
+            for number, cut in enumerate(of_prompt):
+                logits = self._hooked(alone, cut)
+                found.append((prompt, number, score(logits, alone.targets.to(logits.device))[0]))
+        return found
 
     def _replayed(
-        self, batch: Batch, cuts: Sequence[Sequence[Cut]], group: list[list[int]], score: Score
-    ) -> list[tuple[int, int, Tensor]] | None:
+        self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score
+    ) -> list[tuple[int, int, Float[Tensor, " *rest"]]] | None:
         time = batch.ids.shape[1]
         sources, targets = _Sets(time), _Sets(time)
-        numbers = list(zip_longest(*group))
-        rows = [UNCUT]
-        for of_row in numbers:
-            of_prompts = [() if n is None else cuts[prompt][n] for prompt, n in enumerate(of_row)]
-            rows.append(self._row(of_prompts, sources, targets))
+        rows = [UNCUT, *(self._row(side, sources, targets) for side in zip_longest(*cuts, fillvalue=()))]
         of_targets = targets.masks(len(cuts)) if targets.sets else None
         replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(len(cuts)), of_targets, self.memory)
-        found: list[tuple[int, int, Tensor]] = []
+        found = []
         try:
             for row, logits in replay.logits(rows):
                 if row == 0:
@@ -153,10 +120,9 @@ class ExactCuts:
                     if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
                         self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
                         return None
-                    continue
-                values = score(logits, batch.targets.to(logits.device))
-                of_row = numbers[row - 1]
-                found += [(prompt, n, values[prompt]) for prompt, n in enumerate(of_row) if n is not None]
+                else:
+                    values = score(logits, batch.targets.to(logits.device))
+                    found += [(prompt, row - 1, values[prompt]) for prompt, of in enumerate(cuts) if row <= len(of)]
         except MambalensError:
             raise
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:

@@ -4,7 +4,8 @@ Three parts, each with one JSON line for every measurement and a table; ratios a
 
 models: 16 prompts of 12 to 18 tokens. Seconds for one plain forward pass of the prompts, for every edge attributed
     (`lens.flow`) and for the 40 strongest edges of each cut exactly (`flow.certify`), everything included, from text to
-    tables; and what memory rises by over the loaded model, each in a fresh process.
+    tables; and what memory rises by over the loaded model, each in a fresh process. `rows/plain` is what certifying
+    takes at least, counted: a cut changes every position from its target on, in every layer from its own on.
 exact: one prompt of 15 tokens, every edge cut by replay (`method="exact"`), and by a hooked pass for each (measured on
     40 of them, scaled to all).
 growth: how attributing and certifying grow with the prompt's length (four prompts, smaller models).
@@ -13,6 +14,8 @@ growth: how attributing and certifying grow with the prompt's length (four promp
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -81,9 +84,9 @@ def models(names: list[str]) -> pd.DataFrame:
     lines = []
     for name in names:
         flowed = Flowed(load(SHAPES[name]()), lengths_of_prompts())
-        plain, attributed = seconds(flowed.plain), seconds(flowed.attributed)
+        plain, attributed = seconds(flowed.plain), seconds(flowed.attributed, 1)
         flow = flowed.attributed()
-        certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False))
+        certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False), 1)
         plain_peak, attributed_peak, certified_peak = (
             peak_in_fresh_process(__file__, part, name) / 1e6 for part in ("plain", "attributed", "certified")
         )
@@ -95,6 +98,7 @@ def models(names: list[str]) -> pd.DataFrame:
             "certify_s": certified,
             "attribute/plain": attributed / plain,
             "certify/plain": certified / plain,
+            "rows/plain": rows_of(flow, flowed.lens.n_layers),
             "plain_peak_mb": plain_peak,
             "attribute_peak_mb": attributed_peak,
             "certify_peak_mb": certified_peak,
@@ -106,15 +110,23 @@ def models(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def rows_of(flow: Flow, layers: int) -> float:
+    """What the cuts' rows cost at least, in plain passes: positions from the target on, layers from the cut one on."""
+    cut = flow.certify(TOP, 0, progress=False).table.query("chosen == 'top'")
+    tokens = flow.table.groupby("fact_id").target.max() + 1
+    rows = (cut.fact_id.map(tokens) - cut.target) * (layers - cut.layer)
+    return float(rows.sum() / layers / tokens.sum())
+
+
 def exact(names: list[str]) -> pd.DataFrame:
     """Every edge of one prompt, each alone."""
     lines = []
     for name in names:
         flowed = Flowed(load(SHAPES[name]()), [15])
         plain = seconds(flowed.plain)
-        replayed = seconds(lambda flowed=flowed: flowed.lens.flow(flowed.facts, method="exact", progress=False), 1)
         flow = flowed.attributed()
-        hooked = seconds(lambda flowed=flowed, flow=flow: hooked_cuts(flowed, flow), 1) / SAMPLED * len(flow.table)
+        replayed = once(lambda flowed=flowed: flowed.lens.flow(flowed.facts, method="exact", progress=False))
+        hooked = once(lambda flowed=flowed, flow=flow: hooked_cuts(flowed, flow)) / SAMPLED * len(flow.table)
         line = {
             "model": NAMES[name],
             "edges": len(flow.table),
@@ -128,15 +140,22 @@ def exact(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+def once(work: Callable[[], Any]) -> float:
+    """Seconds of one run."""
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
 @torch.no_grad()
 def hooked_cuts(flowed: Flowed, flow: Flow) -> None:
     """Some edges of one prompt, by a hooked pass for each."""
     work = flow._work()
-    time = flowed.batch.ids.shape[1]
-    listed = work.edges(time)
+    length = flowed.batch.ids.shape[1]
+    listed = work.edges(length)
     for number in np.random.default_rng(0).choice(len(listed.where), SAMPLED, replace=False):
         edge = work.edge(listed, int(number))
-        mask = torch.zeros(time, time, dtype=torch.bool)
+        mask = torch.zeros(length, length, dtype=torch.bool)
         mask[edge.target, edge.source] = True
         with without_edges(flowed.lens, {(edge.mixer, edge.path): mask}, work.features):
             flowed.lens.last_logits(flowed.batch)
@@ -148,9 +167,9 @@ def growth(names: list[str]) -> pd.DataFrame:
     for name in names:
         for tokens in (16, 32, 64, 128, 256):
             flowed = Flowed(load(SHAPES[name](256, 12, 1000)), [tokens] * 4)
-            plain, attributed = seconds(flowed.plain), seconds(flowed.attributed)
+            plain, attributed = seconds(flowed.plain), seconds(flowed.attributed, 1)
             flow = flowed.attributed()
-            certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False))
+            certified = seconds(lambda flow=flow: flow.certify(TOP, 0, progress=False), 1)
             line = {
                 "model": name,
                 "tokens": tokens,

@@ -19,12 +19,13 @@ if TYPE_CHECKING:
     from mambalens.features.selection import Selection
     from mambalens.hooks.errors import MambalensError
     from mambalens.lens import Lens
-    from mambalens.result import SweepResult
+    from mambalens.result import Flow, SweepResult
 
 # Loaded when first used: `import mambalens` and `mambalens --help` do without torch.
 _HOMES = {
     "Fact": "facts.fact",
     "Facts": "facts.fact",
+    "Flow": "result",
     "load_facts": "facts.files",
     "Lens": "lens",
     "MambalensError": "hooks.errors",
@@ -37,6 +38,7 @@ _HOMES = {
 __all__ = [
     "Fact",
     "Facts",
+    "Flow",
     "Lens",
     "MambalensError",
     "Selection",

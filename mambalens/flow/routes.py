@@ -260,7 +260,7 @@ def losses_by_piece(
 
 
 def by_pieces(model: str, chains: Sequence[str], routes: Sequence[Sequence[Route | None]]) -> pd.DataFrame:
-    """What chains of pieces carry over many facts, the strongest first.
+    """What chains of pieces carry over many facts, the strongest first; see `_plainest_first`.
 
     Args:
         model: what tables call it.
@@ -282,4 +282,20 @@ def by_pieces(model: str, chains: Sequence[str], routes: Sequence[Sequence[Route
             of_carried, of_joint = mean_intervals([carried, joint], "bootstrap")
             rows.append((model, chain, len(there), *of_carried, *of_joint))
     names = ["model", "pieces", "facts", "carried_pct", "low", "high", "joint_pct", "joint_low", "joint_high"]
-    return pd.DataFrame(rows, columns=names).sort_values("carried_pct", ascending=False, ignore_index=True)
+    return pd.DataFrame(_plainest_first(rows), columns=names)
+
+
+def _plainest_first(rows: Sequence[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
+    """Rows of `by_pieces` by what they carry; a piece more that adds less than `GAIN` comes after the chain without."""
+    left, ordered = sorted(rows, key=lambda row: -row[3]), []
+    while left:
+        most = left[0]
+        as_good = [row for row in left if row[3] >= most[3] - 100 * GAIN and _words(row[1]) <= _words(most[1])]
+        ordered.append(min(as_good, key=lambda row: len(_words(row[1]))))
+        left.remove(ordered[-1])
+    return ordered
+
+
+def _words(chain: str) -> set[str]:
+    """The pieces of a chain."""
+    return set(chain.replace(" + ", " → ").split(" → "))

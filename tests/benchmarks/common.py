@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig, OlmoHybridConfig
+from transformers.utils import logging
 
 PROMPTS = 16
 """Prompts of about 15 tokens that costs are told of."""
@@ -112,3 +115,28 @@ def report(line: dict[str, Any]) -> dict[str, Any]:
     """Print a measurement as JSON."""
     print(json.dumps({key: round(value, 4) if isinstance(value, float) else value for key, value in line.items()}))
     return line
+
+
+Part = Callable[[list[str]], pd.DataFrame]
+"""Measures models of some shapes."""
+
+
+def parser_of(description: str | None, parts: Mapping[str, Part]) -> argparse.ArgumentParser:
+    """What every benchmark's command line has."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=parts, help="by default all")
+    parser.add_argument("--model", action="append", choices=SHAPES, help="by default all")
+    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
+    return parser
+
+
+def run(options: argparse.Namespace, parts: Mapping[str, Part], peak: Callable[..., float]) -> None:
+    """Measure what was asked for: tables, or a peak for the process that waits for it."""
+    logging.set_verbosity_error()
+    if options.peak:
+        print(peak(*options.peak))
+        return
+    for part in options.part or parts:
+        table = parts[part](options.model or list(SHAPES))
+        print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")
+        print(table.to_string(index=False, float_format="{:.2f}".format) + "\n")

@@ -1,4 +1,4 @@
-"""What flows cost: `python tests/benchmarks/flow.py` (random models, two cores, about twenty minutes).
+"""What flows cost: `python tests/benchmarks/flow.py` (random models).
 
 Three parts, each with one JSON line for every measurement and a table; ratios are of figures taken in one run.
 
@@ -13,7 +13,6 @@ growth: how attributing and certifying grow with the prompt's length (four promp
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,11 +20,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import NAMES, PROMPTS, SHAPES, load, peak_bytes, peak_in_fresh_process, report, seconds
+from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_fresh_process, report, run, seconds
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as words
 from transformers import PreTrainedTokenizerFast
-from transformers.utils import logging
 
 from mambalens import Fact, Facts, Lens
 from mambalens.flow.exact import without_edges
@@ -194,22 +192,5 @@ def peak(part: str, name: str) -> float:
 PARTS = {"models": models, "exact": exact, "growth": growth}
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
-    parser.add_argument("--model", action="append", choices=SHAPES, help="by default all")
-    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    logging.set_verbosity_error()
-    if options.peak:
-        print(peak(*options.peak))
-        return
-    for part in options.part or PARTS:
-        table = PARTS[part](options.model or list(SHAPES))
-        print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-        print(table.to_string(index=False, float_format="{:.2f}".format) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    run(parser_of(__doc__, PARTS).parse_args(), PARTS, peak)

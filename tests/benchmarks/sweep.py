@@ -14,7 +14,6 @@ long: an eager knockout of a 4,096-token prompt against a plain forward pass: pe
 
 from __future__ import annotations
 
-import argparse
 import functools
 import time
 from typing import Any
@@ -22,9 +21,8 @@ from typing import Any
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import NAMES, PROMPTS, SHAPES, load, peak_bytes, peak_in_fresh_process, report, seconds
+from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_fresh_process, report, run, seconds
 from torch import Tensor
-from transformers.utils import logging
 
 from mambalens.hooks import HookManager, fused
 from mambalens.sweep.prediction import Prediction, kl_divergence
@@ -208,25 +206,15 @@ PARTS = {"models": models, "growth": growth, "long": long}
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=PARTS, help="by default all")
-    parser.add_argument("--model", action="append", choices=SHAPES, help="by default all")
+    parser = parser_of(__doc__, PARTS)
     parser.add_argument(
         "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves"
     )
-    parser.add_argument("--peak", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    logging.set_verbosity_error()
-    if options.peak:
-        print(peak(*options.peak))
-        return
     if options.compile:
         started = time.perf_counter()
         print(f"compiled: {fused.compile_step(torch.device('cpu'))}, {time.perf_counter() - started:.1f} s")
-    for part in options.part or PARTS:
-        table = PARTS[part](options.model or list(SHAPES))
-        print(f"\n{part}: {torch.get_num_threads()} threads, torch {torch.__version__}\n")
-        print(table.to_string(index=False, float_format="{:.2f}".format) + "\n")
+    run(options, PARTS, peak)
 
 
 if __name__ == "__main__":

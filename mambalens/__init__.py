@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mambalens.experiments.comparison import compare, known_to_all
-    from mambalens.facts.fact import Fact, Facts
+    from mambalens.facts.fact import Fact
     from mambalens.facts.files import load_facts
+    from mambalens.facts.sequence import Facts
     from mambalens.features.selection import Selection
     from mambalens.hooks.errors import MambalensError
     from mambalens.lens import Lens
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 # Loaded when first used: `import mambalens` and `mambalens --help` do without torch.
 _HOMES = {
     "Fact": "facts.fact",
-    "Facts": "facts.fact",
+    "Facts": "facts.sequence",
     "Flow": "result",
     "load_facts": "facts.files",
     "Lens": "lens",

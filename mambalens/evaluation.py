@@ -10,9 +10,10 @@ from typing import Any
 import pandas as pd
 import torch
 
-from mambalens.facts.fact import Answered, Fact, Facts
+from mambalens.facts.fact import Answered, Fact
 from mambalens.facts.files import as_facts
 from mambalens.facts.prompts import Prompt, read_facts, whole_target
+from mambalens.facts.sequence import Facts
 from mambalens.html.render import render
 from mambalens.model import LoadedModel
 from mambalens.sweep.prediction import Prediction

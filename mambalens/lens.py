@@ -10,9 +10,10 @@ import torch
 
 from mambalens import defaults, evaluation
 from mambalens.evaluation import FactLike
-from mambalens.facts.fact import Fact, Facts
+from mambalens.facts.fact import Fact
 from mambalens.facts.files import as_facts
 from mambalens.facts.roles import check_role
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Knockout, Paths
 from mambalens.hooks.knockout import Path as KnockoutPath

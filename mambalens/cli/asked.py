@@ -9,7 +9,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.system import processes
 
 if TYPE_CHECKING:
-    from mambalens.facts.fact import Facts
+    from mambalens.facts.sequence import Facts
     from mambalens.hooks.knockout import Features
     from mambalens.lens import Lens
 

@@ -9,8 +9,9 @@ from typing import Any
 from mambalens.cli import asked
 from mambalens.cli.flow_files import Found
 from mambalens.cli.programs import Say, known_or_all
-from mambalens.facts.fact import Fact, Facts
+from mambalens.facts.fact import Fact
 from mambalens.facts.roles import check_role
+from mambalens.facts.sequence import Facts
 from mambalens.flow.work import Flowing
 from mambalens.hooks.errors import MambalensError
 from mambalens.lens import Lens

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from mambalens.cli.settings import SweepSettings
 from mambalens.experiments.comparison import known_to_all
-from mambalens.facts.fact import Facts
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
 from mambalens.lens import Lens

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.files import as_facts
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.lens import FactLike, Lens
 from mambalens.result import SweepResult

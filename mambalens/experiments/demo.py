@@ -10,8 +10,8 @@ from pathlib import Path
 import pandas as pd
 
 from mambalens.data import checkpoints
-from mambalens.facts.fact import Facts
 from mambalens.facts.files import load_facts
+from mambalens.facts.sequence import Facts
 from mambalens.features.selection import Selection
 from mambalens.figures import flow
 from mambalens.lens import Lens

@@ -16,7 +16,7 @@ import pandas as pd
 
 from mambalens.defaults import FEATURES, SOURCES, TARGET, WINDOW
 from mambalens.experiments.comparison import known_to_all
-from mambalens.facts.fact import Facts
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.lens import Lens
 from mambalens.result import SweepResult

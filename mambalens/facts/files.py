@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mambalens.data import ATLAS_FACTS
-from mambalens.facts.fact import Fact, Facts
+from mambalens.facts.fact import Fact
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError, choose
 
 BUNDLED = {"atlas": ATLAS_FACTS}

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from mambalens.facts.fact import Fact, Facts
+from mambalens.facts.fact import Fact
 from mambalens.facts.roles import role_positions, subject_spans
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
@@ -134,7 +134,7 @@ def _token_texts(text: str, ids: list[int], offsets: list[tuple[int, int]], toke
     ]
 
 
-def read_facts(facts: Facts, tokenizer: Any, subject: bool = True) -> tuple[list[Prompt], list[Skip]]:
+def read_facts(facts: Sequence[Fact], tokenizer: Any, subject: bool = True) -> tuple[list[Prompt], list[Skip]]:
     """Tokenize facts; those that cannot be encoded, or lack the subject where it is needed, are listed instead."""
     prompts, skipped = [], []
     for fact in facts:
@@ -154,7 +154,7 @@ def read_facts(facts: Facts, tokenizer: Any, subject: bool = True) -> tuple[list
     return prompts, skipped
 
 
-def none_usable(facts: Facts, skipped: Sequence[Skip]) -> MambalensError:
+def none_usable(facts: Sequence[Fact], skipped: Sequence[Skip]) -> MambalensError:
     """The error where no fact is left, with the first reasons."""
     reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in skipped[:3])
     return MambalensError(f"None of the {len(facts)} facts can be used ({reasons or 'there are none'}).")

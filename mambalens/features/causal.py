@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Skip, none_usable, read_facts
 from mambalens.facts.roles import check_role
+from mambalens.facts.sequence import Facts
 from mambalens.features.measures import MEASURED, feature_table
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Path, Paths

@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Prompt, none_usable, read_facts
+from mambalens.facts.sequence import Facts
 from mambalens.features import operators
 from mambalens.features.measures import thirds
 from mambalens.hooks import Mixer, TokenMixing

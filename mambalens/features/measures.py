@@ -10,8 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, none_usable, read_facts
+from mambalens.facts.sequence import Facts
 from mambalens.hooks import HookManager, Mixer, TokenMixing, group_mask
 from mambalens.model import LoadedModel
 from mambalens.system.progress import tqdm

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mambalens.defaults import FLOW_BLOCK, TARGET
-from mambalens.facts.fact import Facts
+from mambalens.facts.sequence import Facts
 from mambalens.flow.data import FlowData
 from mambalens.flow.work import Flowing, FlowWork
 from mambalens.hooks.errors import MambalensError

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from mambalens import defaults
-from mambalens.facts.fact import Facts
 from mambalens.facts.roles import check_role
+from mambalens.facts.sequence import Facts
 from mambalens.flow.data import FlowData
 from mambalens.flow.table import CHOSEN_FEATURES, EDGE, MEASURES
 from mambalens.hooks.errors import MambalensError

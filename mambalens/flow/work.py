@@ -14,9 +14,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.defaults import MEASURE, METHODS, POINTS, TOP
-from mambalens.facts.fact import Facts
 from mambalens.facts.pieces import PIECES, piece_of
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
+from mambalens.facts.sequence import Facts
 from mambalens.flow.attribution import Asked, attribute
 from mambalens.flow.exact import Edge, ExactCuts
 from mambalens.flow.measures import Measure, measure_of

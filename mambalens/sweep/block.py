@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
+from mambalens.facts.sequence import Facts
 from mambalens.model import LoadedModel
 from mambalens.runs.table import COLUMNS, ROLE, single
 from mambalens.sweep.answers import Answerer, Asked

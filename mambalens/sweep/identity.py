@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Shaped
 from torch import Tensor
 
-from mambalens.facts.fact import Facts
 from mambalens.facts.prompts import Prompt
+from mambalens.facts.sequence import Facts
 from mambalens.model import LoadedModel
 from mambalens.runs.config import RunConfig
 from mambalens.sweep.plan import Plan

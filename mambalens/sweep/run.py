@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from mambalens.defaults import BLOCK
-from mambalens.facts.fact import Facts
+from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
 from mambalens.sweep.block import Work

@@ -26,6 +26,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
+                    "measures",
                     *FLOW,
                     "sweep.replay",
                     "sweep.prediction",

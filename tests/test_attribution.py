@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -698,15 +699,16 @@ def test_half_precision_models_get_effects_in_float32(model_type: str, dtype: to
 @pytest.mark.parametrize("model_type", ["falcon_h1", "qwen3_next", "llama"])
 def test_some_mixers_and_paths_are_attributed_as_among_all(model_type: str) -> None:
     lens, batch = lens_of(model_type), batch_of()
-    whole = attribute(lens, batch, asked_of(lens)).effects
-    for mixers in (lens.hooks.mixers[1:], lens.hooks.mixers[-1:]):
-        for paths in (Paths.MAIN, Paths.CONV, Paths.ERASE | Paths.CONV):
-            for points in (1, 3):
-                asked = Asked(dict.fromkeys(mixers), paths, log_odds, points, 0 if points > 1 else 40)
-                effects = attribute(lens, batch, asked).effects
-                assert set(effects) == {way for way in whole if way[0] in mixers and way[1] in paths}
-                for way in effects:
-                    assert largest(effects[way], whole[way]) < 1e-5
+    some = (lens.hooks.mixers[1:], lens.hooks.mixers[-1:])
+    ways_of = (Paths.MAIN, Paths.CONV, Paths.ERASE | Paths.CONV)
+    with exactly():
+        whole = attribute(lens, batch, asked_of(lens)).effects
+        for mixers, paths, points in itertools.product(some, ways_of, (1, 3)):
+            asked = Asked(dict.fromkeys(mixers), paths, log_odds, points, 0 if points > 1 else 40)
+            effects = attribute(lens, batch, asked).effects
+            assert set(effects) == {way for way in whole if way[0] in mixers and way[1] in paths}
+            for way in effects:
+                assert largest(effects[way], whole[way]) < EXACT
 
 
 @pytest.mark.parametrize("name", list(KINDS))

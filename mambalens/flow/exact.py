@@ -7,7 +7,6 @@ make short ones long, and slots of like length, of all prompts, share a replay: 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -23,7 +22,7 @@ from mambalens.hooks import Mixer
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
-from mambalens.sweep.answers import UNCUT_TOLERANCE
+from mambalens.sweep.checks import Checks
 from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
 from mambalens.system.memory import exhausted
 
@@ -54,13 +53,13 @@ class ExactCuts:
         features: which features of every mixer are cut; None for every one.
 
     Attributes:
-        replays: whether replay answers; where it does not reproduce the model, hooked passes do.
+        checks: how every replay was held against the model; where it does not reproduce it, hooked passes answer.
     """
 
     def __init__(self, lens: LoadedModel, memory: int, features: dict[Mixer, Tensor | None] | None = None) -> None:
         self.lens, self.memory = lens, memory
         self.features = features or dict.fromkeys(lens.hooks.mixers)
-        self.replays = can_replay(lens.hooks)
+        self.checks = Checks(lens, can_replay(lens.hooks), "cut")
 
     def scores(
         self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score, done: Callable[[int], Any] = lambda _: None
@@ -93,7 +92,7 @@ class ExactCuts:
         self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score
     ) -> Iterable[tuple[int, int, Float[Tensor, " *rest"]]]:
         """Prompt, number and score of every cut, in a replay of its own."""
-        answered = self._replayed(batch, cuts, score) if self.replays else None
+        answered = self._replayed(batch, cuts, score) if self.checks.works else None
         if answered is not None:
             return answered
         found = []
@@ -116,9 +115,7 @@ class ExactCuts:
         try:
             for row, logits in replay.logits(rows):
                 if row == 0:
-                    difference = self._difference(batch, logits)
-                    if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-                        self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
+                    if not self.checks.passes(batch, logits):
                         return None
                 else:
                     values = score(logits, batch.targets.to(logits.device))
@@ -128,19 +125,9 @@ class ExactCuts:
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             if exhausted(error):
                 raise
-            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            self.checks.broke(error)
             return None
         return found
-
-    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
-        """Between the model's own prediction and the replay's without a cut, of the shortest prompt run alone."""
-        shortest = int(batch.last.argmin())
-        own = self.lens.last_logits(batch.part([shortest]).trimmed()).softmax(-1)[0]
-        return float((uncut[shortest].softmax(-1) - own.to(uncut.device)).abs().max())
-
-    def _give_up(self, why: str) -> None:
-        self.replays = False
-        warnings.warn(f"{self.lens.name} {why}. Every cut takes a forward pass of its own instead.", stacklevel=2)
 
     def _row(self, cuts: Sequence[Cut], sources: _Sets, targets: _Sets) -> Row:
         """One cut of every prompt as a row: by mixer, path and target, the sources that it does without."""

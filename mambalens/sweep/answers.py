@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,10 +14,8 @@ from mambalens.facts.prompts import Batch
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Knockout
 from mambalens.model import LoadedModel
+from mambalens.sweep.checks import Checks
 from mambalens.system.memory import exhausted
-
-UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
-"""Largest difference of a probability between the model and a replay that cuts nothing."""
 
 
 class Asked(NamedTuple):
@@ -42,20 +39,23 @@ class Answerer:
     Args:
         lens: model and tokenizer.
         memory: bytes to plan with.
-        replay: answer by replay, as long as it reproduces the model.
+        replay: answer by replay, wherever it reproduces the model.
+
+    Attributes:
+        checks: how the replay of every batch was held against the model.
     """
 
     def __init__(self, lens: LoadedModel, memory: int, replay: bool = True) -> None:
         from mambalens.sweep.replay import can_replay
 
         self.lens, self.memory = lens, memory
-        self.works = replay and can_replay(lens.hooks)
+        self.checks = Checks(lens, replay and can_replay(lens.hooks), "knockout")
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""
         from mambalens.sweep.replay import prompts_at_once
 
-        if not self.works:
+        if not self.checks.works:
             return None
         sets = len(sources) + ("each" in sources) * (time - 1)
         return prompts_at_once(self.lens.hooks, time, sets, self.memory)
@@ -100,7 +100,7 @@ class Answerer:
         """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
         from mambalens.sweep.replay import UNCUT, Replay, Row
 
-        if not self.works or not knockouts:
+        if not self.checks.works or not knockouts:
             return None
         rows = [UNCUT, *(Row(asked.cutting, ((asked.source + 1, 0),)) for asked in knockouts)]
         replay = Replay(self.lens.hooks, batch.ids, batch.last, torch.stack(list(sources)), targets, self.memory)
@@ -112,25 +112,6 @@ class Answerer:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
             if exhausted(error):
                 raise
-            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            self.checks.broke(error)
             return None
-        difference = self._difference(batch, first[1])
-        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-            self._give_up(f"is not reproduced by replaying it: without a knockout it misses by {difference:.1e}")
-            return None
-        return itertools.chain([first], found)
-
-    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
-        """Between the model's own prediction and the replay's without a knockout.
-
-        Every batch is checked, on its shortest prompt run alone: what fills the batch up must not matter either.
-        """
-        own = self.lens.last_logits(batch.part([-1]).trimmed()).softmax(-1)[0]
-        return float((uncut[-1].softmax(-1) - own.to(uncut.device)).abs().max())
-
-    def _give_up(self, why: str) -> None:
-        self.works = False
-        warnings.warn(
-            f"{self.lens.name} {why}. Every knockout takes a forward pass of its own instead, which is slow and exact.",
-            stacklevel=2,
-        )
+        return itertools.chain([first], found) if self.checks.passes(batch, first[1]) else None

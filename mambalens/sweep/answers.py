@@ -50,6 +50,8 @@ class Answerer:
 
         self.lens, self.memory = lens, memory
         self.works = replay and can_replay(lens.hooks)
+        if replay and not self.works:
+            self._give_up("is swept while a knockout is running")
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""

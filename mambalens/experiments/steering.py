@@ -55,7 +55,7 @@ def between(
     subjects = list(dict.fromkeys(fact.subject for fact in negative if fact.subject in of_subject))
     if len(subjects) < 4:
         raise MambalensError(
-            f"Subjects with facts on both sides: {len(subjects)}. It takes 4, two to take the direction from and two to "
+            f"Subjects with facts on both sides: {len(subjects)}. It takes 4, two to give the direction and two to "
             "steer."
         )
     random.Random(seed).shuffle(subjects)

@@ -32,6 +32,7 @@ from mambalens.hooks.knockout import (
 from mambalens.hooks.leaks import refuse_leaks
 from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Captured, Mixer, Pass
+from mambalens.hooks.steering import Addition, Steering, counts_back, plain
 from mambalens.hooks.token_mixing import TokenMixing
 
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
@@ -66,7 +67,7 @@ class HookManager:
     """Knockout and effective attention on any loaded Hugging Face causal LM; no tokenizer needed.
 
     Args:
-        model: the loaded model. It is changed only while a `knockout` block runs.
+        model: the loaded model. It is changed only while a `knockout` or `add` block runs.
         check: run `check` also where every mixer is of a class that the tests know, in a layer of its own architecture;
             otherwise it runs anyway.
 
@@ -83,6 +84,8 @@ class HookManager:
         self.model: Any = model
         self.trunk, self.layers, self.mixers = find_mixers(model)
         self._blocks: list[_Block] = []
+        self._steering: list[Steering] = []
+        self._aside = False
         self._pass: Pass | None = None
         self._prompts: WeakKeyDictionary[Any, tuple[int, int]] = WeakKeyDictionary()  # cache -> prompt, columns so far
         if check or not all(self._familiar(mixer) for mixer in self.mixers):
@@ -195,16 +198,96 @@ class HookManager:
             cutting = self.resolve(knockout.layers, knockout.features, knockout.path, knockout.mixers)
         block = _Block(knockout, cutting)
         with ExitStack() as stack:
+            if not self._running:
+                stack.enter_context(self._watching_passes())
             if not self._blocks:
                 stack.enter_context(self._attached())
             self._blocks.append(block)
             stack.callback(self._blocks.remove, block)
             yield knockout
-            if 0 < block.reached < block.wanted:
-                raise MambalensError(
-                    f"Position {block.wanted - 1} is out of range: the longest input had {block.reached} "
-                    f"tokens (positions {-block.reached} to {block.reached - 1})."
-                )
+            _refuse_unreached(block)
+
+    @contextmanager
+    def add(
+        self,
+        vector: Float[Tensor, "*rows hidden"],
+        layers: Sequence[int] | int | str | None,
+        positions: Positions | None = None,
+        scale: float = 1.0,
+    ) -> Iterator[Addition]:
+        """Add a vector to the residual stream behind some layers while the block runs (Turner et al. 2023).
+
+        Behind a layer means to its output, which the next layer reads.
+
+        Args:
+            vector: what is added [hidden]; one for each layer [layers, hidden], in the order of `layers`; one for each
+                prompt [batch, hidden]; or both [layers, batch, hidden].
+            layers: layer numbers, or a kind of mixer: the layers that have one; None: every layer.
+            positions: columns of `input_ids` (padding included; negative: from the end of the prompt) as ints, a list
+                of ints for each row, or a boolean mask [T] or [batch, T]; None: every position. In `generate` they are
+                the prompt's; generated tokens are reached by None, or where their column is named.
+            scale: how many times the vector is added; negative: it is taken away.
+
+        Blocks nest, with each other and with knockouts: what is added adds up. Leaving the block restores the model bit
+        for bit.
+
+        Raises:
+            MambalensError: for a vector of another width or number of prompts, and a layer or position that does not
+                exist, quoting it.
+        """
+        addition = Addition(vector, layers, positions, scale)
+        config = self.model.config
+        width = getattr(config, "hidden_size", None) or self.model.get_input_embeddings().weight.shape[1]
+        steering = Steering(addition, self.layer_numbers(layers), width)
+        with ExitStack() as stack:
+            if not self._running:
+                stack.enter_context(self._watching_passes())
+            for number in steering.layers:
+                stack.callback(self.layers[number].register_forward_hook(steering.behind(number)).remove)
+            self._steering.append(steering)
+            stack.callback(self._steering.remove, steering)
+            yield addition
+            _refuse_unreached(steering)
+
+    @property
+    def _running(self) -> list[_Block | Steering]:
+        """Every block that runs."""
+        return [*self._blocks, *self._steering]
+
+    @property
+    def inside(self) -> list[Any]:
+        """What the running blocks were told, as JSON; empty where none runs."""
+        cuts = [[plain(block.knockout), {f"{m.layer} {m.kind}": plain(f) for m, f in block.cutting.features.items()}]
+                for block in self._blocks]  # fmt: skip
+        return [*cuts, *([steering.layers, plain(steering.addition)] for steering in self._steering)]
+
+    @property
+    def counts_back(self) -> bool:
+        """Whether a running block has positions that count from the end of a prompt, so that none may be filled up."""
+        told = [(block.knockout.sources, block.knockout.targets) for block in self._blocks]
+        return counts_back(told) or any(counts_back(steering.addition.positions) for steering in self._steering)
+
+    @contextmanager
+    def rows(self, at_rows: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """While the block runs, layers take rows of a replay: what is added is added at the rows' positions.
+
+        Args:
+            at_rows: picks what belongs to positions [batch, T, ...] for the rows [batch, cuts x length, ...].
+        """
+        with ExitStack() as stack:
+            for steering in self._steering:
+                stack.enter_context(steering.rows(at_rows))
+            yield
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While the block runs, passes are none of the prompts': nothing is added in them, and no column is counted."""
+        with ExitStack() as stack:
+            for steering in self._steering:
+                stack.enter_context(steering.paused())
+            self._aside = True
+            stack.callback(setattr, self, "_aside", False)
+            yield
 
     def layer_numbers(self, layers: Sequence[int] | int | str | None) -> list[int]:
         """Layers as a list of numbers, checked against the model."""
@@ -250,13 +333,18 @@ class HookManager:
         return None if features == "all" else group_mask(mixer.decay_norm().cpu(), features)
 
     @contextmanager
-    def _attached(self) -> Iterator[None]:
+    def _watching_passes(self) -> Iterator[None]:
         with ExitStack() as stack:
             stack.callback(self.trunk.register_forward_pre_hook(self._before_pass, with_kwargs=True).remove)
             stack.callback(self.trunk.register_forward_hook(self._after_pass, with_kwargs=True).remove)
+            stack.callback(self._forget)
+            yield
+
+    @contextmanager
+    def _attached(self) -> Iterator[None]:
+        with ExitStack() as stack:
             for mixer in self.mixers:
                 stack.callback(mixer.attach(self._current))
-            stack.callback(self._forget)
             yield
 
     def _forget(self) -> None:
@@ -270,7 +358,9 @@ class HookManager:
         return self._pass
 
     def _before_pass(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Work out which columns of this pass the positions of the running knockouts are."""
+        """Work out which columns of this pass the positions of the running blocks are."""
+        if self._aside:
+            return
         ids = kwargs.get("input_ids")
         ids = ids if ids is not None else kwargs.get("inputs_embeds")
         ids = ids if ids is not None else args[0]
@@ -278,19 +368,16 @@ class HookManager:
         cache = cache_among((*args, *kwargs.values()))
         prompt, past = self._prompts.get(cache, (time, 0)) if cache is not None else (time, 0)
         if cache is not None and not past and _holds_tokens(cache):
-            raise MambalensError("The cache was filled before the knockout began: run the prompt inside the block.")
+            raise MambalensError("The cache was filled before the block began: run the prompt inside the block.")
         running = Pass(prompt, past, past + time)
         keep_history = False
         cuts: dict[Mixer, list[Cut]] = {}
+        whole = kwargs.get("use_cache") is False and cache is None
+        for steering in self._steering:
+            _reach(steering, steering.begin(batch, running), running, whole)
         for block in self._blocks:
             cut, later, generated = block.masks(batch, running)
-            if later and kwargs.get("use_cache") is False and cache is None:
-                raise MambalensError(
-                    f"Position {max(later)} is out of range: the input has {running.length} tokens (positions "
-                    f"{-running.length} to {running.length - 1})."
-                )
-            block.reached = max(block.reached, running.length)
-            block.wanted = max(block.wanted, *(position + 1 for position in later), 0)
+            _reach(block, later, running, whole)
             keep_history |= generated
             for mixer, features in block.cutting.features.items():
                 paths = block.cutting.paths & mixer.paths
@@ -299,6 +386,10 @@ class HookManager:
         self._pass = replace(running, keep_history=keep_history, cuts=cuts)
 
     def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        if self._aside:
+            return
+        for steering in self._steering:
+            steering.end()
         cache = cache_among((*args, *kwargs.values()))
         if cache is None:
             cache = cache_among(output.values()) if isinstance(output, Mapping) else None
@@ -450,6 +541,36 @@ class HookManager:
         finally:
             for module in training:
                 module.training = True
+
+
+def _reach(block: _Block | Steering, later: list[int], running: Pass, whole: bool) -> None:
+    """Note how far a pass goes and how far a block's positions do.
+
+    Args:
+        block: a running block.
+        later: its positions behind the pass.
+        running: the pass.
+        whole: no other pass comes behind this one.
+
+    Raises:
+        MambalensError: if a position will never come.
+    """
+    if later and whole:
+        raise MambalensError(
+            f"Position {max(later)} is out of range: the input has {running.length} tokens (positions "
+            f"{-running.length} to {running.length - 1})."
+        )
+    block.reached = max(block.reached, running.length)
+    block.wanted = max(block.wanted, *(position + 1 for position in later), 0)
+
+
+def _refuse_unreached(block: _Block | Steering) -> None:
+    """Raise for a position that none of a block's passes had."""
+    if 0 < block.reached < block.wanted:
+        raise MambalensError(
+            f"Position {block.wanted - 1} is out of range: the longest input had {block.reached} "
+            f"tokens (positions {-block.reached} to {block.reached - 1})."
+        )
 
 
 def _holds_tokens(cache: Any) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mambalens import defaults, evaluation
+from mambalens import defaults, evaluation, steering
 from mambalens.evaluation import FactLike
 from mambalens.facts.fact import Fact
 from mambalens.facts.files import as_facts
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     import pandas as pd
+    from jaxtyping import Float
     from matplotlib.figure import Figure
+    from torch import Tensor
 
+    from mambalens.facts.pairs import Pairs
+    from mambalens.hooks.steering import Addition
     from mambalens.measures import Measure
 
 
@@ -190,6 +194,78 @@ class Lens(LoadedModel):
             positions[role] = found
         with self.hooks.knockout(positions[source], targets, layers, features, path, mixers) as knockout:
             yield knockout
+
+    @contextmanager
+    def steer(
+        self,
+        fact: Fact,
+        vector: Float[Tensor, "*rows hidden"],
+        layers: Sequence[int] | int | str | None,
+        positions: str | None = defaults.TARGET,
+        scale: float = 1.0,
+    ) -> Iterator[Addition]:
+        """Add a vector behind some layers at a role of this fact's prompt while the block runs; see `HookManager.add`.
+
+        Args:
+            fact: the fact that `predict` is asked about inside the block.
+            vector: what is added [hidden], such as a `direction`.
+            layers: layer numbers, or a kind of mixer.
+            positions: a role (see `roles.ROLES`); None: every position, generated ones too.
+            scale: how many times.
+        """
+        with steering.steer(self, fact, vector, layers, positions, scale) as addition:
+            yield addition
+
+    def steered(
+        self,
+        facts: FactLike | Pairs,
+        vector: Float[Tensor, "*rows hidden"],
+        layers: Sequence[int] | int | str | None,
+        positions: str | None = defaults.TARGET,
+        scale: float = 1.0,
+        batch_size: int | None = None,
+        progress: bool = True,
+    ) -> pd.DataFrame:
+        """What facts are answered with when a vector is added behind some layers, beside what they are without it.
+
+        Args:
+            facts: facts, a name or a path; or pairs (`Facts.pairs`), whose other answers are looked at too.
+            vector: what is added [hidden], such as a `direction`.
+            layers: layer numbers, or a kind of mixer.
+            positions: role at which it is added in every prompt; None: every position.
+            scale: how many times.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            One row a fact, in their order; columns in `steering.STEERED`, for pairs those in `steering.OTHERS` too, and
+            `skipped`: why a fact could not be used, or ''.
+        """
+        return steering.steered(self, facts, vector, layers, positions, scale, batch_size, progress)
+
+    def direction(
+        self,
+        positive: Iterable[Fact | str],
+        negative: Iterable[Fact | str],
+        layer: int | Sequence[int],
+        positions: str = defaults.TARGET,
+        batch_size: int | None = None,
+    ) -> Float[Tensor, "*layers hidden"]:
+        """The direction from one set of prompts to another: the difference of their means (Rimsky et al. 2024).
+
+        Args:
+            positive, negative: facts or texts.
+            layer: layer number: what is taken is the residual stream behind it, where `steer` adds; or several.
+            positions: role at which it is taken; of one with several positions, their mean in every prompt.
+            batch_size: prompts a batch.
+
+        Returns:
+            [hidden], for several layers [layers, hidden]; float64, on the CPU.
+
+        Raises:
+            MambalensError: for a layer that does not exist, or a role that is empty in a prompt.
+        """
+        return steering.direction(self, positive, negative, layer, positions, batch_size)
 
     def sweep(
         self,

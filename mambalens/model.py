@@ -74,7 +74,11 @@ class LoadedModel:
             return wanted if limit is None else min(wanted, limit)
 
         padding = self.tokenizer.pad_token_id
-        return batches(prompts, size, 0 if padding is None else padding)
+        # Positions that count from the end are the prompts' own where nothing fills them up.
+        lengths = sorted({len(prompt.ids) for prompt in prompts}, reverse=True) if self.hooks.counts_back else [None]
+        for length in lengths:
+            alike = [prompt for prompt in prompts if length in (None, len(prompt.ids))]
+            yield from batches(alike, size, 0 if padding is None else padding)
 
     @torch.no_grad()
     def last_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:

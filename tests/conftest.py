@@ -10,7 +10,7 @@ import pytest
 from jaxtyping import install_import_hook
 
 # What a user hands over is checked by these two themselves, in sentences.
-FIRST_TO_HEAR = ("manager", "knockout")
+FIRST_TO_HEAR = ("manager", "knockout", "steering")
 # Their methods give the class they are called on, which beartype knows only where it has the whole class.
 GIVE_THEMSELVES = ("data", "verbs")
 ROOT = Path(__file__).parent.parent

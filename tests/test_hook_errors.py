@@ -86,5 +86,5 @@ def test_a_cache_filled_before_the_block_is_refused() -> None:
         model, ids = tiny(name), token_ids(1, 5)
         output = model(ids, use_cache=True)
         cache_name, cache = next((key, value) for key, value in output.items() if isinstance(value, Cache))
-        with pytest.raises(MambalensError, match="before the knockout began"), HookManager(model).knockout([0], [-1]):
+        with pytest.raises(MambalensError, match="before the block began"), HookManager(model).knockout([0], [-1]):
             model(ids[:, -1:], use_cache=True, **{cache_name: cache})

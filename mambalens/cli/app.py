@@ -290,9 +290,49 @@ def diagnose(
     click.echo(f"\ndiagnostics.csv, diagnostics.png in {out}")
 
 
+@app.command(short_help="Add the direction between two sets of facts.")
+@ONE_MODEL
+@option("--from", "negative", help="Facts to steer.", many=True, metavar="COLUMN=VALUE", required=True)
+@option("--to", "positive", help="Facts of their subjects.", many=True, metavar="COLUMN=VALUE", required=True)
+@settings("facts", "where", "all_facts")
+@option("--layer", help="Layers, each on its own; by default every one.", kind=int, many=True)
+@option("--positions", help="Role at which it is taken and added.", default=TARGET)
+@option("--scale", help="How many times it is added.", kind=float, default=1.0)
+@option("--seed", help="Of the halves.", kind=int, least=0, default=0)
+@option("--out", help="Write the table to this .csv file.", kind=Path)
+@settings("batch_size", "dtype", "tokenizer")
+def steer(
+    model: str, negative: tuple[str, ...], positive: tuple[str, ...], facts: str, where: tuple[str, ...],
+    all_facts: bool, layer: tuple[int, ...], positions: str, scale: float, seed: int, out: Path | None,
+    batch_size: int | None, dtype: str, tokenizer: str | None,
+) -> None:  # fmt: skip
+    """Does adding the direction from one set of facts to another turn answers of the one into those of the other?
+
+    The direction comes from half of the subjects, and is added to the facts of the other half.
+
+    Example: mambalens steer atlas-mamba1 --where wording=near --from relation=language --to relation=capital
+    """
+    from mambalens.cli import output
+    from mambalens.cli.programs import known_or_all
+    from mambalens.experiments.steering import between
+
+    lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where)
+    sides = []
+    for conditions in (positive, negative):
+        side = chosen.where(**asked.conditions(conditions))
+        if not len(side):
+            raise MambalensError(f"No fact of {facts!r} has {' and '.join((*where, *conditions))}.")
+        sides.append(known_or_all(lens, side, None, all_facts, batch_size, _say(silent=False), True, "taking"))
+    table = between(lens, sides[0], sides[1], list(layer) or None, positions, scale, seed, batch_size)
+    output.steered(table, " and ".join(negative), " and ".join(positive))
+    if out is not None:
+        table.to_csv(out, index=False)
+        click.echo(f"\n{len(table)} rows in {out}")
+
+
 @app.command(short_help="Draw a sweep's curves, or a flow.")
 @argument("folder", "DIR", "Folder of a sweep or a flow, or of several.", kind=Path)
-@option("--metric", help="change_pct, prob, hit, rank or kl.", default="change_pct")
+@option("--metric", help="change_pct, prob, hit, rank, kl or measure.", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")
 @option("--rows", help="What rows of panels differ in: path, wording, ...")
 @option("--columns", help="What columns of panels differ in.")

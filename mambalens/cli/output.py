@@ -50,6 +50,18 @@ def swept(result: SweepResult, out: Path) -> None:
     click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
 
 
+def steered(table: pd.DataFrame, negative: str, positive: str) -> None:
+    """Shares of facts by layer, in %."""
+    shares = ["base_hit", "hit", "changed", "base_other_hit", "other_hit", "low", "high"]
+    shown = table.drop(columns="model").assign(**{name: 100 * table[name] for name in shares})
+    click.echo(
+        f"{table.model.iloc[0]}: {table.facts.iloc[0]} facts with {negative}, steered to {positive}. Shares in %: "
+        "right (hit), answered otherwise than without (changed), answered as the other facts are (other_hit, with its "
+        "95 % interval).\n"
+    )
+    click.echo(shown.to_string(index=False, float_format="{:.1f}".format))
+
+
 def skipped(result: SweepResult | Flow) -> None:
     """What was left out, counted by reason."""
     if len(result.skipped):

@@ -50,6 +50,8 @@ class Answerer:
 
         self.lens, self.memory = lens, memory
         self.checks = Checks(lens, replay and can_replay(lens.hooks), "knockout")
+        if replay and not self.checks.works:
+            self.checks.refuse("is swept while a knockout is running")
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""

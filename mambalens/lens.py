@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-    from mambalens.flow.measures import Measure
+    from mambalens.measures import Measure
 
 
 class Lens(LoadedModel):
@@ -205,6 +205,7 @@ class Lens(LoadedModel):
         memory: int | str | None = None,
         mixers: str | None = None,
         block_size: int = defaults.BLOCK,
+        measure: str | Measure | None = None,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -223,14 +224,18 @@ class Lens(LoadedModel):
             mixers: cut only mixers of this kind ('attention', 'mamba1', 'mamba2'), in models that have several kinds;
                 windows count the model's layers all the same.
             block_size: facts of a block.
+            measure: 'log_odds', 'log_prob', 'logit' or 'prob' of the target, or a function of logits
+                [batch, vocabulary] and targets [batch] that gives a number for every prompt: two more columns,
+                base_measure and measure.
 
         Raises:
-            MambalensError: for a window larger than the model, an unknown role, group or path, or no usable fact.
+            MambalensError: for a window larger than the model, an unknown role, group, path or measure, or no usable
+                fact.
         """
         from mambalens.sweep.plan import Plan
         from mambalens.sweep.run import run
 
-        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers)
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure)
         found = run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
         return SweepResult.of(found)
 
@@ -280,8 +285,8 @@ class Lens(LoadedModel):
                 edges.
             paths: 'main', 'conv', 'erase', or 'both' for all that a mixer has.
             features: which features the edges stand for: a group, or masks.
-            measure: 'log_odds', 'log_prob' or 'logit' of the target, or a function of logits [batch, vocabulary] and
-                targets [batch] that can be differentiated.
+            measure: 'log_odds', 'log_prob', 'logit' or 'prob' of the target, or a function of logits
+                [batch, vocabulary] and targets [batch] that can be differentiated.
             method: 'gradient', or 'exact': every edge is cut by replay, for those who can wait.
             batch_size: prompts a batch at most; fewer where the memory needs it.
             out: a folder to keep the results in, block of facts by block of facts; it goes on where it stopped.

@@ -58,7 +58,7 @@ class SweepResult(SweepData):
 
         Args:
             fact_id: the fact.
-            metric: a column of `METRICS`.
+            metric: a column of `METRICS`, or 'measure' where the sweep has one.
             where: which part, where the sweep has several: `model=`, `features=`, `path=`, `window_size=`.
 
         Raises:

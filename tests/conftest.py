@@ -26,6 +26,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
+                    "measures",
                     *FLOW,
                     "sweep.replay",
                     "sweep.prediction",
@@ -39,6 +40,19 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
         ],
         "beartype.beartype",
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's cases of one architecture stand together: the worker that has made a model and what it gives has them all."""
+    first: dict[tuple[Path, str], int] = {}
+    order = []
+    for number, item in enumerate(items):
+        named = getattr(item, "callspec", None)
+        of_model = str(named.params.get("model_type", "")) if named is not None else ""
+        file = first.setdefault((item.path, "file"), number)
+        order.append((file, first.setdefault((item.path, of_model), number) if of_model else file, number))
+    items[:] = [items[number] for *_, number in sorted(order)]
+
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

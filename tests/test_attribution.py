@@ -21,7 +21,6 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.flow.attribution import Asked, Attributed, attribute, look
 from mambalens.flow.edge_features import by_feature
-from mambalens.flow.measures import log_odds
 from mambalens.hooks import Mixer, recurrence, scan
 from mambalens.hooks.attention_edges import AttentionArrivals
 from mambalens.hooks.calls import bound
@@ -29,6 +28,7 @@ from mambalens.hooks.edges import Places, Weakened, effects_of, node_of
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer_attention import EAGER
 from mambalens.hooks.recurrent_edges import RecurrentArrivals
+from mambalens.measures import log_odds
 from mambalens.model import LoadedModel
 
 EXACT = 1e-9

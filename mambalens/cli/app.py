@@ -92,7 +92,7 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
 @option("--out", help="Folder for results, figure and page.", kind=Path, required=True)
 @option("--path", help="main, conv, erase or both.", many=True, default=("both",))
 @ONE_GROUP
-@option("--measure", help="log_odds, log_prob or logit.", default=MEASURE)
+@option("--measure", help="log_odds, log_prob, logit or prob.", default=MEASURE)
 @option("--points", help="Gradients of every prompt.", kind=int, least=1, default=POINTS)
 @option("--method", help="gradient, or exact: all cut.", default=METHODS[0])
 @option("--certify", help="Strongest edges, cut exactly.", kind=int, least=0, default=TOP)

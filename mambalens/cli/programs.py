@@ -115,7 +115,9 @@ def parts_of(settings: SweepSettings, groups: tuple[Features, ...], lens: Lens) 
     folder = out if len(settings.model) == 1 else out / lens.name
     combinations = list(product(settings.target, settings.window))
     for target, window in combinations:
-        plan = Plan(settings.source, target, window, groups, cast(Any, settings.path), settings.mixers)
+        plan = Plan(
+            settings.source, target, window, groups, cast(Any, settings.path), settings.mixers, settings.measure
+        )
         yield Part(folder if len(combinations) == 1 else folder / f"{target}-{window}", plan)
 
 

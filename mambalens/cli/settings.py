@@ -32,6 +32,7 @@ class SweepSettings:
         "Groups ('slow', 'fast:0.1'), feature numbers or a selection's .csv.", defaults.FEATURES, many=True
     )
     path: tuple[str, ...] = _option("main, conv, erase or both.", defaults.PATHS, many=True)
+    measure: str | None = _option("Two more columns: log_odds, log_prob, logit or prob.", None)
     mixers: str | None = _option("Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).", None)
     all_facts: bool = _option("Also facts the model answers wrong.", False, bool)
     common: bool = _option("Only facts that all of several models know.", False, bool)

@@ -11,7 +11,6 @@ from matplotlib.figure import Figure
 
 from mambalens.figures.style import PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.runs.table import METRICS
 
 if TYPE_CHECKING:
     from mambalens.runs.data import SweepData
@@ -40,7 +39,7 @@ def flow(
 
     Args:
         result: a sweep; single tokens as sources (each) are left to `heatmap`.
-        metric: a column of `runs.table.METRICS`.
+        metric: a column of `runs.table.METRICS`, or 'measure' where the sweep has one.
         x: 'layer' (the window's first layer) or 'depth' (the same in % of the model's layers).
         rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', 'target', 'window_size', or a
             column of the facts ('wording', 'relation'). By default whatever the sweep has several of.
@@ -87,7 +86,7 @@ def flow(
             axis.set_title(title_words + counted, fontsize=9)
     apart = " (lines set slightly apart)" if len(order) > 1 else ""
     figure.supxlabel(_AXES[x] + apart, fontsize=10)
-    figure.supylabel(METRICS[metric], fontsize=10)
+    figure.supylabel(result.metrics[metric], fontsize=10)
     sizes = sorted(summary.window_size.unique())
     window = (
         _label("window_size", sizes[0], result) if len(sizes) == 1 else f"windows of {sizes[0]} to {sizes[-1]} layers"

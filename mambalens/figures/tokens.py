@@ -14,7 +14,6 @@ from matplotlib.figure import Figure
 
 from mambalens.figures.style import PATHS, main_path, visible
 from mambalens.hooks.errors import MambalensError
-from mambalens.runs.table import METRICS
 
 if TYPE_CHECKING:
     from mambalens.runs.data import SweepData
@@ -58,7 +57,7 @@ def heatmap(
         fontsize=10,
     )
     bar = figure.colorbar(image, ax=axis)
-    bar.set_label(METRICS[metric], fontsize=9)
+    bar.set_label(result.metrics[metric], fontsize=9)
     if metric == "change_pct":
         bar.set_ticks([-100, -50, 0, *([reach / 2] if reach <= 100 else []), reach])
         bar.ax.yaxis.set_major_formatter(lambda value, _: f"{value:+.0f}".replace("-", "−") if value else "0")

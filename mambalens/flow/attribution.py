@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mambalens.defaults import POINTS, TOP
 from mambalens.facts.prompts import Batch
-from mambalens.flow.measures import Measure
 from mambalens.hooks import Mixer
 from mambalens.hooks.edges import Arrivals, Places, Weakened, effects_of, node_of
 from mambalens.hooks.knockout import Paths
+from mambalens.measures import Measure
 from mambalens.model import LoadedModel
 
 SHARE = 0.5

@@ -11,12 +11,13 @@ import numpy as np
 import pandas as pd
 
 from mambalens.defaults import MEASURE
-from mambalens.flow.table import BASE, EDGE, MEASURES, with_categories
+from mambalens.flow.table import BASE, EDGE, with_categories
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
 from mambalens.runs.data import column_of, facts_together, with_unusable
 from mambalens.runs.folder import FLOW
 from mambalens.runs.stored import Stored, folders_of, stored_in
+from mambalens.runs.table import MEASURES
 
 
 class FlowData:

@@ -29,12 +29,6 @@ prompt has."""
 EDGE_FEATURES = ("model", "fact_id", *EDGE, "feature", "effect")
 """Columns of what edges carry by single features: the number of a channel or head, and its part of the edge's effect,
 in the measure's unit."""
-MEASURES = {
-    "log_odds": "Log-odds of the target (nats)",
-    "log_prob": "Log-probability of the target (nats)",
-    "logit": "Logit of the target",
-}
-"""Measures that a flow can be of, and what axes call them."""
 CHOSEN = ("", "top", "sample", "all")
 """Why an edge was cut."""
 CHOSEN_FEATURES = "chosen features"

@@ -12,9 +12,10 @@ from mambalens import defaults
 from mambalens.facts.roles import check_role
 from mambalens.facts.sequence import Facts
 from mambalens.flow.data import FlowData
-from mambalens.flow.table import CHOSEN_FEATURES, EDGE, MEASURES
+from mambalens.flow.table import CHOSEN_FEATURES, EDGE
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.intervals import mean_intervals
+from mambalens.runs.table import MEASURES
 from mambalens.system.progress import tqdm
 
 if TYPE_CHECKING:

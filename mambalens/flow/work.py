@@ -19,11 +19,11 @@ from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.facts.sequence import Facts
 from mambalens.flow.attribution import Asked, attribute
 from mambalens.flow.exact import Edge, ExactCuts
-from mambalens.flow.measures import Measure, measure_of
 from mambalens.flow.table import CHOSEN, CHOSEN_FEATURES, EDGES
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Features, Paths
+from mambalens.measures import Measure, measure_of, name_of
 from mambalens.model import LoadedModel
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.prediction import target_probability
@@ -96,7 +96,7 @@ class Flowing(NamedTuple):
     @property
     def measure_name(self) -> str:
         """What tables call the measure."""
-        return self.measure if isinstance(self.measure, str) else getattr(self.measure, "__name__", "measure")
+        return name_of(self.measure)
 
 
 class Listed(NamedTuple):

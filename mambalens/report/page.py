@@ -16,7 +16,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.report.assets import left_out, packed, plain, rounded, tables, texts, write
 from mambalens.runs.data import SweepData
-from mambalens.runs.table import GROUP, METRICS, SINGLE
+from mambalens.runs.table import GROUP, SINGLE
 
 SUBSET_VALUES = 12
 """A column of the facts with at most so many values splits the curves."""
@@ -40,7 +40,7 @@ def _page(result: SweepData, title: str, details: int) -> str:
     roles = result.roles()
     series = list(_series(roles))
     data = {
-        "metrics": METRICS,
+        "metrics": result.metrics,
         "single": SINGLE,
         "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
         "series": series,
@@ -52,7 +52,7 @@ def _page(result: SweepData, title: str, details: int) -> str:
     path = main_path(result)
     words = {"main": path, **PATHS}
     return render(
-        "report.html", title=title, data=plain(data), metrics=METRICS, subsets=subsets, choices=choices,
+        "report.html", title=title, data=plain(data), metrics=result.metrics, subsets=subsets, choices=choices,
         words={name: f"{name} ({word})" for name, word in words.items()},
         models=[_about(result, model) for model in result.models],
         unfinished=result.unfinished, **left_out(result.skipped), **tables(), **texts("report.js"),
@@ -86,7 +86,7 @@ def _series(roles: SweepData) -> Iterator[dict[str, Any]]:
     """Curves of means with intervals, one for each value of `DIMENSIONS`, over all facts and over parts of them."""
     subsets = [(), *((column,) for column in _columns(roles))] if len(roles.table) else []
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for metric in METRICS:
+    for metric in roles.metrics:
         for by in subsets:
             for found_key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
                 key: tuple[Any, ...] = found_key  # type: ignore[assignment]
@@ -142,21 +142,21 @@ def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
         "curves": [
             about | {"starts": starts, "top": _top(group, grids["change_pct"], row, starts),
                      "values": {metric: packed(grid) for metric, grid in grids.items()}}
-            for about, group, starts, grids in _grids(table[~single], row)
+            for about, group, starts, grids in _grids(table[~single], row, result.metrics)
         ],
-        "tokens": list(_token_grids(table[single], row, prompts)),
+        "tokens": list(_token_grids(table[single], row, prompts, result.metrics)),
     }  # fmt: skip
 
 
 def _grids(
-    table: pd.DataFrame, row: dict[str, int]
+    table: pd.DataFrame, row: dict[str, int], metrics: Iterable[str]
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, list[int], dict[str, Float[np.ndarray, "fact window"]]]]:
     """For every series: what it is, its rows, its windows, and for each metric the values."""
     for key, group in table.groupby(_SERIES, sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
         at = (group.fact_id.map(row).to_numpy(int), np.searchsorted(starts, group.window_start.to_numpy()))
         grids = {}
-        for metric in METRICS:
+        for metric in metrics:
             grids[metric] = np.full((len(row), len(starts)), np.nan, "<f4")
             grids[metric][at] = group[metric].to_numpy(float)
         about: dict[str, Any] = dict(zip(_SERIES, key, strict=True))
@@ -173,7 +173,9 @@ def _top(
     return [found.get(fact_id, "") for fact_id in row]
 
 
-def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame) -> Iterator[dict[str, Any]]:
+def _token_grids(
+    table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame, metrics: Iterable[str]
+) -> Iterator[dict[str, Any]]:
     """For every features, path, target and window size: values [tokens of all facts, windows], fact by fact."""
     for key, group in table.groupby(["features", "path", "target", "window_size"], sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
@@ -183,7 +185,7 @@ def _token_grids(table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame
         offset = np.concatenate([[0], length.cumsum()])
         at = (offset[facts] + position, np.searchsorted(starts, group.window_start.to_numpy()))
         of_metrics = {}
-        for metric in METRICS:
+        for metric in metrics:
             grid = np.full((offset[-1], len(starts)), np.nan, "<f4")
             grid[at] = group[metric].to_numpy(float)
             of_metrics[metric] = packed(grid)
@@ -223,6 +225,7 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
                 ("Paths", [config.paths for config in configs]),
                 ("Only mixers", [config.mixers for config in configs]),
                 ("Precision", [config.dtype for config in configs]),
+                ("Measure", [config.measure or None for config in configs]),
             )
             if (text := words(values))
         },

@@ -41,7 +41,7 @@ class RunConfig:
     dtype: str = ""
     """Precision of the model's weights, such as 'float32'."""
     measure: str = ""
-    """Measure that a flow is of."""
+    """Measure that a flow is of, or that a sweep has beside its other columns."""
     points: int = 0
     """Gradients that a flow has taken of every prompt."""
 

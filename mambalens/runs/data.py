@@ -14,7 +14,7 @@ from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP
 from mambalens.runs.intervals import INTERVALS, mean_intervals
 from mambalens.runs.stored import Stored, folders_of, stored_in
-from mambalens.runs.table import GROUP, METRICS, with_position
+from mambalens.runs.table import GROUP, MEASURES, METRICS, with_position
 
 
 class SweepData:
@@ -56,6 +56,18 @@ class SweepData:
     def n_layers(self) -> dict[str, int]:
         """Layers of each model."""
         return {config.model: config.n_layers for config in self.configs}
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Columns that can be summarized and drawn, and what axes call them: `METRICS`, and the sweep's measure.
+
+        Sweeps that were put together have the column 'measure' where all have the same.
+        """
+        names = {config.measure for config in self.configs}
+        if len(names) != 1 or "" in names or "measure" not in self.table:
+            return METRICS
+        (name,) = names
+        return METRICS | {"measure": MEASURES.get(name, name)}
 
     @classmethod
     def concat(cls, results: Sequence[SweepData]) -> Self:
@@ -109,7 +121,7 @@ class SweepData:
         Args:
             interval: 'bootstrap' (percentiles of 2,000 resamples of the facts, seeded), 't' (Student's t) or 'sem' (one
                 standard error to each side).
-            metric: a column of `METRICS`.
+            metric: a column of `METRICS`, or 'measure' where the sweep has one.
             by: columns of the facts to split by, such as 'wording' or 'relation'.
 
         Returns:
@@ -117,8 +129,8 @@ class SweepData:
         """
         if interval not in INTERVALS:
             raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
-        if metric not in METRICS:
-            raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, METRICS)}.")
+        if metric not in self.metrics:
+            raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, self.metrics)}.")
         table = self.table.assign(**{name: self.column(name) for name in by})
         keys = [*by, *GROUP]
         found, groups = [], []

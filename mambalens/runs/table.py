@@ -16,6 +16,16 @@ and ranks (1 is the top) are those of the target's first token, `change_pct` is 
 `hit` whether that token is still the top one, `top_token` what is on top, `kl` KL(base || knocked out) in nats. Where
 the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
 
+MEASURED = ("base_measure", "measure")
+"""Columns that a sweep with a measure has behind the others: it without the knockout, and under it."""
+MEASURES = {
+    "log_odds": "Log-odds of the target (nats)",
+    "log_prob": "Log-probability of the target (nats)",
+    "logit": "Logit of the target",
+    "prob": "Probability of the target",
+}
+"""Measures that flows and sweeps can have, and what axes call them."""
+
 SINGLE = "each:"
 """What the source of a single token begins with; its position follows."""
 ROLE = -1

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.facts.sequence import Facts
+from mambalens.measures import measure_of
 from mambalens.model import LoadedModel
-from mambalens.runs.table import COLUMNS, ROLE, single
+from mambalens.runs.table import COLUMNS, MEASURED, ROLE, single
 from mambalens.sweep.answers import Answerer, Asked
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
@@ -40,6 +41,7 @@ class Work:
         self.lens, self.plan, self.bar = lens, plan, bar
         self.halving = Halving(lens.name, batch_size, bar)
         self.windows = plan.check(lens.hooks)
+        self.measure = None if plan.measure is None else measure_of(plan.measure)
         self.answerer = Answerer(lens, budget(memory, lens.device), replay)
         prompts, self.unusable = read_facts(facts, lens.tokenizer)
         prompts, empty_target = _split(prompts, plan.target)
@@ -76,7 +78,7 @@ class Work:
             found, empty = self.halving.run(self._batch, batch)
             rows += found
             skipped += empty
-        table = pd.DataFrame(rows, columns=list(COLUMNS))
+        table = pd.DataFrame(rows, columns=[*COLUMNS, *(MEASURED if self.measure else ())])
         missing = pd.DataFrame(skipped, columns=list(Skip._fields))
 
         def sort(frame: pd.DataFrame) -> pd.DataFrame:
@@ -102,17 +104,25 @@ class Work:
             knockouts.append(Asked(cutting, number))
             labels.append((lens.name, source.name, source.at, plan.target, *label))
         answers = self.answerer.answers(batch, knockouts, [source.positions for source in sources], targets)
-        base = Prediction.of(next(answers)[1], batch.targets)
+        uncut = next(answers)[1]
+        base, before = Prediction.of(uncut, batch.targets), self._measured(uncut, batch)
         probs = base.log_probs.exp()
         rows: dict[int, list[tuple[Any, ...]]] = {}
         for number, logits in answers:
             now = Prediction.of(logits, batch.targets)
             positions = sources[knockouts[number].source].positions
             kl = kl_divergence(base.log_probs, now.log_probs, probs)
-            rows[number] = list(_rows(batch, positions, labels[number], base, now, kl, lens.tokenizer))
+            measured = [one + other for one, other in zip(before, self._measured(logits, batch), strict=True)]
+            rows[number] = list(_rows(batch, positions, labels[number], base, now, kl, lens.tokenizer, measured))
             self.bar.update(len(batch.prompts))
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped
+
+    def _measured(self, logits: Float[Tensor, "batch vocabulary"], batch: Batch) -> list[tuple[float, ...]]:
+        """The measure of every prompt; nothing where the sweep has none."""
+        if self.measure is None:
+            return [()] * len(batch.prompts)
+        return [(value,) for value in self.measure(logits, batch.targets.to(logits.device)).tolist()]
 
 
 def _rows(
@@ -123,8 +133,9 @@ def _rows(
     now: Prediction,
     kl: Float[Tensor, " batch"],
     tokenizer: Any,
+    measured: list[tuple[float, ...]],
 ) -> Iterator[tuple[Any, ...]]:
-    """One knockout's rows of the table, in the order of `COLUMNS`; none for a prompt whose source is empty."""
+    """One knockout's rows of the table, in the order of its columns; none for a prompt whose source is empty."""
     changed = change(base.prob, now.prob)
     broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
     for i, prompt in enumerate(batch.prompts):
@@ -134,7 +145,7 @@ def _rows(
             yield (
                 prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(changed[i]), base_rank,
                 0 if bad else int(now.rank[i]), not bad and top == prompt.target_id,
-                "" if bad else tokenizer.decode([top]), float(kl[i]),
+                "" if bad else tokenizer.decode([top]), float(kl[i]), *measured[i],
             )  # fmt: skip
 
 

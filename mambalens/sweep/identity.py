@@ -58,6 +58,7 @@ def configuration(model: LoadedModel, facts: Facts, plan: Plan, windows: Sequenc
         paths=tuple(plan.paths),
         mixers=plan.mixers,
         dtype=str(model.model.dtype).removeprefix("torch."),
+        measure=plan.measure_name,
     )
 
 
@@ -83,7 +84,9 @@ def definition(
     ]  # fmt: skip
     about = config.to_json()
     of_plan = {"windows": _digest(windows), "feature masks": _digest(masks)}
-    return {key: about[key] for key in DEFINING} | of_plan | model_and_facts(model, facts)
+    # Folders of sweeps without one, and of older releases, have none of this.
+    measured = {"measure": config.measure} if config.measure else {}
+    return {key: about[key] for key in DEFINING} | of_plan | measured | model_and_facts(model, facts)
 
 
 def model_and_facts(model: LoadedModel, facts: Facts) -> dict[str, Any]:

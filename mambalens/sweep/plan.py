@@ -10,6 +10,7 @@ from mambalens import defaults
 from mambalens.facts.roles import check_role
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Path
+from mambalens.measures import Measure, measure_of, name_of
 
 if TYPE_CHECKING:
     from mambalens.hooks import HookManager
@@ -26,6 +27,8 @@ class Plan:
     paths: tuple[Path, ...] = defaults.PATHS
     mixers: str | None = None
     """Only mixers of this kind; windows count the model's layers all the same."""
+    measure: str | Measure | None = None
+    """What the table has of every answer beside the columns that all have."""
     names: tuple[str, ...] = field(init=False)
     """What the table calls the groups of features."""
 
@@ -42,6 +45,13 @@ class Plan:
         if twice is not None:
             raise MambalensError(f"features has {twice!r} twice; the table could not tell them apart.")
         object.__setattr__(self, "names", tuple(names))
+        if self.measure is not None:
+            measure_of(self.measure)
+
+    @property
+    def measure_name(self) -> str:
+        """What folders call the measure; '' where there is none."""
+        return "" if self.measure is None else name_of(self.measure)
 
     def windows(self, n_layers: int) -> list[list[int]]:
         """The layers of every window."""

@@ -58,6 +58,9 @@ def run(
     from mambalens.runs.data import SweepData, with_unusable
     from mambalens.runs.folder import RunFolder
 
+    if out is not None and plan.measure_name == "<lambda>":
+        raise MambalensError("A lambda has no name by which a folder could tell its sweep from another: give a "
+                             "function with a name, or leave out the folder and save the result.")  # fmt: skip
     blocks = blocks_of(facts, block_size)
     bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:

@@ -53,7 +53,7 @@ class FixedScales(TorchFunctionMode):
             return self._rms_norm(*args, **kwargs)
         if func is F.normalize:
             return self._normalize(*args, **kwargs)
-        root = func in _POWERS and args[1:] and args[1] in (0.5, -0.5)
+        root = func in _POWERS and len(args) > 1 and isinstance(args[1], float) and abs(args[1]) == 0.5
         if func in _SCALES or root:
             return self._scale(lambda: func(*args, **kwargs))
         return func(*args, **kwargs)

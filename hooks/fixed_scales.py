@@ -2,13 +2,6 @@
 
 A norm divides its input by a scale that it takes from the same input. With the scale a constant, what is left, times
 its weight, is linear, so that the parts of the input each have their share of the output, and the shares add up.
-
-Equation: Contributions
-    norm(x) = w (x - mean(x)) / sigma(x) + b = w (x - mean(x)) / sigma + b    sigma = sigma(x) of the run, a constant
-
-    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, 'Handling layer normalization'
-
-    RMSNorm is the same without mean and b.
 """
 
 from __future__ import annotations
@@ -31,6 +24,13 @@ _POWERS = frozenset({torch.pow, Tensor.pow, Tensor.__pow__})
 
 class FixedScales(TorchFunctionMode):
     """While the block runs, scales that norms compute are constants to autograd, whatever code a norm has.
+
+    Equation: Contributions
+        norm(x) = w (x - mean(x)) / sigma(x) + b = w (x - mean(x)) / sigma + b    sigma = sigma(x) of the run, a constant
+
+        Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, 'Handling layer normalization'
+
+        RMSNorm is the same without mean and b.
 
     Args:
         scales: take these in the place of the scales that are computed, in their order: those of an earlier run of the

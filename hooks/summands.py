@@ -2,16 +2,6 @@
 
 A mixer gives a linear map of what its features read: gate, norm and output projection of sum_s alpha[t, s] v_s + D x_t.
 With the norm's scale held fixed, every source's share is its own, and the shares add up to the output.
-
-Equation: Contributions
-    <g, m_t> = sum_s <g', alpha[t, s] v_s> + <g', D x_t> + <g, bias>    g' = J^T g
-
-    Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, for attention
-    Source: this package, from Ali et al. 2024, arXiv:2403.01590, eq. 12, for scans
-
-    m_t is the mixer's output, g a direction in the residual stream, J the mixer's gate, norm (its scale fixed) and
-    output projection at t. Keys, gates and step sizes are as they were: a source's share is what it says, not what it
-    does to how others are read.
 """
 
 from __future__ import annotations
@@ -25,7 +15,18 @@ from mambalens.hooks.knockout import Paths
 
 
 class Summands(NamedTuple):
-    """One position's output along a direction, for every prompt of a batch."""
+    """One position's output along a direction, for every prompt of a batch.
+
+    Equation: Contributions
+        <g, m_t> = sum_s <g', alpha[t, s] v_s> + <g', D x_t> + <g, bias>    g' = J^T g
+
+        Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, for attention
+        Source: this package, from Ali et al. 2024, arXiv:2403.01590, eq. 12, for scans
+
+        m_t is the mixer's output, g a direction in the residual stream, J the mixer's gate, norm (its scale fixed) and
+        output projection at t. Keys, gates and step sizes are as they were: a source's share is what it says, not what
+        it does to how others are read.
+    """
 
     path: Paths
     """The path that sources come by: the scan or attention ('main'), or a convolution that is all there is ('conv')."""

@@ -14,7 +14,7 @@ from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
     from mambalens.cli.programs import Estimate
-    from mambalens.result import CausalFeatures, Flow, SweepResult
+    from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
 
 
 def estimates(found: Iterable[Estimate]) -> None:
@@ -50,7 +50,7 @@ def swept(result: SweepResult, out: Path) -> None:
     click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
 
 
-def skipped(result: SweepResult | Flow) -> None:
+def skipped(result: SweepResult | Flow | Contributions | LogitLens) -> None:
     """What was left out, counted by reason."""
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)

@@ -13,8 +13,8 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
 from mambalens.figures.style import plain, visible
-from mambalens.hooks.errors import MambalensError, choose
-from mambalens.interventions.lens_data import METRICS
+from mambalens.hooks.errors import MambalensError
+from mambalens.interventions.lens_data import METRICS, checked_metric
 
 if TYPE_CHECKING:
     from mambalens.interventions.lens_data import LogitLensData
@@ -44,8 +44,7 @@ def logit_lens(
     Raises:
         MambalensError: for a metric or fact that there is not.
     """
-    if metric not in METRICS:
-        raise MambalensError(f"metric={metric!r} is not a metric: {choose(metric, METRICS)}.")
+    checked_metric(metric)
     facts = list(found.answers)
     if fact_id is None and len(facts) == 1:
         fact_id = facts[0]

@@ -34,6 +34,13 @@ METRICS = {
 """What can be summarised and drawn, and what axes call it."""
 
 
+def checked_metric(metric: str) -> str:
+    """A metric of the answer, or an error that says which there are."""
+    if metric not in METRICS:
+        raise MambalensError(f"metric={metric!r} is not a metric: {choose(metric, METRICS)}.")
+    return metric
+
+
 class LogitLensData:
     """What the model would answer behind every layer, at every position.
 
@@ -84,8 +91,7 @@ class LogitLensData:
         """
         import pandas as pd
 
-        if metric not in METRICS:
-            raise MambalensError(f"metric={metric!r} is not a metric: {choose(metric, METRICS)}.")
+        checked_metric(metric)
         if interval not in INTERVALS:
             raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
         keys = ["model", "layer", "piece"]

@@ -34,7 +34,15 @@ LOGITS_AT_ONCE = 2**25
 def logits_by_layer(
     lens: LoadedModel, facts: Facts, k: int = 5, batch_size: int | None = None, progress: bool = True
 ) -> LogitLensData:
-    """See `Lens.logits_by_layer`."""
+    """See `Lens.logits_by_layer`.
+
+    Equation: Logit lens
+        z[l, t] = head(norm(r_t^l))    r^0 the embeddings, r^l the residual stream behind l layers
+
+        Source: nostalgebraist 2020, 'interpreting GPT: the logit lens'
+
+        head and norm are the model's own code behind its layers, with soft-capping and scaling of logits.
+    """
     import pandas as pd
 
     vocabulary = lens.model.get_output_embeddings().weight.shape[0]
@@ -84,15 +92,7 @@ def streams_of(
 
 @torch.no_grad()
 def _tables(lens: LoadedModel, batch: Batch, k: int) -> list[pd.DataFrame]:
-    """A table for each prompt of a batch.
-
-    Equation: Logit lens
-        z[l, t] = head(norm(r_t^l))    r^0 the embeddings, r^l the residual stream behind l layers
-
-        Source: nostalgebraist 2020, 'interpreting GPT: the logit lens'
-
-        head and norm are the model's own code behind its layers, with soft-capping and scaling of logits.
-    """
+    """A table for each prompt of a batch."""
     import pandas as pd
 
     streams, beside = streams_of(lens, batch.ids.to(lens.device))

@@ -26,7 +26,7 @@ class FixedScales(TorchFunctionMode):
     """While the block runs, scales that norms compute are constants to autograd, whatever code a norm has.
 
     Equation: Contributions
-        norm(x) = w (x - mean(x)) / sigma(x) + b = w (x - mean(x)) / sigma + b    sigma = sigma(x) of the run, a constant
+        norm(x) = w (x - mean(x)) / sigma + b    sigma = sigma(x) of the run, a constant
 
         Source: Elhage et al. 2021, A Mathematical Framework for Transformer Circuits, 'Handling layer normalization'
 

@@ -58,9 +58,9 @@ def told_contributions(found: Contributions, out: Path) -> list[str]:
     of = f"{found.scores.target.iloc[0].strip()!r}" if single else f"{len(found.scores)} facts, means"
     click.echo(f"{model}, {of}: {found.axis} {signed(float(found.scores.score.mean()))} = {listed}\n")
     if single:
-        table = found.table[found.table.part != "bias"]
-        table = table.groupby(["layer", "part", "kind", "path", "source", "token"], sort=False).contribution.sum()
-        rows = table.reset_index().rename(columns={"contribution": "adds"})
+        parted = found.table[found.table.part != "bias"]
+        keys = ["layer", "part", "kind", "path", "source", "token"]
+        rows = parted.groupby(keys, sort=False).contribution.sum().rename("adds").reset_index()
     else:
         rows = found.summary()
         rows = rows[rows.part != "bias"].rename(columns={"mean": "adds"}).drop(columns="model")

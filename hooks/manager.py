@@ -289,6 +289,15 @@ class HookManager:
             stack.callback(setattr, self, "_aside", False)
             yield
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """While the block runs, the running knockouts cut nothing: for passes of other rows than their prompts."""
+        blocks, self._blocks = self._blocks, []
+        try:
+            yield
+        finally:
+            self._blocks = blocks
+
     def layer_numbers(self, layers: Sequence[int] | int | str | None) -> list[int]:
         """Layers as a list of numbers, checked against the model."""
         if layers is None:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound
@@ -20,6 +20,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, on
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 
 
@@ -161,6 +162,16 @@ class Mixer(ABC):
         Args:
             weakened: edges that are cut in part.
             features: which features edges are cut for; None for every one.
+        """
+
+    @abstractmethod
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        """What the module's output at one position of every prompt is a sum of, along a direction.
+
+        Args:
+            call: of a pass under `probing`, without knockouts.
+            at: the positions.
+            direction: in the residual stream, for every prompt.
         """
 
     def reach(self, path: Paths) -> int | None:

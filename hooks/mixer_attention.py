@@ -15,17 +15,19 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mambalens.hooks.attention_edges import AttentionArrivals
-from mambalens.hooks.calls import cache_argument, signature_of
+from mambalens.hooks.calls import RESIDUAL, cache_argument, signature_of
 from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.fixed_scales import FixedScales
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, on
 from mambalens.hooks.mixer import Captured, Mixer, Pass, replace_forward
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 
 EAGER = "eager_attention_forward"
@@ -354,6 +356,33 @@ class AttentionMixer(Mixer):
                 stack.callback(replace_forward(self.module, forward))
             yield found
 
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        """The module runs again; its own code leads from what the heads read to the output."""
+        rows = torch.arange(len(at), device=at.device)
+        args, kwargs = _without_residual(self.module, call.args, call.kwargs)
+        projection = _output_projection(self.module)
+        assert projection is not None
+        with torch.enable_grad(), FixedScales(), self.attributing() as found:
+            output = self.module.forward(*args, **kwargs)[0]
+            arrivals = found[-1]
+            assert isinstance(arrivals, AttentionArrivals)
+            at_last = (direction * output[rows, at]).sum()
+            (gradient,) = torch.autograd.grad(at_last, arrivals.nodes[Paths.MAIN])  # [B, T, H, P]
+        weights, values = arrivals.weights.detach()[rows, :, at], arrivals.values.detach()  # [B, H, T], [B, H, T, P]
+        handed = torch.einsum("bhsp,bhp->bhs", values.to(gradient.dtype), gradient[rows, at])
+        shares = rearrange(handed * weights, "batch head time -> batch time head")
+
+        def nothing(module: nn.Module, given: tuple[Any, ...]) -> Any:
+            return (torch.zeros_like(given[0]), *given[1:])
+
+        handle = projection.register_forward_pre_hook(nothing)
+        try:
+            with torch.no_grad():
+                empty = self.module.forward(*args, **kwargs)[0][rows, at]
+        finally:
+            handle.remove()
+        return Summands(Paths.MAIN, shares, None, (direction * empty).sum(-1))
+
     def parity(self, call: Captured) -> float:
         mixing = self.token_mixing(call, ())
         ours = torch.einsum("bfts,bsfp->btfp", mixing.alpha, mixing.values)
@@ -421,6 +450,18 @@ def _mask_of_rows(
     from_rows = own[..., None, :] & same  # [B, 1 or H, R, L, R, L]
     mask = torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
     return mask, silent.flatten(2, 3)
+
+
+def _without_residual(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, the input with a gradient to come, and nothing where a module takes the residual stream."""
+    given = signature_of(type(module)).bind(module, *args, **kwargs)
+    first = next(name for name, value in given.arguments.items() if isinstance(value, Tensor))
+    given.arguments[first] = given.arguments[first].detach().requires_grad_()
+    if given.arguments.get(RESIDUAL) is not None:
+        given.arguments[RESIDUAL] = torch.zeros_like(given.arguments[RESIDUAL])
+    return given.args[1:], given.kwargs
 
 
 def _with_own_keys(

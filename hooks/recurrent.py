@@ -25,7 +25,9 @@ from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_ha
 from mambalens.hooks.recurrence import Projected, Recurrence
 from mambalens.hooks.recurrent_edges import RecurrentArrivals, without_padding
 from mambalens.hooks.recurrent_replay import Kept, keep, resume
+from mambalens.hooks.recurrent_summands import of_recurrence
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 
 EXPLICIT = 2**24
@@ -253,6 +255,13 @@ class RecurrentMixer(Recurrence):
             yield found
         finally:
             restore()
+
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        hidden, padding = self.told(call.arguments(self.module))
+        with weights_at_hand(self.module):
+            with torch.no_grad():
+                inputs, projected = self.inputs(hidden, padding, ())
+            return of_recurrence(self, inputs, projected, hidden.dtype, at, direction)
 
     def parity(self, call: Captured) -> float:
         hidden, padding = self.told(call.arguments(self.module))

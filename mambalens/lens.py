@@ -20,7 +20,7 @@ from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
 from mambalens.model import LoadedModel
-from mambalens.result import CausalFeatures, Flow, SweepResult
+from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -385,6 +385,67 @@ class Lens(LoadedModel):
         flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed)
         found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
         return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
+
+    def logits_by_layer(
+        self, facts: FactLike, k: int = 5, batch_size: int | None = None, progress: bool = False
+    ) -> LogitLens:
+        """The logit lens: what the model's own code behind its layers makes of the residual stream of every layer.
+
+        Args:
+            facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.
+            k: how many of the most probable tokens are listed.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            A table of layers (0: the embeddings) and positions, with means over facts and a figure; see
+            `interventions.lens_data.LogitLensData`.
+
+        Raises:
+            MambalensError: for a k that is out of range, or no usable fact.
+        """
+        from mambalens.interventions.logit_lens import logits_by_layer
+
+        return LogitLens.of(logits_by_layer(self, as_facts(facts), k, batch_size, progress))
+
+    def contributions(
+        self,
+        facts: FactLike,
+        measure: str | Measure = defaults.MEASURE,
+        against: str | Sequence[str] | None = None,
+        features: bool = False,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Contributions:
+        """What every part of the model adds to the answer's score at the last position; it adds up exactly.
+
+        The score is split into the embedding, each layer's mixer by source position and path, each MLP, and biases.
+        Contributions are direct effects, with the scale of the final norm held fixed: what a later layer makes of an
+        earlier one's output is the later one's contribution. See `interventions.contributions` for the equations.
+
+        Sources of a scan are positions of what it reads: behind a convolution, these have seen a few tokens before.
+
+        Args:
+            facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.
+            measure: 'log_odds' (nats), 'log_prob', 'logit' or 'prob' of the answer, or a function of logits [batch,
+                vocabulary] and targets [batch] that can be differentiated. 'logit_difference': the answer's logit above
+                the mean of all, or above that of another answer.
+            against: another answer, for 'logit_difference': one, or one for each fact.
+            features: split mixers by channel or head too.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            A table, sums, means over facts and a figure; see `interventions.contribution_data.ContributionData`.
+
+        Raises:
+            MambalensError: for an unknown measure, no usable fact, inside a knockout, or where a layer is not linear in
+                what is added up.
+        """
+        from mambalens.interventions.contributions import contributions
+
+        found = contributions(self, as_facts(facts), measure, against, features, batch_size, progress)
+        return Contributions.of(found)
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

@@ -16,8 +16,8 @@ from mambalens.model import LoadedModel
 from mambalens.system.events import tell
 
 MULTIPLE = 3.0
-"""How many times the model's own noise a replay may miss it by. Replays of 360 random models of 2 to 64 layers missed by
-1.7 times it at most; with one mixer's output a thousandth too large by 3.6 to 1,000 times."""
+"""How many times the model's own noise a replay may miss it by. Replays of 360 random models of 2 to 64 layers missed
+by 1.7 times it at most; with one mixer's output a thousandth too large by 3.6 to 1,000 times."""
 TRIES = 3
 """Replays that may fail before no other is tried."""
 LOOKS = 3

@@ -22,10 +22,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
-from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.resume import Base, Rows
 from mambalens.system.memory import widest
 
@@ -219,7 +219,7 @@ class _Walk:
                 return
             given = bound(module, args, kwargs)
             names = list(given)
-            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.beside.append(beside_of(output))
             self.in_rows = True
             try:
                 self._through(number, layer, given[names[1]], {name: given[name] for name in names[2:]})
@@ -256,24 +256,14 @@ class _Walk:
                     sets = self.of_mixer[mixer]
                     stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
-                parts.append(_hidden(layer(part, **given)))
+                parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
     def head(self, hidden: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
         """What the model's own code behind its layers makes of rows."""
-
-        def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
-            result = hidden if beside is None else (hidden, *beside)
-            return lambda original: lambda *_, **__: result
-
-        with ExitStack() as stack:
-            stack.enter_context(self.replay.hooks.aside())
-            for layer, beside in zip(self.replay.layers, self.beside, strict=True):
-                stack.callback(replace_forward(layer, hand_on(beside)))
-            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        with self.replay.hooks.aside():
+            return logits_behind(self.model, self.replay.layers, self.beside, hidden)
 
 
 class _Sets(NamedTuple):
@@ -336,10 +326,6 @@ def can_replay(hooks: HookManager) -> bool:
     What a running `HookManager.add` adds is added to base and rows alike.
     """
     return not hooks.cutting
-
-
-def _hidden(output: Any) -> Float[Tensor, "batch row_time hidden"]:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _bytes(model: Any) -> int:

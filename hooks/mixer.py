@@ -21,6 +21,7 @@ from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, on
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ class Captured(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
     probe: Any
-    """What `Mixer.probing` gave."""
+    """What `Mixer.probing`, or `Mixer.writing`, gave."""
 
     def arguments(self, module: nn.Module) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -119,6 +120,10 @@ class Mixer(ABC):
         """Effective attention and its surroundings for one captured call of the module."""
 
     @abstractmethod
+    def written(self, call: Captured) -> Written:
+        """What each position hands on in one captured call of the module, and all that may stand in its place."""
+
+    @abstractmethod
     def parity(self, call: Captured) -> float:
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
 
@@ -169,6 +174,11 @@ class Mixer(ABC):
 
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""
+
+    @contextmanager
+    def writing(self) -> Iterator[Any]:
+        """Around a pass whose call of this module is captured for `written`; what it gives goes along."""
+        yield None
 
     @contextmanager
     def probing(self) -> Iterator[Any]:

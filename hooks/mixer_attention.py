@@ -361,6 +361,10 @@ class AttentionMixer(Mixer):
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
+        if here.instead is not None and cuts.main.any():
+            with self._resuming_beside(kept, here, cuts):
+                yield
+            return
         mask, silent = _mask_of_rows(kept, here, cuts)
         if kept.bias is not None or not self._takes_booleans:
             low = torch.finfo(kept.keys.dtype).min
@@ -369,11 +373,7 @@ class AttentionMixer(Mixer):
             mask = torch.where(mask, added, low)
         arguments = {"attention_mask": mask}
         if kept.alibi is not None:
-            bias = kept.alibi
-            if bias.ndim == 3:
-                bias = rearrange(bias, "(batch head) one time -> batch head one time", batch=len(here.first))
-            bias = _with_own_keys(bias, here, len(rows))
-            arguments["alibi"] = bias if kept.alibi.ndim == 4 else bias.flatten(0, 1)
+            arguments["alibi"] = _alibi_of_rows(kept.alibi, here, len(rows))
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             return (self._silenced(args[0], silent), *args[1:])
@@ -387,6 +387,33 @@ class AttentionMixer(Mixer):
         finally:
             if handle is not None:
                 handle.remove()
+
+    @contextmanager
+    def _resuming_beside(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
+        """`resuming` where other values stand in the place of the sources'."""
+        assert base.instead is not None and base.instead.main is not None
+        entries = _over_keys(_blocked_of_rows(base, rows), base)
+        allowed = _over_keys(kept.allowed[:, :, None].expand(-1, -1, len(rows), -1, -1), base)
+        own = _added(allowed, kept.keys.dtype)
+        if kept.bias is not None:
+            bias = _with_own_keys(kept.bias, base, len(rows)).repeat(1, 1, len(rows), 1)
+            own = torch.where(allowed, bias, own)
+
+        def of_keys(values: Float[Tensor, "batch time group width"]) -> Float[Tensor, "batch group key width"]:
+            """Those of the base's positions, then those of the rows'."""
+            own = base.own_columns(values).repeat(1, len(rows), 1, 1)
+            return torch.cat([values[:, : kept.keys.shape[2]], own], 1).transpose(1, 2)
+
+        keys = None if base.instead.keys is None else of_keys(base.instead.keys)
+        beside = Beside.of([Other(keys, of_keys(base.instead.main), entries)], own)
+        cache: Any = _RowCache(kept)
+        arguments: dict[str, Any] = {"attention_mask": own}
+        if not reads_by_function(self.module):
+            cache, arguments["attention_mask"] = BesideCache(cache, beside), beside.mask
+            if kept.alibi is not None:
+                arguments["alibi"] = torch.cat([_alibi_of_rows(kept.alibi, base, len(rows))] * 2, -1)
+        with self._with_cache(cache, **arguments), self._reading_beside(beside):
+            yield
 
     @contextmanager
     def attributing(
@@ -482,25 +509,45 @@ def _mask_of_rows(
         Mask over the base's T keys and those of the rows, and the positions that their cut leaves without any source;
         their mask is as without the cut.
     """
-    cuts, length = len(rows), base.length
-    blocked = torch.zeros((), dtype=torch.bool, device=kept.keys.device)
+    allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
+    free = allowed & ~_blocked_of_rows(base, rows)
+    silent = ~free.any(-1)  # [B, 1 or H, R, L]
+    free = torch.where(silent[..., None], allowed, free)
+    return _over_keys(free, base), silent.flatten(2, 3)
+
+
+def _blocked_of_rows(base: Base, rows: Rows) -> Bool[Tensor, " batch #feature row length time"]:
+    """Which positions of the prompt the rows are cut from."""
+    blocked = torch.zeros((), dtype=torch.bool, device=base.first.device)
     for source, target in zip(rows.on(Paths.MAIN), rows.target, strict=True):
         read = base.sources[source].transpose(0, 1)  # [B, R, T]
         at = base.targets[target].transpose(0, 1)  # [B, R, L]
         blocked = blocked | (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]
     if rows.features is not None:
         blocked = blocked & rows.features.T[None, :, :, None, None]
-    allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
-    free = allowed & ~blocked
-    silent = ~free.any(-1)  # [B, 1 or H, R, L]
-    free = torch.where(silent[..., None], allowed, free)
+    return blocked
+
+
+def _over_keys(
+    free: Bool[Tensor, " batch #feature row length time"], base: Base
+) -> Bool[Tensor, " batch #feature row_time key"]:
+    """What holds for positions of the prompt, over the base's T keys and those of the rows."""
+    cuts, length = free.shape[2], base.length
     from_base = (free & base.before[:, None, None, None]).flatten(2, 3)  # [B, 1 or H, R L, T]
     columns = base.columns[:, None, None, None].expand(*free.shape[:-1], length)
     own = free.gather(-1, columns)  # [B, 1 or H, R, L, L]
     same = torch.eye(cuts, dtype=torch.bool, device=own.device)[:, None, :, None]  # [R, 1, R, 1]
     from_rows = own[..., None, :] & same  # [B, 1 or H, R, L, R, L]
-    mask = torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
-    return mask, silent.flatten(2, 3)
+    return torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
+
+
+def _alibi_of_rows(alibi: Float[Tensor, " ..."], base: Base, cuts: int) -> Float[Tensor, " ..."]:
+    """A bias for every key, of the base's keys and the rows'."""
+    bias = alibi
+    if bias.ndim == 3:
+        bias = rearrange(bias, "(batch head) one time -> batch head one time", batch=len(base.first))
+    bias = _with_own_keys(bias, base, cuts)
+    return bias if alibi.ndim == 4 else bias.flatten(0, 1)
 
 
 def _with_own_keys(

@@ -14,7 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, CONFIGS, SSM, architecture, in_double, tiny, token_ids
+from models import ARCHITECTURES, CONFIGS, SSM, TRANSFORMERS, architecture, in_double, tiny, token_ids
+from replays import Replayed, replayed
 from torch import Tensor
 
 from mambalens.hooks import HookManager, Knockout, MambalensError
@@ -191,6 +192,35 @@ def test_a_model_equals_its_explicit_form_with_values_replaced(name: str, data: 
             slow = model(ids).logits
         assert torch.equal(model(ids).logits, base)
     assert largest(fast, slow) < MODEL_TOLERANCE
+
+
+@pytest.mark.parametrize("name", list(dict.fromkeys([*CONFIGS, *ARCHITECTURES])))
+@settings(deadline=None, max_examples=4)
+@given(data=st.data())
+def test_replay_equals_the_hooks_with_values_replaced(name: str, data: st.DataObject) -> None:
+    attention = data.draw(st.sampled_from(["eager", "sdpa"])) if name in TRANSFORMERS else "eager"
+    hooks = hooked(name, attention)
+    case = data.draw(knockouts(hooks))
+    ids, last, padding = case["ids"], case["last"], case["padding"]
+    sources = case["sources"] & padding.bool()
+    targets = case["targets"] & padding.bool()
+    if data.draw(st.booleans()):
+        targets = torch.nn.functional.one_hot(last, ids.shape[1]).bool()
+    several = torch.stack([sources, sources & (torch.arange(ids.shape[1]) % 2 == 0)])
+    asked = [
+        Replayed(number, case["layers"][: 1 + number], case["features"], path)
+        for number in (0, 1)
+        for path in ("main", "both")
+        if any(Paths.named(path) & mixer.paths for mixer in hooks.mixers_of(case["layers"][: 1 + number]))
+    ]
+    memory = data.draw(st.sampled_from([2**30, 2**14, 1]))
+    at = torch.arange(len(ids)), last
+    with torch.no_grad():
+        found = replayed(hooks, ids, last, several, targets, asked, memory, case["values"])
+        assert largest(found[0], hooks.model(ids, attention_mask=padding).logits[at]) < MODEL_TOLERANCE
+        for number, (source, layers, features, path, _) in enumerate(asked, 1):
+            with hooks.knockout(several[source], targets, layers, features, path, instead=case["values"]):
+                assert largest(found[number], hooks.model(ids, attention_mask=padding).logits[at]) < MODEL_TOLERANCE
 
 
 @contextmanager

@@ -100,7 +100,8 @@ def _cut_rows(
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
-        return mixer.resume_scan(inputs.cut(*cut, instead), states, state)
+        values, erasures = cut
+        return mixer.resume_scan(inputs.cut(values, erasures, instead), states, state)
 
     written, erased, _ = pairs[0]
     some = (written > 0) | (erased > 0)  # set 0 only fills up

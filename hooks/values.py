@@ -47,6 +47,14 @@ class Values:
         """The same with every tensor [batch, T, ...] changed."""
         return Values({mixer: written.each(change) for mixer, written in self.of.items()})
 
+    def plus(self, other: Values) -> Values:
+        """Tensor by tensor the sum with others of the same shape."""
+
+        def add(one: Tensor | None, two: Tensor | None) -> Tensor | None:
+            return None if one is None or two is None else one + two
+
+        return Values({mixer: Written(*map(add, written, other.of[mixer])) for mixer, written in self.of.items()})
+
     def at(self, prompts: Int[Tensor, "batch time"], columns: Int[Tensor, "batch time"]) -> Values:
         """Those of other prompts and columns, such as the ones that are aligned with a prompt's.
 

@@ -40,7 +40,8 @@ def replayed(
     """
     cuts = [UNCUT]
     for source, layers, features, path, mixers in knockouts:
-        cuts.append(Row(hooks.resolve(layers, features, path, mixers), ((source + 1, 0),)))
+        cutting = hooks.resolve(layers, features, path, mixers)
+        cuts.append(Row(cutting if instead is None else cutting.replacing(), ((source + 1, 0),)))
     found = dict(Replay(hooks, ids, last, sources, targets, memory, instead).logits(cuts))
     assert sorted(found) == list(range(len(cuts)))
     return found

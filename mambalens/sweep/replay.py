@@ -95,7 +95,7 @@ class Replay:
         sources: source sets.
         targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
-        instead: what stands in the place of what sources hand on; nothing by default.
+        instead: what stands in the place of what sources hand on; nothing by default. What they erase is not replaced.
     """
 
     def __init__(
@@ -303,16 +303,15 @@ def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:
     masks: list[Bool[Tensor, " feature"] | None] = []
     for cut in cuts:
         here = [part for part in cut.parts if mixer in part.cutting.features]
-        ways = Paths.BOTH if sets.base.instead is None else Paths.BOTH & ~Paths.ERASE
         of_target: dict[int, dict[Paths, int]] = {}
         for part in here:
             for pair in part.pairs:
                 source, target = sets.source[pair[0]], sets.target[pair[1]]
                 ways_cut = of_target.setdefault(target, {})
-                for path in part.cutting.paths & mixer.paths & ways:
+                for path in part.cutting.paths & mixer.paths:
                     assert ways_cut.setdefault(path, source) == source, "two source sets of one target set"
-        order = (Paths.MAIN, Paths.CONV, Paths.ERASE)
-        listed.append([(*(of.get(path, 0) for path in order), target) for target, of in of_target.items()])
+        ways = (Paths.MAIN, Paths.CONV, Paths.ERASE)
+        listed.append([(*(of.get(path, 0) for path in ways), target) for target, of in of_target.items()])
         masks.append(here[0].cutting.features[mixer] if here else None)
     most = max(1, *map(len, listed))
     pairs = torch.tensor([of + [(0, 0, 0, 0)] * (most - len(of)) for of in listed])  # [cuts, pairs, 4]

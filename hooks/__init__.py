@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mambalens.hooks.masks import Cut
     from mambalens.hooks.mixer import Mixer
     from mambalens.hooks.token_mixing import TokenMixing
+    from mambalens.hooks.values import Values
 
 _HOMES = {
     "MambalensError": "errors",
@@ -26,6 +27,7 @@ _HOMES = {
     "HookManager": "manager",
     "Mixer": "mixer",
     "TokenMixing": "token_mixing",
+    "Values": "values",
 }
 
 __all__ = [
@@ -37,6 +39,7 @@ __all__ = [
     "MambalensError",
     "Mixer",
     "TokenMixing",
+    "Values",
     "decay_norm",
     "group_mask",
 ]

@@ -22,6 +22,7 @@ from mambalens.hooks.masks import Cut, on
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +53,7 @@ class Captured(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
     probe: Any
-    """What `Mixer.probing` gave."""
+    """What `Mixer.probing`, or `Mixer.writing`, gave."""
 
     def arguments(self, module: nn.Module) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -120,6 +121,10 @@ class Mixer(ABC):
         """Effective attention and its surroundings for one captured call of the module."""
 
     @abstractmethod
+    def written(self, call: Captured) -> Written:
+        """What each position hands on in one captured call of the module, and all that may stand in its place."""
+
+    @abstractmethod
     def parity(self, call: Captured) -> float:
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
 
@@ -180,6 +185,11 @@ class Mixer(ABC):
 
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""
+
+    @contextmanager
+    def writing(self) -> Iterator[Any]:
+        """Around a pass whose call of this module is captured for `written`; what it gives goes along."""
+        yield None
 
     @contextmanager
     def probing(self) -> Iterator[Any]:

@@ -35,7 +35,7 @@ class SweepResult(SweepData):
         roles = self.roles()
         worst = roles.dearest()
         rows = worst.head(SHOWN_WINDOWS).to_dict("records")
-        varying = [name for name in ("model", "target", "features", "path", "window_size")
+        varying = [name for name in ("model", "target", "features", "path", "ablation", "window_size")
                    if self.table[name].nunique() > 1]  # fmt: skip
         return render(
             "result.html", result=self, rows=rows, varying=varying, left=len(worst) - len(rows),
@@ -61,7 +61,8 @@ class SweepResult(SweepData):
         Args:
             fact_id: the fact.
             metric: a column of `METRICS`, or 'measure' where the sweep has one.
-            where: which part, where the sweep has several: `model=`, `features=`, `path=`, `window_size=`.
+            where: which part, where the sweep has several: `model=`, `features=`, `path=`, `ablation=`,
+                `window_size=`.
 
         Raises:
             MambalensError: if the sweep has no such fact, no single tokens as sources, or several grids of them.

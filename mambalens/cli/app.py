@@ -14,6 +14,7 @@ from mambalens.cli import asked
 from mambalens.cli.parser import Verbs, argument, every_setting, option, settings, typed
 from mambalens.cli.settings import SweepSettings
 from mambalens.defaults import (
+    ABLATION,
     DETAILED,
     DETAILS,
     FACTS,
@@ -101,6 +102,7 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
 @option("--routes", help="Routes to find.", kind=int, least=0, show_default="3 for --prompt")
 @option("--source", help="Role at which routes begin.", default=SOURCE)
 @option("--circuit", help="Share that few edges are to keep, e.g. 0.9.", kind=float)
+@option("--ablation", help="What --circuit puts in: zero, mean, resample.", default=ABLATION)
 @settings("batch_size", block_size=FLOW_BLOCK)
 @settings("memory", "dtype", "tokenizer")
 @option("--json", "as_json", help="Print progress and result as JSON lines.", kind=bool)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.flow.slots import slots_of, walks_of
-from mambalens.hooks import Mixer
+from mambalens.hooks import Mixer, Values
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
+from mambalens.sweep.ablation import Ablation
 from mambalens.sweep.checks import Checks
 from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
 from mambalens.system.memory import exhausted
@@ -51,13 +52,20 @@ class ExactCuts:
         lens: the model.
         memory: bytes to plan with.
         features: which features of every mixer are cut; None for every one.
+        ablation: what stands in the place of sources; None for nothing. What they erase is cut to nothing all the same.
 
     Attributes:
         checks: how every replay was held against the model; where it does not reproduce it, hooked passes answer.
     """
 
-    def __init__(self, lens: LoadedModel, memory: int, features: dict[Mixer, Tensor | None] | None = None) -> None:
-        self.lens, self.memory = lens, memory
+    def __init__(
+        self,
+        lens: LoadedModel,
+        memory: int,
+        features: dict[Mixer, Tensor | None] | None = None,
+        ablation: Ablation | None = None,
+    ) -> None:
+        self.lens, self.memory, self.ablation = lens, memory, ablation
         self.features = features or dict.fromkeys(lens.hooks.mixers)
         self.checks = Checks(lens, can_replay(lens.hooks), "cut")
 
@@ -110,7 +118,9 @@ class ExactCuts:
         sources, targets = _Sets(time), _Sets(time)
         rows = [UNCUT, *(self._row(side, sources, targets) for side in zip_longest(*cuts, fillvalue=()))]
         of_targets = targets.masks(len(cuts)) if targets.sets else None
-        replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(len(cuts)), of_targets, self.memory)
+        instead = None if self.ablation is None else self.ablation.values(batch)
+        of_sources = sources.masks(len(cuts))
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, of_sources, of_targets, self.memory, instead)
         found = []
         try:
             for row, logits in replay.logits(rows):
@@ -156,7 +166,8 @@ class ExactCuts:
         for edge in cut:
             mask = masks.setdefault((edge.mixer, edge.path), torch.zeros(time, time, dtype=torch.bool))
             mask[edge.target, edge.source] = True
-        with without_edges(self.lens, masks, self.features):
+        instead = None if self.ablation is None else self.ablation.values(batch)
+        with without_edges(self.lens, masks, self.features, instead):
             return self.lens.last_logits(batch)
 
 
@@ -165,6 +176,7 @@ def without_edges(
     lens: LoadedModel,
     masks: Mapping[tuple[Mixer, Paths], Bool[Tensor, "*batch time time"]],
     features: Mapping[Mixer, Bool[Tensor, " feature"] | None],
+    instead: Values | None = None,
 ) -> Iterator[None]:
     """While the block runs, the edges of masks are cut by hooks, mixer by mixer and path by path.
 
@@ -172,6 +184,7 @@ def without_edges(
         lens: the model.
         masks: targets in rows, sources in columns.
         features: which features of a mixer are cut; None for every one.
+        instead: what stands in the place of what sources hand on; what they erase is cut to nothing all the same.
     """
     with ExitStack() as stack:
         for (mixer, path), mask in masks.items():
@@ -181,6 +194,7 @@ def without_edges(
                     lens.hooks.knockout(
                         layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]), edges=mask,
                         features="all" if of_mixer is None else of_mixer,
+                        instead=None if path is Paths.ERASE else instead,
                     )
                 )  # fmt: skip
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -24,6 +25,8 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Features, Paths
 from mambalens.measures import Measure, measure_of, name_of
 from mambalens.model import LoadedModel
+from mambalens.sweep.ablation import Ablation, ablation_of
+from mambalens.sweep.ablation import Asked as AskedAblation
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.prediction import target_probability
 from mambalens.sweep.replay import prompts_at_once
@@ -146,6 +149,24 @@ class FlowWork:
         if not prompts:
             raise none_usable(facts, self.unusable)
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
+        self.ablation: Ablation | None = None
+
+    def put_in(self, asked: AskedAblation, facts: Facts) -> None:
+        """Cut edges with something in the sources' place from here on.
+
+        Facts that there is nothing for are left out, with a warning that has the reason.
+
+        Args:
+            asked: what.
+            facts: the facts in question.
+        """
+        self.ablation, without = ablation_of(self.lens, asked, facts, list(self.prompts.values()))
+        self.exact.ablation = self.ablation
+        left_out = {skip.fact_id for skip in without}
+        self.prompts = {name: prompt for name, prompt in self.prompts.items() if str(name) not in left_out}
+        if without:
+            reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in without[:3])
+            warnings.warn(f"{len(without)} facts are left out ({reasons}).", stacklevel=4)
 
     def edges(self, time: int) -> Listed:
         """The edges of a prompt of so many positions."""

@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks import HookManager, Mixer, Values
 from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.values import Written
 from mambalens.system.memory import widest
 
 SHARES = 4
@@ -95,6 +96,7 @@ class Replay:
         sources: source sets.
         targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
+        instead: what stands in the place of what sources hand on; nothing by default. What they erase is not replaced.
     """
 
     def __init__(
@@ -105,8 +107,9 @@ class Replay:
         sources: Bool[Tensor, "sourceset batch time"],
         targets: Bool[Tensor, "batch time"] | Bool[Tensor, "targetset batch time"] | None = None,
         memory: int = 2**30,
+        instead: Values | None = None,
     ) -> None:
-        self.hooks, self.model, self.memory = hooks, hooks.model, memory
+        self.hooks, self.model, self.memory, self.instead = hooks, hooks.model, memory, instead
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
         self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
@@ -183,7 +186,10 @@ class _Walk:
         self.cuts = [UNCUT, *(cuts[i] for i in order)]
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
-        self.of_mixer = {mixer: _Sets.of(self.base, self.cuts, mixer) for mixer in replay.hooks.mixers}
+        instead = {} if replay.instead is None else replay.instead.of
+        self.of_mixer = {
+            mixer: _Sets.of(self.base, self.cuts, mixer, instead.get(mixer)) for mixer in replay.hooks.mixers
+        }
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -275,13 +281,13 @@ class _Sets(NamedTuple):
     target: dict[int, int]
 
     @staticmethod
-    def of(base: Base, cuts: Sequence[Row], mixer: Mixer) -> _Sets:
+    def of(base: Base, cuts: Sequence[Row], mixer: Mixer, instead: Written | None) -> _Sets:
         """Those of some cuts."""
         pairs = [pair for cut in cuts for part in cut.parts if mixer in part.cutting.features for pair in part.pairs]
         sources = sorted({0} | {source for source, _ in pairs})
         targets = sorted({target for _, target in pairs} or {0})
         numbers = ({old: new for new, old in enumerate(sets)} for sets in (sources, targets))
-        return _Sets(base.only(sources, targets), *numbers)
+        return _Sets(base.only(sources, targets, instead if len(sources) > 1 else None), *numbers)
 
 
 def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:

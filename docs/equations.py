@@ -25,6 +25,7 @@ from typing import NamedTuple
 HEADINGS = (
     "Recurrence", "Convolution", "Effective attention", "Knockout", "Exchange and enrichment", "Decay", "Half-life",
     "Groups", "Attention knockout", "Operator diagnostics", "Measures", "Every edge", "Erasing", "Routes", "Circuits",
+    "Patching", "Causal tracing",
 )  # fmt: skip
 """What equations stand under, in this order."""
 SECTION = re.compile(r"^Equation:[ ]*(.*)\n((?:[ ]{4}.*\n|\n)+)", re.MULTILINE)

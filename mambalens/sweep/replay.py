@@ -135,17 +135,17 @@ class Replay:
             hidden = walk.run()  # [batch, cuts, width]
             for begin in range(0, len(group), at_once):
                 part = hidden[:, begin : begin + at_once].transpose(0, 1)
-                logits = walk.head(part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
+                logits = head_of(self.hooks, walk.beside, part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
                 yield from zip(group[begin : begin + at_once], logits, strict=True)
 
     def _groups(self, cuts: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
         width = self.model.get_input_embeddings().weight.shape[1]
-        per_cut = 2 * self.targets[0].numel() * width * _bytes(self.model)
+        per_cut = 2 * self.targets[0].numel() * width * bytes_of(self.model)
         most = max(1, self.memory // SHARES // per_cut)
         time, mixers = self.ids.shape[1], self.hooks.mixers
         per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
-        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * _bytes(self.model))
+        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * bytes_of(self.model))
         sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
         inside: dict[Mixer, set[int]] = {}
@@ -241,7 +241,7 @@ class _Walk:
             hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         kept = [self.kept[mixer].pop() for mixer in here]
-        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
+        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * bytes_of(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
         parts = []
@@ -254,23 +254,8 @@ class _Walk:
                     sets = self.of_mixer[mixer]
                     stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
-                parts.append(_hidden(layer(part, **given)))
+                parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-    @torch.no_grad()
-    def head(self, hidden: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
-        """What the model's own code behind its layers makes of rows."""
-
-        def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
-            result = hidden if beside is None else (hidden, *beside)
-            return lambda original: lambda *_, **__: result
-
-        with ExitStack() as stack:
-            for layer, beside in zip(self.replay.layers, self.beside, strict=True):
-                stack.callback(replace_forward(layer, hand_on(beside)))
-            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 class _Sets(NamedTuple):
@@ -324,7 +309,7 @@ def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> in
     numbers = 4 * time * (widest(hooks.layers) + width) + max(
         mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers
     )
-    return max(1, memory // SHARES // (numbers * _bytes(model)))
+    return max(1, memory // SHARES // (numbers * bytes_of(model)))
 
 
 def can_replay(hooks: HookManager) -> bool:
@@ -332,10 +317,36 @@ def can_replay(hooks: HookManager) -> bool:
     return not hooks.cutting
 
 
-def _hidden(output: Any) -> Float[Tensor, "batch row_time hidden"]:
+@torch.no_grad()
+def head_of(
+    hooks: HookManager, beside: Sequence[tuple[Any, ...] | None], hidden: Float[Tensor, "row 1 hidden"]
+) -> Float[Tensor, "row vocabulary"]:
+    """What a model's own code behind its layers makes of rows.
+
+    Args:
+        hooks: the model's hook manager.
+        beside: what each layer has returned beside its hidden states; None where it returns these alone.
+        hidden: hidden states behind the last layer.
+    """
+
+    def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
+        result = hidden if beside is None else (hidden, *beside)
+        return lambda original: lambda *_, **__: result
+
+    model = hooks.model
+    with ExitStack() as stack:
+        for layer, of_layer in zip(hooks.layers, beside, strict=True):
+            stack.callback(replace_forward(layer, hand_on(of_layer)))
+        ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        logits = model(input_ids=ids, use_cache=False).logits[:, 0]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def hidden_of(output: Any) -> Float[Tensor, "batch row_time hidden"]:
+    """The hidden states of what a layer returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def _bytes(model: Any) -> int:
+def bytes_of(model: Any) -> int:
     """Bytes of a number in a pass; scans take float32 whatever the model's dtype."""
     return max(4, model.dtype.itemsize)

@@ -1,0 +1,1 @@
+"""Activations put in the place of others: patching between prompts, causal tracing."""

@@ -140,6 +140,11 @@ class HookManager:
         """Whether a knockout block is running."""
         return bool(self._blocks)
 
+    @property
+    def steering(self) -> bool:
+        """Whether a block that adds vectors is running."""
+        return bool(self._steering)
+
     @contextmanager
     def knockout(
         self,

@@ -19,7 +19,7 @@ from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, on
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base, Rows, Seen
 from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 from mambalens.hooks.values import Written
@@ -140,6 +140,13 @@ class Mixer(ABC):
 
         Returns:
             What is kept: anything with `most_cuts`, how many cuts may resume from it at once.
+        """
+
+    @abstractmethod
+    def watching(self) -> AbstractContextManager[list[Seen]]:
+        """Around a base pass of whole prompts; after the module's call the list has, at its end, what it has seen.
+
+        Unlike `keeping`, the module's output holds at every position, and rows may begin at any.
         """
 
     @abstractmethod

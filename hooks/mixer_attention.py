@@ -35,7 +35,7 @@ from mambalens.hooks.fixed_scales import FixedScales
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, on
 from mambalens.hooks.mixer import Captured, Mixer, Pass, replace_forward
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base, Rows, Seen
 from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 from mambalens.hooks.values import Written
@@ -331,20 +331,8 @@ class AttentionMixer(Mixer):
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = Captured(args, kwargs, output, None).arguments(module)
-            here, mask = base.to(seen.keys.device), given.get("attention_mask")
-            batch, time = here.sources.shape[1:]
-            bias = None
-            if mask is None:
-                allowed = here.columns[:, None, :, None] >= torch.arange(time, device=seen.keys.device)
-            else:  # a sliding window, or whatever else the model masks
-                mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
-                mask = mask[torch.arange(batch, device=mask.device)[:, None], :, here.columns].transpose(1, 2)
-                allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-                if mask.dtype != torch.bool and bool(mask[allowed].any()):
-                    bias = mask.masked_fill(~allowed, 0.0)
-            # Rows of a prompt see their own tokens only: many at once would be mostly mask.
-            most = max(1, max(time, 256) // here.length)
-            kept.append(Kept(seen.keys, seen.values, allowed, bias, given.get("alibi"), most))
+            mask, alibi = given.get("attention_mask"), given.get("alibi")
+            kept.append(_kept(seen.keys, seen.values, mask, alibi, base.to(seen.keys.device)))
             del seen.keys, seen.values
             caching.close()  # rows come next
             handle.remove()
@@ -354,6 +342,26 @@ class AttentionMixer(Mixer):
             caching.enter_context(self._with_cache(seen))
             try:
                 yield kept
+            finally:
+                handle.remove()
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Seen]]:
+        found: list[Seen] = []
+        seen = Probe()
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            given = Captured(args, kwargs, output, None).arguments(module)
+            found.append(SeenPrompts(seen.keys, seen.values, given.get("attention_mask"), given.get("alibi")))
+            del seen.keys, seen.values
+            caching.close()  # rows come next
+            handle.remove()
+
+        handle = self.module.register_forward_hook(after, with_kwargs=True)
+        with ExitStack() as caching:
+            caching.enter_context(self._with_cache(seen))
+            try:
+                yield found
             finally:
                 handle.remove()
 
@@ -510,6 +518,50 @@ class Kept(NamedTuple):
     """Bias for every key [batch x heads, 1, T] or [batch, heads, 1, T], in models with ALiBi."""
     most_cuts: int
     """See `Mixer.keeping`."""
+
+
+def _kept(
+    keys: Float[Tensor, "batch group time width"],
+    values: Float[Tensor, "batch group time value_width"],
+    mask: Shaped[Tensor, "#batch #feature time key"] | None,
+    alibi: Float[Tensor, " ..."] | None,
+    base: Base,
+) -> Kept:
+    """What rows resume from, with the part of the model's mask that belongs to their positions."""
+    batch, time = base.sources.shape[1:]
+    bias = None
+    if mask is None:
+        allowed = base.columns[:, None, :, None] >= torch.arange(time, device=keys.device)
+    else:  # a sliding window, or whatever else the model masks
+        mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
+        mask = mask[torch.arange(batch, device=mask.device)[:, None], :, base.columns].transpose(1, 2)
+        allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        if mask.dtype != torch.bool and bool(mask[allowed].any()):
+            bias = mask.masked_fill(~allowed, 0.0)
+    # Rows of a prompt see their own tokens only: many at once would be mostly mask.
+    most = max(1, max(time, 256) // base.length)
+    return Kept(keys, values, allowed, bias, alibi, most)
+
+
+class SeenPrompts(NamedTuple):
+    """What attention has seen of whole prompts; see `resume.Seen`."""
+
+    keys: Float[Tensor, "batch group time width"]
+    values: Float[Tensor, "batch group time value_width"]
+    mask: Shaped[Tensor, "#batch #feature time key"] | None
+    """The model's."""
+    alibi: Float[Tensor, " ..."] | None
+
+    def kept(self, base: Base, prompts: Int[Tensor, " batch"]) -> Kept:
+        """What rows resume from: the keys and values of these prompts."""
+        base, prompts = base.to(self.keys.device), prompts.to(self.keys.device)
+        mask, alibi = self.mask, self.alibi
+        if mask is not None and len(mask) > 1:
+            mask = mask[prompts]
+        if alibi is not None and len(alibi) > 1:
+            heads = len(alibi) // len(self.keys)  # of a prompt, where they lie in the first dimension
+            alibi = alibi.unflatten(0, (len(self.keys), heads))[prompts].flatten(0, 1)
+        return _kept(self.keys[prompts], self.values[prompts], mask, alibi, base)
 
 
 class _RowCache:

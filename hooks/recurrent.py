@@ -33,9 +33,9 @@ from mambalens.hooks.masks import (
 from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_hand
 from mambalens.hooks.recurrence import Instead, Projected, Recurrence
 from mambalens.hooks.recurrent_edges import RecurrentArrivals, without_padding
-from mambalens.hooks.recurrent_replay import Kept, keep, resume
+from mambalens.hooks.recurrent_replay import Kept, keep, resume, see
 from mambalens.hooks.recurrent_summands import of_recurrence
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base, Rows, Seen
 from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 from mambalens.hooks.values import Written
@@ -238,6 +238,23 @@ class RecurrentMixer(Recurrence):
         restore = replace_forward(self.module, lambda original: forward)
         try:
             yield kept
+        finally:
+            restore()
+
+    @contextmanager
+    def watching(self) -> Iterator[list[Seen]]:
+        seen: list[Seen] = []
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden, _ = self.told(bound(self.module, args, kwargs))
+            with weights_at_hand(self.module):
+                out, of_layer = see(self, hidden)
+            seen.append(of_layer)
+            return out if self.alone else (out, None)
+
+        restore = replace_forward(self.module, lambda original: forward)
+        try:
+            yield seen
         finally:
             restore()
 

@@ -55,13 +55,48 @@ def keep(
     else:
         frozen = inputs.frozen(before)
         y, states = mixer.scan(frozen)[0], mixer.replaced_states(frozen, before, sources, base.instead.main[:, :time])
-    past = mixer.kernel - 1
-    at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
-    window = F.pad(inner, (0, 0, past, 0))
-    window = window.gather(1, at[..., None].expand(-1, -1, window.shape[-1]))
+    window = _window(inner, base, mixer.kernel - 1)
     y = mixer.with_skip(y, inputs)[tokens][None]
     out = mixer.finish(y, gate, hidden.dtype)[:, :count]
     return _spread(out, base.tokens, *hidden.shape[:2]), Kept(states, window, sys.maxsize)
+
+
+class SeenPrompts(NamedTuple):
+    """What a recurrence has seen of whole prompts; see `resume.Seen`."""
+
+    mixer: Recurrence
+    inputs: Inputs
+    inner: Float[Tensor, "batch time channel"]
+    """Inputs of the convolution."""
+
+    def kept(self, base: Base, prompts: Int[Tensor, " batch"]) -> Kept:
+        """What rows resume from: the state and the convolution's inputs before their first position."""
+        base, prompts = base.to(self.inner.device), prompts.to(self.inner.device)
+        reach = torch.arange(base.reach, device=prompts.device)
+        inputs = self.inputs.of(prompts).of((slice(None), reach)).frozen(base.before[:, : base.reach])
+        states = self.mixer.states(inputs, base.sources[..., : base.reach])
+        return Kept(states, _window(self.inner[prompts], base, self.mixer.kernel - 1), sys.maxsize)
+
+
+def see(
+    mixer: Recurrence, hidden: Float[Tensor, "batch time given"]
+) -> tuple[Float[Tensor, "batch time hidden"], SeenPrompts]:
+    """The mixer's output for whole prompts, and what it has seen of them.
+
+    Args:
+        mixer: the mixer.
+        hidden: the mixer's input, as `told` gives it.
+    """
+    gate, inner, beside = mixer.project(hidden)
+    inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
+    y = mixer.with_skip(mixer.scan(inputs)[0], inputs)
+    return mixer.finish(y, gate, hidden.dtype), SeenPrompts(mixer, inputs, inner)
+
+
+def _window(inner: Float[Tensor, "batch time channel"], base: Base, past: int) -> Float[Tensor, "batch before channel"]:
+    """Inputs of the convolution before the first replayed position, as many as its kernel reaches back."""
+    at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
+    return F.pad(inner, (0, 0, past, 0)).gather(1, at[..., None].expand(-1, -1, inner.shape[-1]))
 
 
 def resume(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Int, Shaped
@@ -33,6 +33,13 @@ class Base:
     """Source sets; set 0 is empty."""
     instead: Written | None = None
     """What one mixer's rows read in the place of what source sets hand on [batch, T, ...]; None for nothing."""
+
+    @classmethod
+    def uncut(cls, first: Int[Tensor, " batch"], length: int, time: int) -> Base:
+        """Rows of one length that nothing is cut from."""
+        batch = len(first)
+        targets = torch.zeros(1, batch, length, dtype=torch.bool, device=first.device)
+        return cls(first, targets, torch.zeros(1, batch, time, dtype=torch.bool, device=first.device))
 
     @property
     def length(self) -> int:
@@ -105,6 +112,18 @@ class Base:
         return Base(self.first.to(device), self.targets.to(device), self.sources.to(device), instead)
 
 
+class Seen(Protocol):
+    """What a mixer has seen of whole prompts in a base pass: rows may begin at any of their positions."""
+
+    def kept(self, base: Base, prompts: Int[Tensor, " batch"]) -> Any:
+        """What rows resume from (see `Mixer.keeping`).
+
+        Args:
+            base: where they begin. It has as many prompts as are named here.
+            prompts: which prompts of the base pass; one may be named several times.
+        """
+
+
 @dataclass(frozen=True)
 class Rows:
     """The cuts of rows in one layer; every cut has a row for every prompt.
@@ -123,6 +142,12 @@ class Rows:
     """Target set of every pair."""
     features: Bool[Tensor, "cut feature"] | None
     """Which features are cut; None for all."""
+
+    @classmethod
+    def uncut(cls, count: int) -> Rows:
+        """Rows that nothing is cut from."""
+        none = torch.zeros(1, count, dtype=torch.long)
+        return cls(none, none, none, none, None)
 
     def __len__(self) -> int:
         return self.target.shape[1]

@@ -35,6 +35,14 @@ MEASURE = "log_odds"
 """Measure that a flow is of."""
 METHODS = ("gradient", "exact")
 """How a flow finds its effects; the first where nothing is said."""
+TRACE_WINDOW = 10
+"""Consecutive layers in which causal tracing restores a mixer or an MLP (Meng et al. 2022, figure 1)."""
+NOISE = 3.0
+"""Noise of causal tracing, in standard deviations of the subjects' embeddings (Meng et al. 2022, section 2.1)."""
+SAMPLES = 10
+"""Samples of that noise."""
+SITE = "residual"
+"""What is patched and restored."""
 FLOW_BLOCK = 32
 """Facts of a flow's block."""
 DETAILED = 100

@@ -20,7 +20,7 @@ from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
 from mambalens.model import LoadedModel
-from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
+from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, Patches, SweepResult, Traces
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
-    from mambalens.facts.pairs import Pairs
+    from mambalens.facts.pairs import Pair, Pairs
     from mambalens.hooks.steering import Addition
+    from mambalens.interventions.spots import Where
     from mambalens.measures import Measure
 
 
@@ -477,6 +478,84 @@ class Lens(LoadedModel):
 
         found = contributions(self, as_facts(facts), measure, against, features, batch_size, progress)
         return Contributions.of(found)
+
+    def patch(
+        self,
+        pairs: Sequence[Pair],
+        site: str = defaults.SITE,
+        window: int | Sequence[Sequence[int]] = 1,
+        positions: Where = "each",
+        batch_size: int | None = None,
+        memory: int | str | None = None,
+        progress: bool = True,
+    ) -> Patches:
+        """Put another prompt's activation in the place of a fact's own, and see what becomes of the answer.
+
+        Every patch is answered exactly, all of them from one base pass of both prompts (`interventions.walk`).
+
+        Args:
+            pairs: facts, each with another one (`facts.pairs(tokenizer=lens.tokenizer)`). Prompts of unequal lengths
+                are aligned by pieces (`facts.pairs.aligned`), but not for the site 'state'.
+            site: 'residual' (before the layer), 'mixer', 'mlp', or 'state': what later positions have of a position and
+                those left of it, that is the recurrent state after it and the convolution's inputs, or keys and values.
+            window: in how many consecutive layers at once (every run of that many), or a list of layer lists.
+            positions: 'each' for every position on its own, roles, or positions; several are each on their own. The
+                positions of a role are patched together; its state is that after its last position.
+            batch_size: pairs a batch at most.
+            memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+            progress: show a progress bar.
+
+        Returns:
+            A table with a row for every pair, window and position or role, means with intervals and a heatmap.
+
+        Raises:
+            MambalensError: for a site or window that the model does not have, positions that a prompt does not have, an
+                unknown role, or if no pair can be used.
+        """
+        from mambalens.interventions.patching import Patching, patch
+
+        return Patches.of(patch(self, pairs, Patching.asked(site, window, positions), batch_size, memory, progress))
+
+    def trace(
+        self,
+        facts: FactLike,
+        noise: float | str = defaults.NOISE,
+        restore: str = defaults.SITE,
+        window: int | Sequence[Sequence[int]] | None = None,
+        positions: Where = "each",
+        samples: int = defaults.SAMPLES,
+        seed: int = 0,
+        batch_size: int | None = None,
+        memory: int | str | None = None,
+        progress: bool = True,
+    ) -> Traces:
+        """Corrupt a fact's subject, restore one site of the clean run, and see whether the answer comes back.
+
+        Args:
+            facts: facts, a name or a path.
+            noise: standard deviation of the Gaussian noise on the subject's embeddings, in standard deviations of the
+                embeddings of all these facts' subjects; or 'swap': another fact's subject (`facts.pairs`).
+            restore: the site, as for `patch`.
+            window: in how many consecutive layers at once, or a list of layer lists; by default 10 (or all, in models
+                with fewer) for 'mixer' and 'mlp', else 1.
+            positions: as for `patch`.
+            samples: of the noise; one where subjects are swapped.
+            seed: of the noise, and of the pairs.
+            batch_size: facts a batch at most.
+            memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
+            progress: show a progress bar.
+
+        Returns:
+            A table with a row for every fact, sample, window and position or role, means with intervals, how far
+            samples differ, and a heatmap.
+
+        Raises:
+            MambalensError: as for `patch`, and for a noise that is none.
+        """
+        from mambalens.interventions.tracing import Tracing, trace
+
+        tracing = Tracing.asked(noise, restore, window, positions, samples, seed)
+        return Traces.of(trace(self, as_facts(facts), tracing, batch_size, memory, progress))
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

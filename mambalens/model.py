@@ -87,7 +87,7 @@ class LoadedModel:
 
     def differentiable_logits(self, batch: Batch) -> Float[Tensor, "batch vocabulary"]:
         """`last_logits` with a graph, where something of the pass wants a gradient."""
-        rows = torch.arange(len(batch.prompts))
+        rows = torch.arange(len(batch.last))
 
         def keep_last(module: Any, args: tuple[Any, ...]) -> Any:
             hidden = args[0]  # [B, T, width]

@@ -11,6 +11,7 @@ from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.interventions.contribution_data import ContributionData
+from mambalens.interventions.data import PatchData, TraceData
 from mambalens.interventions.lens_data import LogitLensData
 from mambalens.runs.data import SweepData
 from mambalens.runs.table import GROUP
@@ -175,3 +176,33 @@ class Flow(FlowVerbs):
         from mambalens.report.flow_page import write_flow_report
 
         return write_flow_report(self, path, title, **options)
+
+
+class Patches(PatchData):
+    """What activations of other prompts do to answers; see `interventions.data.PatchData`."""
+
+    @classmethod
+    def of(cls, data: PatchData) -> Self:
+        """The same with a face."""
+        return cls(data.table, data.skipped, data.prompts, data.n_layers)
+
+    def plot(self, fact_id: str | None = None, metric: str | None = None, **options: Any) -> Figure:
+        """One fact token by token, or the mean over facts by pieces; see `figures.interventions.cells`."""
+        from mambalens.figures import cells
+
+        return cells(self, fact_id, metric, **options)
+
+
+class Traces(TraceData):
+    """What restored activations bring back; see `interventions.data.TraceData`."""
+
+    @classmethod
+    def of(cls, data: TraceData) -> Self:
+        """The same with a face."""
+        return cls(data.table, data.skipped, data.prompts, data.n_layers)
+
+    def plot(self, fact_id: str | None = None, metric: str | None = None, **options: Any) -> Figure:
+        """One fact token by token, or the mean over facts by pieces; see `figures.interventions.cells`."""
+        from mambalens.figures import cells
+
+        return cells(self, fact_id, metric, **options)

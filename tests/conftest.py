@@ -18,6 +18,9 @@ HOOKS = [path.stem for path in (ROOT / "hooks").glob("[a-z]*.py")]
 FLOW = [f"flow.{path.stem}" for path in (ROOT / "mambalens" / "flow").glob("[a-z]*.py")
         if path.stem not in GIVE_THEMSELVES]  # fmt: skip
 
+INTERVENTIONS = [f"interventions.{path.stem}" for path in (ROOT / "mambalens" / "interventions").glob("[a-z]*.py")
+                 if path.stem not in GIVE_THEMSELVES]  # fmt: skip
+
 if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
     install_import_hook(
         [
@@ -31,6 +34,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                     "interventions.ray",
                     "measures",
                     *FLOW,
+                    *INTERVENTIONS,
                     "sweep.replay",
                     "sweep.prediction",
                     "runs.intervals",

@@ -22,11 +22,15 @@ from mambalens.defaults import (
     GROUP,
     MEASURE,
     METHODS,
+    NOISE,
     PATH,
     POINTS,
+    SAMPLES,
+    SITE,
     SOURCE,
     TARGET,
     TOP,
+    TRACE_WINDOW,
     WINDOW,
 )
 from mambalens.hooks.errors import MambalensError
@@ -138,6 +142,73 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
     if not as_json:
         flow_output.told(answers, lens, settings.source, settings.circuit)
         click.echo(f"\n{len(found.table):,} edges, {', '.join(files)} in {out}")
+
+
+@app.command(short_help="Put another prompt's activations into prompts.")
+@ONE_MODEL
+@settings("facts", "where", "all_facts", limit=20)
+@option("--out", help="Folder for table, means and figure.", kind=Path, required=True)
+@option("--site", help="residual, mixer, mlp or state.", default=SITE)
+@option("--window", help="Consecutive layers that are patched at once.", kind=int, least=1, default=1)
+@option("--position", help="each, roles, or numbers.", many=True, default=("each",))
+@option("--seed", help="Of the facts that others are patched from.", kind=int, least=0, default=0)
+@settings("batch_size", "memory", "dtype", "tokenizer")
+def patch(
+    model: str, facts: str, where: tuple[str, ...], all_facts: bool, limit: int, out: Path, site: str, window: int,
+    position: tuple[str, ...], seed: int, batch_size: int | None, memory: str | None, dtype: str,
+    tokenizer: str | None,
+) -> None:  # fmt: skip
+    """Put what another fact's prompt has into a fact's prompt, at every position and layer, and read the answer.
+
+    Example: mambalens patch atlas-mamba1 --where wording=far --site state --out runs/patches
+    """
+    from mambalens.cli import patches
+    from mambalens.cli.programs import known_or_all
+    from mambalens.interventions.patching import Patching
+
+    Patching.asked(site, window, patches.positions(position))
+    chosen, lens = asked.facts(facts, where), asked.lens(model, dtype, tokenizer)
+    say = _say(silent=False)
+    chosen = known_or_all(lens, chosen, limit, all_facts, batch_size, say, True, "patches in")
+    pairs = chosen.pairs(seed=seed, tokenizer=lens.tokenizer)
+    found = lens.patch(pairs, site, window, patches.positions(position), batch_size, memory)
+    patches.write(found, out)
+    patches.told(found, out)
+
+
+@app.command(short_help="Corrupt the subject, restore one site at a time.")
+@ONE_MODEL
+@settings("facts", "where", "all_facts", limit=20)
+@option("--out", help="Folder for table, means and figure.", kind=Path, required=True)
+@option("--noise", help="Standard deviations of noise, or swap.", default=f"{NOISE:g}")
+@option("--restore", help="residual, mixer, mlp or state.", default=SITE)
+@option("--window", help="Consecutive layers that are restored at once.", kind=int, least=1,
+        show_default=f"{TRACE_WINDOW} for mixer and mlp, else 1")  # fmt: skip
+@option("--position", help="each, roles, or numbers.", many=True, default=("each",))
+@option("--samples", help="Of the noise.", kind=int, least=1, default=SAMPLES)
+@option("--seed", help="Of the noise.", kind=int, least=0, default=0)
+@settings("batch_size", "memory", "dtype", "tokenizer")
+def trace(
+    model: str, facts: str, where: tuple[str, ...], all_facts: bool, limit: int, out: Path, noise: str, restore: str,
+    window: int | None, position: tuple[str, ...], samples: int, seed: int, batch_size: int | None,
+    memory: str | None, dtype: str, tokenizer: str | None,
+) -> None:  # fmt: skip
+    """Causal tracing: corrupt the subject, restore one site of the clean run, and see whether the answer comes back.
+
+    Example: mambalens trace atlas-mamba1 --samples 3 --out runs/trace
+    """
+    from mambalens.cli import patches
+    from mambalens.cli.programs import known_or_all
+    from mambalens.interventions.tracing import Tracing
+
+    strength, places = patches.noise(noise), patches.positions(position)
+    Tracing.asked(strength, restore, window, places, samples, seed)
+    chosen, lens = asked.facts(facts, where), asked.lens(model, dtype, tokenizer)
+    say = _say(silent=False)
+    chosen = known_or_all(lens, chosen, limit, all_facts, batch_size, say, True, "traces in")
+    found = lens.trace(chosen, strength, restore, window, places, samples, seed, batch_size, memory)
+    patches.write(found, out)
+    patches.told(found, out)
 
 
 @app.command(short_help="Count the facts that a model knows.")

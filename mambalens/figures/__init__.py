@@ -6,6 +6,7 @@ from mambalens.figures.diagnostics import diagnostics
 from mambalens.figures.flow_checks import certificate, faithfulness
 from mambalens.figures.flow_graph import graph
 from mambalens.figures.flow_pieces import flow_by_piece
+from mambalens.figures.interventions import cells
 from mambalens.figures.logit_lens import logit_lens
 from mambalens.figures.spectra import causal_scatter, decay_spectrum, shares_by_layer
 from mambalens.figures.tokens import attention_map, heatmap
@@ -13,6 +14,7 @@ from mambalens.figures.tokens import attention_map, heatmap
 __all__ = [
     "attention_map",
     "causal_scatter",
+    "cells",
     "certificate",
     "contributions",
     "decay_spectrum",

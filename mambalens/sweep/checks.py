@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
@@ -64,7 +64,10 @@ class Checks:
 
     def passes(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> bool:
         """Whether a batch's replay gives what the model gives; if not, it is said, once."""
-        found = check(self.lens, batch, uncut)
+        return self.hear(check(self.lens, batch, uncut))
+
+    def hear(self, found: Check) -> bool:
+        """Note a check, and say, once, that one has not passed."""
         self.found.append(found)
         tell("replay checked", model=self.lens.name, passed=found.passed, **found._asdict())
         if not found.passed:
@@ -92,14 +95,8 @@ class Checks:
         self._warned = True
 
 
-@torch.no_grad()
 def check(lens: LoadedModel, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> Check:
-    """Hold a batch's replay against the model.
-
-    What a model is off by for rounding alone grows with its depth and depends on its weights, so it is measured: the
-    embeddings of a prompt are changed by one rounding step up or down at random, which goes through all layers as the
-    rounding of every layer does. Only the batch's shortest prompt is run, alone: what fills the batch up must not
-    matter either. (Half precision rounds away small mistakes too; what is below the model's noise cannot be seen.)
+    """Hold a batch's replay against the model, on its shortest prompt run alone: what fills it up must not matter.
 
     Args:
         lens: the model.
@@ -107,14 +104,37 @@ def check(lens: LoadedModel, batch: Batch, uncut: Float[Tensor, "batch vocabular
         uncut: logits that a replay without a cut gives.
     """
     shortest = int(batch.last.argmin())
-    alone = batch.part([shortest] * (1 + LOOKS)).trimmed()
+    held = held_against(lens, batch.ids[shortest, : int(batch.last[shortest]) + 1], uncut[shortest])
+    return Check(len(batch.last), batch.ids.shape[1], *held)
+
+
+@torch.no_grad()
+def held_against(
+    lens: LoadedModel, ids: Int[Tensor, " time"], uncut: Float[Tensor, " vocabulary"]
+) -> tuple[float, float]:
+    """How far a replay of one prompt is from the model, and how far the model is from itself.
+
+    What a model is off by for rounding alone grows with its depth and depends on its weights, so it is measured: the
+    embeddings of a prompt are changed by one rounding step up or down at random, which goes through all layers as the
+    rounding of every layer does. (Half precision rounds away small mistakes too; what is below the model's noise
+    cannot be seen.)
+
+    Args:
+        lens: the model.
+        ids: the prompt.
+        uncut: logits behind it that a replay without a cut gives.
+
+    Returns:
+        `Check.difference` and `Check.noise`.
+    """
+    last = torch.full((1 + LOOKS,), len(ids) - 1)
     with _rounded_otherwise(lens):
-        own = lens.last_logits(alone).double().log_softmax(-1)
-    replayed = uncut[shortest].to(own.device).double().log_softmax(-1)
+        own = lens.last_logits(Batch([], ids.expand(1 + LOOKS, -1), last, last)).double().log_softmax(-1)
+    replayed = uncut.to(own.device).double().log_softmax(-1)
     # The head rounds too, at least by this.
     step = 2 * _step(lens) * float((own[0] - own[0].nanmean()).nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt())
     noise = max(step, *(_difference(look, own[0]) for look in own[1:]))
-    return Check(len(batch.prompts), batch.ids.shape[1], _difference(replayed, own[0]), noise)
+    return _difference(replayed, own[0]), noise
 
 
 def _step(lens: LoadedModel) -> float:

@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer, Values
-from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
+from mambalens.hooks.behind import Beside, beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
@@ -139,17 +139,17 @@ class Replay:
             hidden = walk.run()  # [batch, cuts, width]
             for begin in range(0, len(group), at_once):
                 part = hidden[:, begin : begin + at_once].transpose(0, 1)
-                logits = walk.head(part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
+                logits = head_of(self.hooks, walk.beside, part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
                 yield from zip(group[begin : begin + at_once], logits, strict=True)
 
     def _groups(self, cuts: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
         width = self.model.get_input_embeddings().weight.shape[1]
-        per_cut = 2 * self.targets[0].numel() * width * _bytes(self.model)
+        per_cut = 2 * self.targets[0].numel() * width * bytes_of(self.model)
         most = max(1, self.memory // SHARES // per_cut)
         time, mixers = self.ids.shape[1], self.hooks.mixers
         per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
-        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * _bytes(self.model))
+        room = self.memory // SHARES // (max(1, per_set) * len(self.last) * bytes_of(self.model))
         sets = max(1, room - 1)  # the untouched state is one more
         group: list[int] = []
         inside: dict[Mixer, set[int]] = {}
@@ -248,7 +248,7 @@ class _Walk:
             hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         kept = [self.kept[mixer].pop() for mixer in here]
-        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * _bytes(self.model)
+        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * bytes_of(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
         parts = []
@@ -264,12 +264,6 @@ class _Walk:
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
                 parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
-
-    @torch.no_grad()
-    def head(self, hidden: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
-        """What the model's own code behind its layers makes of rows."""
-        with self.replay.hooks.aside():
-            return logits_behind(self.model, self.replay.layers, self.beside, hidden)
 
 
 class _Sets(NamedTuple):
@@ -323,7 +317,7 @@ def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> in
     numbers = 4 * time * (widest(hooks.layers) + width) + max(
         mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers
     )
-    return max(1, memory // SHARES // (numbers * _bytes(model)))
+    return max(1, memory // SHARES // (numbers * bytes_of(model)))
 
 
 def can_replay(hooks: HookManager) -> bool:
@@ -334,6 +328,21 @@ def can_replay(hooks: HookManager) -> bool:
     return not hooks.cutting
 
 
-def _bytes(model: Any) -> int:
+@torch.no_grad()
+def head_of(
+    hooks: HookManager, beside: Beside, hidden: Float[Tensor, "row 1 hidden"]
+) -> Float[Tensor, "row vocabulary"]:
+    """What a model's own code behind its layers makes of rows.
+
+    Args:
+        hooks: the model's hook manager.
+        beside: what each layer has returned beside its hidden states.
+        hidden: hidden states behind the last layer.
+    """
+    with hooks.aside():
+        return logits_behind(hooks.model, hooks.layers, beside, hidden)
+
+
+def bytes_of(model: Any) -> int:
     """Bytes of a number in a pass; scans take float32 whatever the model's dtype."""
     return max(4, model.dtype.itemsize)

@@ -1,0 +1,104 @@
+"""Patches and traces as heatmaps: tokens or pieces of the prompt down, layers across."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import TYPE_CHECKING
+
+import numpy as np
+from matplotlib import pyplot as plt
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mambalens.figures.one import of_one
+from mambalens.figures.style import plain, visible
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.runs.table import ROLE
+
+if TYPE_CHECKING:
+    from mambalens.interventions.data import CellData
+
+SITE_NAMES = {
+    "residual": "residual stream before the layer",
+    "mixer": "token mixers' output",
+    "mlp": "MLPs' output",
+    "state": "state after the position",
+}
+"""What titles call the sites."""
+
+
+def cells(
+    data: CellData,
+    fact_id: str | None = None,
+    metric: str | None = None,
+    model: str | None = None,
+    site: str | None = None,
+    title: str | None = None,
+) -> Figure:
+    """What patches or restored sites do, as a heatmap.
+
+    Args:
+        data: patches or traces.
+        fact_id: one fact, drawn token by token; None: the mean over facts by pieces (or roles), or the only fact.
+        metric: a column of `data.metrics`; the first by default.
+        model, site: which, where there are several.
+        title: a heading.
+
+    Raises:
+        MambalensError: if there is no such fact, model or site, or several and none was named.
+    """
+    name = data.check_metric(metric)
+    table = of_one(data.table, "One heatmap cannot show", "the result", model=model, site=site)
+    for column in ("window_size", *data.apart):
+        if table[column].nunique() > 1:
+            raise MambalensError(
+                f"One heatmap cannot show several values of {column}: keep one, for example "
+                f".where({column}={table[column].iloc[0]!r})."
+            )
+    facts = table.fact_id.unique()
+    if fact_id is None and len(facts) == 1 and (table.position != ROLE).all():
+        fact_id = str(facts[0])
+    first = table.iloc[0]
+    if fact_id is None:
+        part = type(data)(table, data.skipped, data.prompts, data.n_layers)
+        summary = part.summary(name)
+        grid = summary.pivot(index="piece", columns="window_start", values="mean").reindex(summary.piece.unique())
+        counts = summary.groupby("piece", sort=False).n.max()
+        labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]
+        bold: list[int] = []
+        about = f"means over {len(facts)} facts; in parentheses how many have the piece"
+    else:
+        table = table[(table.fact_id == fact_id) & (table.position != ROLE)]
+        if not len(table):
+            raise MambalensError(f"The result has no positions of the fact {fact_id!r}: {choose(fact_id, facts)}.")
+        tokens, bold = data.tokens(fact_id)
+        grid = table.groupby(["position", "window_start"])[name].mean().unstack("window_start")
+        bold = [list(grid.index).index(position) for position in bold if position in grid.index]
+        labels = [visible(tokens[position]) for position in grid.index]
+        about = f"fact {fact_id}"
+    values = grid.to_numpy(float)
+    wide, high = max(0.3 * values.shape[1] + 4.6, 7.0), max(0.3 * values.shape[0] + 1.7, 3.4)
+    figure, axis = plt.subplots(figsize=(wide, high), layout="constrained")
+    axis.set_facecolor("#D0D0D0")
+    centre = float(table["prob" if name == "prob" else name].mean()) if name not in ("moved", "effect") else 0.0
+    reach = float(np.nanmax(np.abs(values - centre))) if np.isfinite(values).any() else 1.0
+    norm = TwoSlopeNorm(centre, centre - (reach or 1.0), centre + (reach or 1.0))
+    image = axis.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+    axis.set_yticks(range(len(labels)), labels, fontsize=9)
+    for position in bold:
+        axis.get_yticklabels()[position].set_fontweight("bold")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    starts = list(grid.columns)
+    axis.xaxis.set_major_formatter(
+        lambda at, _: f"{starts[int(at)]}" if at == int(at) and 0 <= at < len(starts) else ""
+    )
+    size = int(first.window_size)
+    axis.set_xlabel("Layer" if size == 1 else f"First layer of the window ({size} layers)")
+    said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
+    said += f", {first.corruption}" if "corruption" in data.apart else ", patched"
+    heading = plain(title or said)
+    axis.set_title("\n".join([*textwrap.wrap(heading, int(9 * wide)), about]), fontsize=10)
+    figure.colorbar(image, ax=axis).set_label(data.metrics[name], fontsize=9)
+    plt.close(figure)
+    return figure

@@ -1,0 +1,179 @@
+"""What patches and traces have found: a table, and means over facts by piece of the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import pandas as pd
+
+from mambalens.facts.pieces import PIECES
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.interventions.table import GROUP, PATCH_METRICS, TRACE_METRICS
+from mambalens.runs.intervals import INTERVALS, mean_intervals
+
+
+class CellData:
+    """One number for every place of a prompt and window of layers.
+
+    Attributes:
+        table: one row for each, of every fact.
+        skipped: fact_id, source (the role that is empty; '' where the whole fact was left out) and reason.
+        prompts: model, fact_id, the prompt's tokens, the subject's positions.
+        n_layers: layers of each model.
+    """
+
+    metrics: ClassVar[dict[str, str]] = {}
+    """Columns that can be summarized and drawn; the first where nothing is said."""
+    apart: ClassVar[tuple[str, ...]] = ()
+    """Further columns that a mean keeps apart."""
+
+    def __init__(
+        self, table: pd.DataFrame, skipped: pd.DataFrame, prompts: pd.DataFrame, n_layers: dict[str, int]
+    ) -> None:
+        self.table, self.skipped, self.prompts, self.n_layers = table, skipped, prompts, n_layers
+
+    def __repr__(self) -> str:
+        models, facts = ", ".join(self.table.model.unique()), self.table.fact_id.nunique()
+        return f"<{type(self).__name__}: {models}; {facts} facts, {len(self.table)} rows>"
+
+    def where(self, **values: Any) -> Self:
+        """The part whose columns have these values; a list means any of them.
+
+        Raises:
+            MambalensError: for a column that there is not, or if nothing is left.
+        """
+        table = self.table
+        for column, value in values.items():
+            if column not in table:
+                raise MambalensError(f"{column!r} is no column of the table: {choose(column, table.columns)}.")
+            wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
+            table = table[table[column].astype(str).isin(wanted)]
+        if not len(table):
+            raise MambalensError(f"No row of the table has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
+        return type(self)(table.reset_index(drop=True), self.skipped, self.prompts, self.n_layers)
+
+    def check_metric(self, metric: str | None) -> str:
+        """The metric itself, or the first one.
+
+        Raises:
+            MambalensError: if there is none of that name.
+        """
+        name = metric or next(iter(self.metrics))
+        if name not in self.metrics:
+            raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(name, self.metrics)}.")
+        return name
+
+    def per_fact(self, metric: str | None = None) -> pd.DataFrame:
+        """Means within facts: over the positions of a piece, and over samples.
+
+        Returns:
+            The grouping columns, fact_id and the metric.
+        """
+        name = self.check_metric(metric)
+        keys = [*GROUP, *self.apart, "fact_id"]
+        return self.table.groupby(keys, sort=False, dropna=False)[name].mean().reset_index()
+
+    def summary(self, metric: str | None = None, interval: str = "bootstrap", seed: int = 0) -> pd.DataFrame:
+        """Means over facts with 95 % intervals, one row per model, site, window and piece (or role).
+
+        Args:
+            metric: a column of `metrics`; the first by default.
+            interval: 'bootstrap' (percentiles of 2,000 resamples of the facts, seeded), 't' (Student's t) or 'sem' (one
+                standard error to each side).
+            seed: of the bootstrap.
+
+        Returns:
+            The grouping columns, n (facts that have the piece), mean, low, high; low and high are NaN for one fact.
+            Pieces come in the order in which they stand in a prompt.
+        """
+        if interval not in INTERVALS:
+            raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
+        name = self.check_metric(metric)
+        found, groups = [], []
+        keys = [*GROUP, *self.apart]
+        for key, group in self.per_fact(name).groupby(keys, sort=False, dropna=False):
+            values = group[name].to_numpy(float)
+            found.append(key)
+            groups.append(values[~np.isnan(values)])
+        intervals = mean_intervals(groups, interval, seed)
+        rows = [(*key, len(group), *three) for key, group, three in zip(found, groups, intervals, strict=True)]
+        table = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+        order = {piece: number for number, piece in enumerate(PIECES)}
+        rank = table.piece.map(order).fillna(len(order))
+        keep = [name for name in keys if name not in ("piece", "window_start")]
+        table = table.assign(_rank=rank).sort_values([*keep, "_rank", "window_start"], kind="stable")
+        return table.drop(columns="_rank").reset_index(drop=True)
+
+    def peak(self, metric: str | None = None) -> pd.DataFrame:
+        """The window with the largest mean, for every model, site and piece: rows of `summary()`."""
+        table = self.summary(metric)
+        keys = [name for name in (*GROUP, *self.apart) if name != "window_start"]
+        known = table[table["mean"].notna()]
+        return known.loc[known.groupby(keys, sort=False)["mean"].idxmax()].reset_index(drop=True)
+
+    def tokens(self, fact_id: str) -> tuple[list[str], list[int]]:
+        """A fact's tokens, as texts, and its subject's positions.
+
+        Raises:
+            MambalensError: if there is no such fact.
+        """
+        found = self.prompts[self.prompts.fact_id == fact_id]
+        if not len(found):
+            raise MambalensError(f"There is no fact {fact_id!r}: {choose(fact_id, self.prompts.fact_id)}.")
+        return list(found.tokens.iloc[0]), [int(position) for position in found.subject.iloc[0]]
+
+    @staticmethod
+    def concat(parts: Sequence[CellData]) -> CellData:
+        """Several results as one, for comparing models or sites.
+
+        Raises:
+            MambalensError: if there is none.
+        """
+        if not parts:
+            raise MambalensError("There is no result to put together.")
+        tables, skipped, prompts = (
+            pd.concat([getattr(part, name) for part in parts], ignore_index=True)
+            for name in ("table", "skipped", "prompts")
+        )
+        layers = {model: count for part in parts for model, count in part.n_layers.items()}
+        prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
+        return type(parts[0])(tables, skipped.drop_duplicates(ignore_index=True), prompts, layers)
+
+
+class PatchData(CellData):
+    """What patches come to; columns of the table in `interventions.table.PATCHES`."""
+
+    metrics: ClassVar[dict[str, str]] = PATCH_METRICS
+
+
+class TraceData(CellData):
+    """What restored sites come to; columns of the table in `interventions.table.TRACES`."""
+
+    metrics: ClassVar[dict[str, str]] = TRACE_METRICS
+    apart: ClassVar[tuple[str, ...]] = ("corruption",)
+
+    def spread(self, metric: str | None = None) -> pd.DataFrame:
+        """How far samples of the noise differ: the standard deviation between samples of the mean over facts.
+
+        Returns:
+            The grouping columns, samples, mean and sd; NaN for a single sample.
+        """
+        name = self.check_metric(metric)
+        keys = [*GROUP, *self.apart]
+        one = self.table.groupby([*keys, "sample"], sort=False)[name].mean().reset_index()
+        return one.groupby(keys, sort=False)[name].agg(samples="count", mean="mean", sd="std").reset_index()
+
+    def totals(self) -> pd.DataFrame:
+        """The total effect of the corruption on every fact: the clean run's probability less the corrupted one's.
+
+        Returns:
+            model, fact_id, corruption, samples, clean_prob, corrupted_prob (mean over samples), total_effect.
+        """
+        keys = ["model", "fact_id", "corruption"]
+        one = self.table.drop_duplicates([*keys, "sample"])
+        found = one.groupby(keys, sort=False).agg(
+            samples=("sample", "count"), clean_prob=("clean_prob", "mean"), corrupted_prob=("corrupted_prob", "mean")
+        )
+        return found.assign(total_effect=found.clean_prob - found.corrupted_prob).reset_index()

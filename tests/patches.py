@@ -1,0 +1,121 @@
+"""Slow twins of patching: plain PyTorch hooks and caches, one prompt at a time."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+
+def first(output: Any) -> Tensor:
+    """What a module gives, without what stands beside it."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def changed_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, a module's first argument is changed."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (change(args[0]), *args[1:]), kwargs
+        name = next(iter(kwargs))
+        return args, kwargs | {name: change(kwargs[name])}
+
+    handle = module.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, what a module gives is changed."""
+
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        changed = change(first(output))
+        return (changed, *output[1:]) if isinstance(output, tuple) else changed
+
+    handle = module.register_forward_hook(after)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def by_hooks(
+    model: Any, how: Any, modules: Sequence[nn.Module], ids: Tensor, other: Tensor, positions: Sequence[int],
+    others: Sequence[int],
+) -> Tensor:  # fmt: skip
+    """Logits behind the last token [vocabulary], with what modules have in another prompt put in.
+
+    Args:
+        model: the model.
+        how: `changed_input` or `changed_output`.
+        modules: those whose inputs or outputs are changed, one after another as they are called.
+        ids, other: the prompt [T] and the other one.
+        positions, others: positions of the prompt, and those that they are taken from.
+    """
+    kept: list[Tensor] = []
+
+    def keep(value: Tensor) -> Tensor:
+        kept.append(value.clone())
+        return value
+
+    def put(value: Tensor) -> Tensor:
+        value = value.clone()
+        # Some modules take the tokens of all prompts one below the other.
+        value.view(-1, value.shape[-1])[list(positions)] = next(taken).view(-1, value.shape[-1])[list(others)]
+        return value
+
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(how(module, keep))
+        model(other[None], use_cache=False)
+    taken = iter(kept)
+    with ExitStack() as stack:
+        for module in modules:
+            stack.enter_context(how(module, put))
+        return model(ids[None], use_cache=False).logits[0, -1]
+
+
+def by_cache(model: Any, layers: Sequence[int], ids: Tensor, other: Tensor, position: int) -> Tensor:
+    """Logits behind the last token [vocabulary], with what another prompt's cache holds after a position put in."""
+    if position + 1 == len(ids):
+        return model(ids[None], use_cache=False).logits[0, -1]
+    # RecurrentGemma's blocks keep their state in themselves, from one prompt to the next, and hand out no cache.
+    stack = getattr(getattr(model, "model", None), "layers", [])
+    blocks = {i: m for i, layer in enumerate(stack) for m in layer.modules() if hasattr(m, "rg_lru")}
+
+    def run(prompt: Tensor) -> tuple[Any, dict[int, tuple[Tensor, Tensor]]]:
+        for block in blocks.values():
+            block.conv1d_state = block.rg_lru.recurrent_states = None
+        given = {"past_key_values": DynamicCache(config=model.config)} if blocks else {}
+        out = model(prompt[None, : position + 1], use_cache=True, **given)
+        inside = {i: (block.rg_lru.recurrent_states.clone(), block.conv1d_state.clone()) for i, block in blocks.items()}
+        cache = getattr(out, "past_key_values", None) or getattr(out, "cache_params", None)
+        return cache or given["past_key_values"], inside
+
+    given, inside = run(other)
+    cache, _ = run(ids)
+    for layer in blocks.keys() & set(layers):
+        blocks[layer].rg_lru.recurrent_states, blocks[layer].conv1d_state = inside[layer]
+    for layer in set(layers) - blocks.keys():
+        if getattr(cache, "linear_cache", None) and isinstance(cache.linear_cache[layer], Tensor):  # MiniMax
+            cache.linear_cache[layer] = given.linear_cache[layer]
+        else:
+            cache.layers[layer] = given.layers[layer]
+    arguments = inspect.signature(model.forward).parameters
+    name = "cache_params" if "cache_params" in arguments else "past_key_values"
+    # Bamba and MiniMax count positions from the wrong one where nobody says which.
+    takes_positions = "position_ids" in arguments
+    for at in range(position + 1, len(ids)):
+        where = {"position_ids": torch.tensor([[at]])} if takes_positions else {}
+        out = model(ids[None, at : at + 1], use_cache=True, **{name: cache}, **where)
+    return out.logits[0, -1]

@@ -414,7 +414,7 @@ class HookManager:
             for mixer, features in block.cutting.features.items():
                 paths = block.cutting.paths & mixer.paths
                 if paths and (features is None or features.any()):
-                    written = None if instead is None else _written(instead, mixer, batch, running.prompt)
+                    written = None if instead is None else _written(instead, mixer, batch, running)
                     cuts.setdefault(mixer, []).append(replace(cut, features=features, paths=paths, instead=written))
         self._pass = replace(running, keep_history=keep_history, cuts=cuts)
 
@@ -653,13 +653,19 @@ def _check_columns(instead: Values, batch: int, time: int) -> None:
         )
 
 
-def _written(instead: Values, mixer: Mixer, batch: int, time: int) -> Written:
-    """What stands in the place of what a mixer's sources hand on, over the prompt's columns."""
+def _written(instead: Values, mixer: Mixer, batch: int, running: Pass) -> Written:
+    """What stands in the place of what a mixer's sources hand on, over all columns; zero past the prompt's."""
     if mixer not in instead.of:
         raise MambalensError(
             f"layer {mixer.layer} is cut, but instead has no values for it: ask `values` for every layer that is cut."
         )
-    return instead.of[mixer].each(lambda part: part[:, :time].expand(batch, *(-1 for _ in part.shape[1:])))
+
+    def over_columns(part: Tensor) -> Tensor:
+        wide = part[:, : running.prompt].expand(batch, *(-1 for _ in part.shape[1:]))
+        later = running.length - running.prompt
+        return torch.cat([wide, wide.new_zeros(batch, later, *wide.shape[2:])], 1) if later else wide
+
+    return instead.of[mixer].each(over_columns)
 
 
 def _holds_tokens(cache: Any) -> bool:

@@ -167,8 +167,10 @@ class RecurrentMixer(Recurrence):
                 active = [cut.to(out.device) for cut in running.cuts_of(self)]
                 if active:
                     changed = changed_positions(active, self.kernel, self.remembers)[:, running.past :]
+                    # What is computed again from the prompt on is computed under its cuts too: cut taps are remembered.
+                    every = [cut.to(out.device) for cut in running.cuts[self]] if running.past else active
                     with weights_at_hand(self.module):
-                        ours, state = self.knocked_out(hidden, padding, active)
+                        ours, state = self.knocked_out(hidden, padding, every)
                     out = torch.where(changed[..., None], ours[:, running.past :].to(out.dtype), out)
                     if state is not None and cache is not None:
                         self.cache_state(cache, state)

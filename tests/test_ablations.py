@@ -367,6 +367,30 @@ def test_generation_reads_other_values_in_the_prompt_alone(name: str) -> None:
         hooks.model.generate(ids, max_new_tokens=3, do_sample=False)
 
 
+@pytest.mark.parametrize("name", SSM)
+@pytest.mark.parametrize("replaced", [False, True])
+def test_cut_taps_of_the_prompt_hold_for_generated_targets_of_another_knockout(name: str, replaced: bool) -> None:
+    hooks = hooked(name)
+    ids, more, other = token_ids(2, 6), token_ids(2, 1, seed=8), token_ids(2, 7, seed=2)
+
+    def found(columns: int, run: Any) -> Tensor:
+        instead = hooks.values(other[:, :columns]) if replaced else None
+        with (
+            torch.no_grad(),
+            hooks.knockout([1, 2], [3], path="both", instead=instead),
+            hooks.knockout([1], [6]),
+        ):
+            return run()
+
+    def step_by_step() -> Tensor:
+        cache = hooks.model(ids, use_cache=True).cache_params
+        return hooks.model(more, cache_params=cache, use_cache=True).logits[:, -1]
+
+    stepwise = found(6, step_by_step)
+    at_once = found(7, lambda: hooks.model(torch.cat([ids, more], 1), use_cache=False).logits[:, -1])
+    assert largest(stepwise, at_once) < MODEL_TOLERANCE
+
+
 def test_what_cannot_be_replaced_is_refused() -> None:
     hooks = hooked("mamba1")
     ids = token_ids(2, 6)

@@ -93,9 +93,9 @@ def ablation_of(
             raise MambalensError(
                 "ablation='mean' takes means over facts, and here is one fact alone: give it several with over=..."
             )
-        return _means(lens, over, asked.keys), []
+        return means_of(lens, over, asked.keys), []
     if asked.name == "resample":
-        return _others(lens, asked, facts, prompts)
+        return others_of(lens, asked, facts, prompts)
     return None, []
 
 
@@ -117,7 +117,7 @@ def values_for(lens: LoadedModel, prompt: Prompt, asked: Asked) -> Values | None
     return ablation.values(next(batches([prompt], lambda _: 1, padding)))
 
 
-def _means(lens: LoadedModel, over: Sequence[Prompt], keys: bool) -> Ablation:
+def means_of(lens: LoadedModel, over: Sequence[Prompt], keys: bool) -> Ablation:
     """Means over facts, piece by piece of their prompts (`facts.pieces`).
 
     Equation: Ablation
@@ -161,7 +161,7 @@ def _means(lens: LoadedModel, over: Sequence[Prompt], keys: bool) -> Ablation:
     return Ablation(values, numbers, identity | ({"keys": True} if keys else {}))
 
 
-def _others(
+def others_of(
     lens: LoadedModel, asked: Asked, facts: Facts, prompts: Sequence[Prompt]
 ) -> tuple[Ablation | None, list[Skip]]:
     """Another prompt's values at the positions that are aligned (`facts.pairs.aligned`).

@@ -153,11 +153,12 @@ def _part(
         # A block inside the layer may reach the residual stream through another of its sublayers only (Zamba).
         pulled = torch.zeros_like(of.own) if gradient is None else gradient
         towards = _at(pulled, at).to(direction.dtype)
-        total = _along(of.own, at, towards)
+        total = _along(of.own, at, towards).to(whole.device)  # layers may lie on several devices
         rest = rest - total
         summands = None
         if sublayer.mixer is not None:
-            summands = sublayer.mixer.summands(of.call, at, towards)
+            found = sublayer.mixer.summands(of.call, at.to(towards.device), towards)
+            summands = found.to(whole.device)
             _refuse_unequal(total, summands.total, summands.sources.abs().sum((1, 2)), of.own.dtype, sublayer)
             # Exactly what is left: the same up to rounding.
             summands = summands._replace(constant=total - (summands.total - summands.constant))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -35,6 +36,11 @@ class Summands(NamedTuple):
     """What the position adds of itself past the scan; None where there is no such way."""
     constant: Float[Tensor, " batch"]
     """What comes from no source: biases."""
+
+    def to(self, device: torch.device) -> Summands:
+        """The same on a device."""
+        skip = None if self.skip is None else self.skip.to(device)
+        return Summands(self.path, self.sources.to(device), skip, self.constant.to(device))
 
     @property
     def total(self) -> Float[Tensor, " batch"]:

@@ -83,7 +83,7 @@ def contributions(found: ContributionData, fact_id: str | None = None, title: st
     for row in grid.bold:
         mixers.get_yticklabels()[row].set_fontweight("bold")
     mixers.tick_params(axis="y", length=0)
-    mixers.set_ylabel("Source", fontsize=9)
+    mixers.set_ylabel("Source" + (" (facts that have it)" if fact_id is None else ""), fontsize=9)
     mixers.set_xlabel("Layer", fontsize=9)
     unit = "nats" if "nats" in found.axis else ""
     bars.set_ylabel("Adds" + (f" ({unit})" if unit else ""), fontsize=9)
@@ -155,8 +155,7 @@ def _by_piece(found: ContributionData, layers: int) -> Grid:
 def _heading(found: ContributionData, fact_id: str | None) -> str:
     (model,) = found.n_layers
     if fact_id is None:
-        count = len(found.scores)
-        return f"{model}: what adds to the answer, means over {count} facts (in parentheses how many have the piece)"
+        return f"{model}: what adds to the answer, means over {len(found.scores)} facts"
     return f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"
 
 

@@ -61,7 +61,6 @@ def logit_lens(
         values = grid.loc[pieces].to_numpy(float)
         rows = [f"{piece}  ({count[piece]})" for piece in pieces]
         heading = f"{model}: the answer behind every layer, means over {len(facts)} facts"
-        heading += " (in parentheses how many have the piece)"
     else:
         table = found.table[found.table.fact_id == fact_id]
         values = table.pivot(index="position", columns="layer", values=metric).to_numpy(float)
@@ -87,7 +86,7 @@ def logit_lens(
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=13))
     axis.tick_params(labelsize=8.5)
     axis.set_xlabel("Layers behind it (0: the embeddings)", fontsize=9)
-    axis.set_ylabel("Token" if fact_id is not None else "Piece of the prompt", fontsize=9)
+    axis.set_ylabel("Token" if fact_id is not None else "Piece (facts that have it)", fontsize=9)
     figure.suptitle("\n".join(textwrap.wrap(plain(title or heading), int(13.5 * figure.get_figwidth()))), fontsize=9.5)
     bar = figure.colorbar(image, ax=axis)
     bar.set_label(METRICS[metric], fontsize=8.5)

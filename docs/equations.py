@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 HEADINGS = (
     "Recurrence", "Convolution", "Effective attention", "Knockout", "Exchange and enrichment", "Decay", "Half-life",
-    "Groups", "Attention knockout", "Operator diagnostics", "Measures", "Every edge", "Erasing", "Routes", "Circuits",
-    "Steering",
+    "Groups", "Attention knockout", "Ablation", "Operator diagnostics", "Measures", "Every edge", "Erasing", "Routes",
+    "Circuits", "Steering", "Logit lens", "Contributions",
 )  # fmt: skip
 """What equations stand under, in this order."""
 SECTION = re.compile(r"^Equation:[ ]*(.*)\n((?:[ ]{4}.*\n|\n)+)", re.MULTILINE)

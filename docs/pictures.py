@@ -628,6 +628,11 @@ def edges_certified() -> Figure:
     return certificate(Flow.concat(flows))
 
 
+def contributions() -> Figure:
+    """What adds to one prompt's answer, as `Contributions.plot` draws it."""
+    return Lens.load("atlas-mamba1").contributions(far()).plot()
+
+
 PICTURES: dict[str, Callable[[], Figure]] = {
     function.__name__: function
     for function in (
@@ -646,6 +651,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         edges,
         edges_by_piece,
         edges_certified,
+        contributions,
     )
 }
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mambalens.hooks.mixer import Mixer
     from mambalens.hooks.steering import Addition
     from mambalens.hooks.token_mixing import TokenMixing
+    from mambalens.hooks.values import Values
 
 _HOMES = {
     "MambalensError": "errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "Mixer": "mixer",
     "Addition": "steering",
     "TokenMixing": "token_mixing",
+    "Values": "values",
 }
 
 __all__ = [
@@ -40,6 +42,7 @@ __all__ = [
     "MambalensError",
     "Mixer",
     "TokenMixing",
+    "Values",
     "decay_norm",
     "group_mask",
 ]

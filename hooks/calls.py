@@ -12,6 +12,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+RESIDUAL = "residual"
+"""What the argument is called by which a module takes the residual stream, to add to it itself (BLOOM)."""
+
 
 def signature_of(module_class: type[nn.Module]) -> inspect.Signature:
     """The signature of a class's forward, `self` included, also where a decorator takes old names of arguments."""

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.recurrence import Index, side_by_side
+from mambalens.hooks.values import kept_values
 
 CHUNK = {True: 64, False: 16}
 """Positions that are solved as one system: with one decay a head, and with one for every channel of its keys."""
@@ -49,10 +50,15 @@ class DeltaInputs(NamedTuple):
         self,
         values: Bool[Tensor, "*#batch time #feature"] | None,
         erasures: Bool[Tensor, "*#batch time #feature"] | None,
+        instead: Float[Tensor, "*#batch time feature width"] | None = None,
     ) -> DeltaInputs:
         """The same with these values, and with these erasures."""
-        x = self.x if values is None else self.x * values[..., None]
+        x = self.x if values is None else kept_values(self.x, values, instead)
         return self._replace(x=x, erase=self.erase if erasures is None else self.erase * erasures)
+
+    def with_values(self, x: Float[Tensor, "*batch time feature width"]) -> DeltaInputs:
+        """The same with other values."""
+        return self._replace(x=x)
 
     def frozen(self, moving: Bool[Tensor, "batch time"]) -> DeltaInputs:
         """The same with positions outside `moving` leaving the state as they find it."""
@@ -202,21 +208,31 @@ class Left:
 
 
 def delta_states(
-    inputs: DeltaInputs, chunks: list[Chunk], sources: Bool[Tensor, "set batch time"]
+    inputs: DeltaInputs,
+    chunks: list[Chunk],
+    sources: Bool[Tensor, "set batch time"],
+    instead: Float[Tensor, "batch time feature width"] | None = None,
 ) -> Callable[[int, int], Left]:
     """States after the last position without what some source set writes and another erases, by their numbers.
 
-    `delta_writes` is computed once, and once more for each set of erasures that is asked for.
+    `delta_writes` is computed once, and once more for each set of erasures that is asked for. Where something stands
+    in the place of what is not written, it is as many positions more, with the same keys.
     """
     values = rearrange(inputs.x, "batch time feature width -> batch feature time width")
+    stays = ~sources
     writes = {0: delta_writes(chunks)}
+    if instead is not None:
+        others = rearrange(instead.to(values.dtype), "batch time feature width -> batch feature time width")
+        values, stays = torch.cat([values, others], 2), torch.cat([stays, sources], 2)
+        writes = {0: torch.cat([writes[0], writes[0]], 3)}
     found: dict[tuple[int, int], Left] = {}
 
     def state(written: int, erased: int) -> Left:
         if erased not in writes:
-            writes[erased] = delta_writes(inputs.cut(None, ~sources[erased][..., None]))
+            of_set = delta_writes(inputs.cut(None, ~sources[erased][..., None]))
+            writes[erased] = of_set if instead is None else torch.cat([of_set, of_set], 3)
         if (written, erased) not in found:
-            found[written, erased] = Left(writes[erased], ~sources[written], values)
+            found[written, erased] = Left(writes[erased], stays[written], values)
         return found[written, erased]
 
     return state

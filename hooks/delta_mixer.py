@@ -103,6 +103,15 @@ class DeltaMixer(RecurrentMixer):
         chunks = delta.in_chunks(inputs)  # for both
         return delta.delta_scan(chunks, end=False)[0], delta.delta_states(inputs, chunks, sources)
 
+    def replaced_states(
+        self,
+        inputs: DeltaInputs,
+        moving: Bool[Tensor, "batch time"],
+        sources: Bool[Tensor, "set batch time"],
+        instead: Float[Tensor, "batch time feature width"],
+    ) -> States:
+        return delta.delta_states(inputs, delta.in_chunks(inputs), sources, instead)
+
     def resume_scan(
         self, inputs: DeltaInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:

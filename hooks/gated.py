@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambalens.hooks.recurrence import Index, side_by_side
+from mambalens.hooks.values import kept_values
 
 
 class GatedInputs(NamedTuple):
@@ -36,10 +37,17 @@ class GatedInputs(NamedTuple):
         return torch.exp(self.log_decay) * ~self.anew
 
     def cut(
-        self, values: Bool[Tensor, "*#batch time #feature"] | None, erasures: Bool[Tensor, " ..."] | None
+        self,
+        values: Bool[Tensor, "*#batch time #feature"] | None,
+        erasures: Bool[Tensor, " ..."] | None,
+        instead: Float[Tensor, "*#batch time feature width"] | None = None,
     ) -> GatedInputs:
         """The same with these values; nothing is removed from the state."""
-        return self if values is None else self._replace(x=self.x * values[..., None])
+        return self if values is None else self._replace(x=kept_values(self.x, values, instead))
+
+    def with_values(self, x: Float[Tensor, "*batch time feature width"]) -> GatedInputs:
+        """The same with other values."""
+        return self._replace(x=x)
 
     def frozen(self, moving: Bool[Tensor, "batch time"]) -> GatedInputs:
         """The same with positions outside `moving` leaving the state as they find it."""

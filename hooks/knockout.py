@@ -17,6 +17,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.values import Values
 
 Path = Literal["main", "conv", "erase", "both"]
 PATHS: tuple[str, ...] = get_args(Path)
@@ -56,6 +57,25 @@ class Paths(enum.Flag):
             raise MambalensError(f"path={path!r} is not a path between positions: {choose(path, PATHS)}.")
         return cls[path.upper()]
 
+    def replaceable(self, path: str) -> Paths:
+        """Those of the ways on which something may stand in the place of what a source hands on.
+
+        What a source erases stays, as keys do: only what it writes is replaced.
+
+        Args:
+            path: what the user calls them.
+
+        Raises:
+            MambalensError: if there is none.
+        """
+        left = self & ~Paths.ERASE
+        if not left:
+            raise MambalensError(
+                f"path={path!r} has nothing that could stand in the place of what is cut: what a source erases is no "
+                "value. Cut it to zero, or replace what the source writes: path='main', 'conv' or 'both'."
+            )
+        return left
+
 
 Positions = int | Sequence[int] | Sequence[Sequence[int]] | Tensor
 """Columns of `input_ids`: one int, a list for all rows, a list for each row, or a boolean mask `[T]` or `[batch, T]`.
@@ -86,9 +106,13 @@ class Knockout:
     edges: Bool[Tensor, "*batch time time"] | None = None
     """Instead of sources and targets: which edges are cut, a boolean mask [T, T] or [batch, T, T], targets in rows and
     sources in columns. What lies above the diagonal says nothing: no position reads a later one."""
+    instead: Values | None = None
+    """What stands in the place of what sources hand on, column by column; None: nothing (zero)."""
 
     def __post_init__(self) -> None:
-        Paths.named(self.path)
+        paths = Paths.named(self.path)
+        if self.instead is not None:
+            paths.replaceable(self.path)
         if (self.edges is None) == (self.sources is None and self.targets is None):
             raise MambalensError("Give a knockout sources and targets, or edges.")
         if self.edges is None and (self.sources is None or self.targets is None):
@@ -111,6 +135,10 @@ class Cutting:
     features: Mapping[Any, Bool[Tensor, " feature"] | None]
     """Mask of every mixer that is cut; None for every feature."""
     paths: Paths
+
+    def replacing(self) -> Cutting:
+        """The same where something stands in the place of what is cut, see `Paths.replaceable`."""
+        return Cutting(self.features, self.paths & ~Paths.ERASE)
 
     @property
     def start(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -34,6 +34,7 @@ from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Captured, Mixer, Pass
 from mambalens.hooks.steering import Addition, Steering, counts_back, plain
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Values, Written
 
 PARITY_TOLERANCE = {torch.float64: 1e-5, torch.float32: 1e-4}
 """Relative; several of transformers' norms and scans round to float32 whatever the model's dtype."""
@@ -55,12 +56,22 @@ class _Block:
         given, columns = self.knockout, (batch, running.prompt, running.length)
         if given.edges is not None:
             mask, later, generated = edge_mask(given.edges, *columns)
-            return Cut.of_edges(mask), later, generated
+            return Cut.of_edges(mask), later, self._of_prompt(generated)
         assert given.sources is not None and given.targets is not None
         sources, later_s, _ = position_mask(given.sources, "sources", *columns)
         targets, later_t, generated = position_mask(given.targets, "targets", *columns)
         # A target without a source at or left of it loses nothing, and keeps the module's output exactly.
-        return Cut.of(sources, targets & (sources.long().cumsum(1) > 0)), later_s + later_t, generated
+        cut = Cut.of(sources, targets & (sources.long().cumsum(1) > 0))
+        return cut, later_s + later_t, self._of_prompt(generated)
+
+    def _of_prompt(self, generated: bool) -> bool:
+        """Nothing stands in the place of what generated tokens do without."""
+        if generated and self.knockout.instead is not None:
+            raise MambalensError(
+                "instead has values for the prompt's columns, but a target is a generated token: name targets in the "
+                "prompt, or leave instead out."
+            )
+        return generated
 
 
 class HookManager:
@@ -139,6 +150,7 @@ class HookManager:
         path: Path = "main",
         mixers: str | None = None,
         edges: Bool[Tensor, "*batch time time"] | None = None,
+        instead: Values | None = None,
     ) -> Iterator[Knockout]:
         """Block what `sources` hand to `targets` while the block runs (Geva et al. 2023; Endy et al. 2025, eq. 5).
 
@@ -156,13 +168,18 @@ class HookManager:
             mixers: only mixers of this kind, in models that have several kinds; None: all.
             edges: instead of sources and targets, any set of edges: a boolean mask [T, T] or [batch, T, T], targets in
                 rows, sources in columns. What lies above the diagonal says nothing.
+            instead: what targets read in the place of what sources hand on, column by column: what `values` found in
+                another prompt, a mean of such, or any other; None: nothing (zero). In attention the weights stay as
+                they are and the values are replaced, and the keys too where `values` was asked for them. What sources
+                erase stays ('both' is 'main' and 'conv' then).
 
-        Knockouts nest: what any of them blocks is blocked. Leaving the block restores the model bit for bit.
+        Knockouts nest: what any of them blocks is blocked, and where several put something in the same place, it is
+        the innermost one's. Leaving the block restores the model bit for bit.
 
         Raises:
             MambalensError: for a layer, position, feature or path that does not exist, quoting it.
         """
-        with self.apply(Knockout(sources, targets, layers, features, path, mixers, edges)) as knockout:
+        with self.apply(Knockout(sources, targets, layers, features, path, mixers, edges, instead)) as knockout:
             yield knockout
 
     def resolve(
@@ -196,6 +213,8 @@ class HookManager:
         """
         if cutting is None:
             cutting = self.resolve(knockout.layers, knockout.features, knockout.path, knockout.mixers)
+        if knockout.instead is not None:
+            cutting = cutting.replacing()
         block = _Block(knockout, cutting)
         with ExitStack() as stack:
             if not self._running:
@@ -281,8 +300,13 @@ class HookManager:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """While the block runs, passes are none of the prompts': nothing is added in them, and no column is counted."""
+        """While the block runs, passes are of other rows than the prompts: nothing is cut or added in them.
+
+        Their columns are not counted either.
+        """
+        blocks, self._blocks = self._blocks, []
         with ExitStack() as stack:
+            stack.callback(setattr, self, "_blocks", blocks)
             for steering in self._steering:
                 stack.enter_context(steering.paused())
             self._aside = True
@@ -379,10 +403,14 @@ class HookManager:
             cut, later, generated = block.masks(batch, running)
             _reach(block, later, running, whole)
             keep_history |= generated
+            instead = block.knockout.instead
+            if instead is not None and not past:
+                _check_columns(instead, batch, time)
             for mixer, features in block.cutting.features.items():
                 paths = block.cutting.paths & mixer.paths
                 if paths and (features is None or features.any()):
-                    cuts.setdefault(mixer, []).append(replace(cut, features=features, paths=paths))
+                    written = None if instead is None else _written(instead, mixer, batch, running.prompt)
+                    cuts.setdefault(mixer, []).append(replace(cut, features=features, paths=paths, instead=written))
         self._pass = replace(running, keep_history=keep_history, cuts=cuts)
 
     def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -442,6 +470,37 @@ class HookManager:
         return found[0]
 
     @torch.no_grad()
+    def values(
+        self,
+        input_ids: Int[Tensor, "batch time"],
+        attention_mask: Shaped[Tensor, "batch time"] | None = None,
+        layers: Sequence[int] | int | str | None = None,
+        keys: bool = False,
+    ) -> Values:
+        """What the mixers hand on at every position of these tokens, for `knockout(..., instead=...)`.
+
+        Args:
+            input_ids: tokens.
+            attention_mask: 0 at padding.
+            layers: of which layers; None: all.
+            keys: keep the keys of attention too, which then stand in with the values. A key has its position in it
+                where the model has rotary positions: the other prompt's stay what they were there.
+
+        Raises:
+            MambalensError: inside a knockout.
+        """
+        if self._blocks:
+            raise MambalensError("Values are those of a pass without a knockout: ask for them outside the block.")
+        found: dict[Mixer, Written] = {}
+
+        def keep(mixer: Mixer, call: Captured) -> None:
+            written = mixer.written(call)
+            found[mixer] = written if keys else written._replace(keys=None)
+
+        self._capture(self.mixers_of(layers), input_ids, attention_mask, keep, lambda mixer: mixer.writing())
+        return Values(found)
+
+    @torch.no_grad()
     def token_mixing(
         self,
         input_ids: Int[Tensor, "batch time"],
@@ -476,6 +535,11 @@ class HookManager:
             layers: which to show; None: all.
             attention_mask: 0 at padding.
         """
+        if any(block.knockout.instead is not None for block in self._blocks):
+            raise MambalensError(
+                "Effective attention says how sources enter, and not what stands in their place: leave the block whose "
+                "knockout has instead=..., or knock out to zero."
+            )
 
         def show(mixer: Mixer, call: Captured) -> None:
             see(mixer, mixer.token_mixing(call, self._current().cuts.get(mixer, []) if self._blocks else ()))
@@ -488,13 +552,14 @@ class HookManager:
         input_ids: Int[Tensor, "batch time"],
         attention_mask: Shaped[Tensor, "batch time"] | None,
         show: Callable[[Mixer, Captured], None],
+        around: Callable[[Mixer], AbstractContextManager[Any]] = lambda mixer: mixer.probing(),
     ) -> None:
         def watched(mixer: Mixer, probe: Any) -> Callable[..., None]:
             return lambda module, args, kwargs, output: show(mixer, Captured(args, kwargs, output, probe))
 
         with ExitStack() as stack:
             for mixer in mixers:
-                hook = watched(mixer, stack.enter_context(mixer.probing()))
+                hook = watched(mixer, stack.enter_context(around(mixer)))
                 stack.callback(mixer.module.register_forward_hook(hook, with_kwargs=True).remove)
             self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
@@ -571,6 +636,25 @@ def _refuse_unreached(block: _Block | Steering) -> None:
             f"Position {block.wanted - 1} is out of range: the longest input had {block.reached} "
             f"tokens (positions {-block.reached} to {block.reached - 1})."
         )
+
+
+def _check_columns(instead: Values, batch: int, time: int) -> None:
+    """Values that stand in have the input's columns."""
+    prompts, columns = instead.shape
+    if prompts not in (1, batch) or columns < time:
+        raise MambalensError(
+            f"instead has values for {prompts} x {columns} positions, but the input has shape [{batch}, {time}]: "
+            "bring them to its columns with `Values.at`."
+        )
+
+
+def _written(instead: Values, mixer: Mixer, batch: int, time: int) -> Written:
+    """What stands in the place of what a mixer's sources hand on, over the prompt's columns."""
+    if mixer not in instead.of:
+        raise MambalensError(
+            f"layer {mixer.layer} is cut, but instead has no values for it: ask `values` for every layer that is cut."
+        )
+    return instead.of[mixer].each(lambda part: part[:, :time].expand(batch, *(-1 for _ in part.shape[1:])))
 
 
 def _holds_tokens(cache: Any) -> bool:

@@ -6,16 +6,19 @@ sources: sources x targets has one such row, edges as many as differ. A scan cos
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
+from mambalens.hooks.values import Written, standing_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +32,8 @@ class Cut:
     features: Bool[Tensor, " feature"] | None
     """Which features are cut; None for every one."""
     paths: Paths
+    instead: Written | None = None
+    """What stands in the place of what its sources hand on, over the prompt's columns; None for nothing."""
 
     @classmethod
     def of(
@@ -62,7 +67,8 @@ class Cut:
     def to(self, device: torch.device) -> Cut:
         """The same cut on a device."""
         features = None if self.features is None else self.features.to(device)
-        return Cut(self.code.to(device), self.rows.to(device), features, self.paths)
+        instead = None if self.instead is None else self.instead.each(lambda part: part.to(device))
+        return Cut(self.code.to(device), self.rows.to(device), features, self.paths, instead)
 
 
 def distinct_rows(
@@ -102,6 +108,8 @@ class Kept(NamedTuple):
     """1 where its value is read; None where all are."""
     erasures: Bool[Tensor, "batch source feature"] | None
     """1 where what it erases stays erased; None where all does."""
+    instead: Float[Tensor, "batch source feature width"] | None = None
+    """What is read in the place of values that are not; None for nothing."""
 
 
 def in_patterns(
@@ -120,14 +128,16 @@ def in_patterns(
     codes = torch.stack([cut.code for cut in cuts], -1)  # [B, T, cuts]
     for pattern in found:
         kept: dict[Paths, Tensor | None] = {Paths.MAIN: None, Paths.ERASE: None}
+        instead = None
         for path in kept:
             rows = [(cut, row) for cut, row in zip(cuts, pattern.tolist(), strict=True) if row and path in cut]
             if rows:
-                dropped = by_feature(rows[0][0].rows[rows[0][1]], rows[0][0].features)
-                for cut, row in rows[1:]:
-                    dropped = dropped | by_feature(cut.rows[row], cut.features)
-                kept[path] = ~dropped
-        yield (codes == pattern).all(-1), Kept(kept[Paths.MAIN], kept[Paths.ERASE])
+                each = [by_feature(cut.rows[row], cut.features) for cut, row in rows]
+                kept[path] = ~reduce(operator.or_, each)
+                if path is Paths.MAIN:
+                    values = [None if cut.instead is None else cut.instead.main for cut, _ in rows]
+                    instead = standing_in([dropped[..., None] for dropped in each], values)
+        yield (codes == pattern).all(-1), Kept(kept[Paths.MAIN], kept[Paths.ERASE], instead)
 
 
 def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time feature"]] | None:
@@ -142,15 +152,43 @@ def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time
     """
     if not cuts:
         return None
-    keep = []
-    for k in range(kernel):
-        dropped = torch.zeros((*cuts[0].code.shape, 1), dtype=torch.bool, device=cuts[0].code.device)
-        for cut in cuts:
-            time = cut.rows.shape[2]
-            reached = F.pad(cut.rows[..., : max(time - k, 0)], (min(k, time), 0))  # rows[t-k] at t
-            dropped = dropped | by_feature(reached.gather(0, cut.code[None])[0], cut.features)
-        keep.append(~dropped)
-    return keep
+    return [~reduce(operator.or_, (_dropped(cut, k) for cut in cuts)) for k in range(kernel)]
+
+
+def replaced_taps(cuts: Sequence[Cut], kernel: int) -> list[tuple[list[Bool[Tensor, "batch time feature"]], Tensor]]:
+    """Taps through which another input comes: for every distance k, 1 where the tap from t-k to t reads it.
+
+    Equation: Ablation
+        out_t = sum_k keep_k[t] w[K-1-k] inner[t-k] + (1 - keep_k[t]) w[K-1-k] inner~[t-k] + bias
+
+        Source: this package, as for values; inner~ = 0 is the cut of a tap
+
+        Of one channel of the causal convolution. Where knockouts that put something in meet one that zeroes, there is
+        zero; where several put something in, the last one's is there.
+
+    Returns:
+        For every cut that puts something in, the taps that are its own, and the inputs that they read [batch, T,
+        channels].
+    """
+    found = []
+    taken = [[_dropped(cut, k) for cut in cuts] for k in range(kernel)]
+    for number, cut in enumerate(cuts):
+        if cut.instead is None or cut.instead.conv is None:
+            continue
+        stronger = [i for i, other in enumerate(cuts) if other.instead is None or i > number]
+        own = [
+            reduce(lambda left, i, at=of_tap: left & ~at[i], stronger, of_tap[number])  # type: ignore[misc]
+            for of_tap in taken
+        ]
+        found.append((own, cut.instead.conv))
+    return found
+
+
+def _dropped(cut: Cut, k: int) -> Bool[Tensor, "batch time #feature"]:
+    """Where a cut takes the tap from t-k to t."""
+    time = cut.rows.shape[2]
+    reached = F.pad(cut.rows[..., : max(time - k, 0)], (min(k, time), 0))  # rows[t-k] at t
+    return by_feature(reached.gather(0, cut.code[None])[0], cut.features)
 
 
 def blocked_entries(cuts: Sequence[Cut]) -> Bool[Tensor, "batch feature time source"]:

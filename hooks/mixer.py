@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks.calls import bound
@@ -20,7 +20,9 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, on
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Written
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +53,7 @@ class Captured(NamedTuple):
     kwargs: dict[str, Any]
     output: Any
     probe: Any
-    """What `Mixer.probing` gave."""
+    """What `Mixer.probing`, or `Mixer.writing`, gave."""
 
     def arguments(self, module: nn.Module) -> dict[str, Any]:
         """The call's arguments by name."""
@@ -119,6 +121,10 @@ class Mixer(ABC):
         """Effective attention and its surroundings for one captured call of the module."""
 
     @abstractmethod
+    def written(self, call: Captured) -> Written:
+        """What each position hands on in one captured call of the module, and all that may stand in its place."""
+
+    @abstractmethod
     def parity(self, call: Captured) -> float:
         """Largest difference between this adapter's arithmetic and the module's output, relative to the output."""
 
@@ -163,12 +169,27 @@ class Mixer(ABC):
             features: which features edges are cut for; None for every one.
         """
 
+    @abstractmethod
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        """What the module's output at one position of every prompt is a sum of, along a direction.
+
+        Args:
+            call: of a pass under `probing`, without knockouts.
+            at: the positions.
+            direction: in the residual stream, for every prompt.
+        """
+
     def reach(self, path: Paths) -> int | None:
         """How many positions back a path reaches; None: to the first."""
         return None
 
     def expect(self, rows: int) -> None:  # noqa: B027
         """Hear how many rows will resume in this mixer, to prepare for many."""
+
+    @contextmanager
+    def writing(self) -> Iterator[Any]:
+        """Around a pass whose call of this module is captured for `written`; what it gives goes along."""
+        yield None
 
     @contextmanager
     def probing(self) -> Iterator[Any]:

@@ -7,7 +7,6 @@ no answer there, so its mask is left alone and its heads' outputs are set to zer
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -15,21 +14,32 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from mambalens.hooks.attention_edges import AttentionArrivals
-from mambalens.hooks.calls import cache_argument, signature_of
+from mambalens.hooks.attention_reading import (
+    Beside,
+    BesideCache,
+    Other,
+    Probe,
+    changed_reading,
+    others_beside,
+    reads_by_function,
+    watched_reading,
+)
+from mambalens.hooks.calls import RESIDUAL, cache_argument, signature_of
 from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.fixed_scales import FixedScales
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, on
 from mambalens.hooks.mixer import Captured, Mixer, Pass, replace_forward
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Written
 
-EAGER = "eager_attention_forward"
-"""Name under which a file of transformers has the function by which its eager attention reads."""
 OUTPUT_PROJECTIONS = ("o_proj", "c_proj", "out_proj", "dense", "wo")
 
 
@@ -79,7 +89,7 @@ class AttentionMixer(Mixer):
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             silent[0] = None
             running = current()
-            active = running.cuts_of(self, Paths.MAIN)
+            active = [cut for cut in running.cuts_of(self, Paths.MAIN) if cut.instead is None]
             if not active:
                 return None
             bound = signature.bind(module, *args, **kwargs)
@@ -97,6 +107,15 @@ class AttentionMixer(Mixer):
                 return None
             return (self._silenced(args[0], silent[0]), *args[1:])
 
+        def replacing(original: Callable[..., Any]) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                returned = original(*args, **kwargs)
+                active = [cut for cut in current().cuts_of(self, Paths.MAIN) if cut.instead is not None]
+                return self._with_others(original, args, kwargs, returned, active) if active else returned
+
+            return forward
+
+        restore = replace_forward(self.module, replacing)
         handles = [
             self.module.register_forward_pre_hook(before, with_kwargs=True),
             projection.register_forward_pre_hook(before_projection),
@@ -105,6 +124,7 @@ class AttentionMixer(Mixer):
         def detach() -> None:
             for handle in handles:
                 handle.remove()
+            restore()
 
         return detach
 
@@ -132,18 +152,7 @@ class AttentionMixer(Mixer):
             The mask, and the targets that it would leave without any source, which it leaves alone.
         """
         time, seen = hidden.shape[1], past + hidden.shape[1]
-        if mask is None:
-            query = torch.arange(past, seen, device=hidden.device)
-            mask = query[:, None] >= torch.arange(seen, device=hidden.device)  # [T, S]
-            mask = mask[None, None]
-            if not self._takes_booleans:
-                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
-        if not isinstance(mask, Tensor) or mask.ndim != 4:
-            raise MambalensError(
-                f"layer {self.layer}: {type(self.module).__name__} was given a mask of type {type(mask).__name__}"
-                f"{list(mask.shape) if isinstance(mask, Tensor) else ''}, which cannot block single positions: load "
-                "the model with attn_implementation='sdpa' or 'eager'."
-            )
+        mask = self._own_mask(mask, hidden, past)
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         blocked = blocked_entries(cuts)[:, :, past:]  # [B, 1 or H, T, columns so far]
         keys = mask.shape[-1]
@@ -159,10 +168,70 @@ class AttentionMixer(Mixer):
         silent = empty.expand(hidden.shape[0], self.n_features, time) if empty.any() else None
         return mask, silent
 
+    def _own_mask(
+        self, mask: Any, hidden: Float[Tensor, "batch time hidden"], past: int
+    ) -> Shaped[Tensor, "#batch #feature time key"]:
+        """The model's mask, also where it leaves it to the module."""
+        if mask is None:
+            seen = past + hidden.shape[1]
+            query = torch.arange(past, seen, device=hidden.device)
+            mask = query[:, None] >= torch.arange(seen, device=hidden.device)  # [T, S]
+            mask = mask[None, None]
+            if not self._takes_booleans:
+                mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
+        if not isinstance(mask, Tensor) or mask.ndim != 4:
+            raise MambalensError(
+                f"layer {self.layer}: {type(self.module).__name__} was given a mask of type {type(mask).__name__}"
+                f"{list(mask.shape) if isinstance(mask, Tensor) else ''}, which cannot block single positions: load "
+                "the model with attn_implementation='sdpa' or 'eager'."
+            )
+        return mask
+
+    def _with_others(
+        self,
+        original: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        returned: Any,
+        cuts: Sequence[Cut],
+    ) -> Any:
+        """What the module gives, at targets computed again with other values in the place of the sources'."""
+        given = Captured(args, kwargs, returned, None).arguments(self.module)
+        hidden = next(v for v in given.values() if isinstance(v, Tensor))
+        time = hidden.shape[1]
+        cuts = [cut.to(hidden.device) for cut in cuts]
+        own = _added(self._own_mask(given.get("attention_mask"), hidden, 0)[..., :time], hidden.dtype)
+        others = []
+        for cut in cuts:
+            assert cut.instead is not None and cut.instead.main is not None
+            keys = None if cut.instead.keys is None else cut.instead.keys.transpose(1, 2)
+            others.append(Other(keys, cut.instead.main.transpose(1, 2), blocked_entries([cut])))
+        beside = Beside.of(others, own)
+        more: dict[str, Any] = {"attention_mask": own}
+        cache: Any = Probe()
+        if not reads_by_function(self.module):
+            cache, more["attention_mask"] = BesideCache(cache, beside), beside.mask
+            if given.get("alibi") is not None:
+                more["alibi"] = torch.cat([given["alibi"][..., :time]] * (1 + len(others)), -1)
+        args, kwargs = self._handed(cache, more, args, kwargs)
+        with self._reading_beside(beside):
+            replaced = original(*args, **kwargs)[0]
+        at = torch.stack([cut.targets for cut in cuts]).any(0)[..., None]
+        return (torch.where(at, replaced, returned[0]), *returned[1:])
+
     @contextmanager
-    def probing(self) -> Iterator[_Probe]:
+    def _reading_beside(self, beside: Beside) -> Iterator[None]:
+        """While the block runs, the function that reads, where the module has one, finds others beside its own."""
+        if not reads_by_function(self.module):
+            yield  # it finds them in what stands in for its cache
+            return
+        with self._openly(), others_beside(self.module, beside):
+            yield
+
+    @contextmanager
+    def probing(self) -> Iterator[Probe]:
         """The model computes its attention weights openly, and values and output are kept, while the block runs."""
-        probe = _Probe()
+        probe = Probe()
         projection = _output_projection(self.module)
         assert projection is not None
 
@@ -172,10 +241,20 @@ class AttentionMixer(Mixer):
 
         handle = projection.register_forward_pre_hook(watch_output)
         try:
-            with self._openly(), self._with_cache(probe), _watched_reading(self.module, probe):
+            with self._openly(), self._with_cache(probe), watched_reading(self.module, probe):
                 yield probe
         finally:
             handle.remove()
+
+    @contextmanager
+    def writing(self) -> Iterator[Probe]:
+        if reads_by_function(self.module):
+            with self.probing() as probe:
+                yield probe
+            return
+        probe = Probe()
+        with self._with_cache(probe):  # and the model computes as it does
+            yield probe
 
     @contextmanager
     def _openly(self) -> Iterator[None]:
@@ -224,6 +303,9 @@ class AttentionMixer(Mixer):
         gone = rearrange(silent, "batch head time -> batch time head 1").to(heads.device)
         return rearrange(heads.masked_fill(gone, 0), "batch time head width -> batch time (head width)")
 
+    def written(self, call: Captured) -> Written:
+        return Written(call.probe.values.transpose(1, 2), None, call.probe.keys.transpose(1, 2))
+
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         """Weights come from the module's own eager code."""
         alpha = call.output[1]  # [B, H, T, T]
@@ -245,7 +327,7 @@ class AttentionMixer(Mixer):
     @contextmanager
     def keeping(self, base: Base) -> Iterator[list[Kept]]:
         kept: list[Kept] = []
-        seen = _Probe()
+        seen = Probe()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = Captured(args, kwargs, output, None).arguments(module)
@@ -281,6 +363,10 @@ class AttentionMixer(Mixer):
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
+        if here.instead is not None and cuts.main.any():
+            with self._resuming_beside(kept, here, cuts):
+                yield
+            return
         mask, silent = _mask_of_rows(kept, here, cuts)
         if kept.bias is not None or not self._takes_booleans:
             low = torch.finfo(kept.keys.dtype).min
@@ -289,11 +375,7 @@ class AttentionMixer(Mixer):
             mask = torch.where(mask, added, low)
         arguments = {"attention_mask": mask}
         if kept.alibi is not None:
-            bias = kept.alibi
-            if bias.ndim == 3:
-                bias = rearrange(bias, "(batch head) one time -> batch head one time", batch=len(here.first))
-            bias = _with_own_keys(bias, here, len(rows))
-            arguments["alibi"] = bias if kept.alibi.ndim == 4 else bias.flatten(0, 1)
+            arguments["alibi"] = _alibi_of_rows(kept.alibi, here, len(rows))
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             return (self._silenced(args[0], silent), *args[1:])
@@ -307,6 +389,33 @@ class AttentionMixer(Mixer):
         finally:
             if handle is not None:
                 handle.remove()
+
+    @contextmanager
+    def _resuming_beside(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
+        """`resuming` where other values stand in the place of the sources'."""
+        assert base.instead is not None and base.instead.main is not None
+        entries = _over_keys(_blocked_of_rows(base, rows), base)
+        allowed = _over_keys(kept.allowed[:, :, None].expand(-1, -1, len(rows), -1, -1), base)
+        own = _added(allowed, kept.keys.dtype)
+        if kept.bias is not None:
+            bias = _with_own_keys(kept.bias, base, len(rows)).repeat(1, 1, len(rows), 1)
+            own = torch.where(allowed, bias, own)
+
+        def of_keys(values: Float[Tensor, "batch time group width"]) -> Float[Tensor, "batch group key width"]:
+            """Those of the base's positions, then those of the rows'."""
+            own = base.own_columns(values).repeat(1, len(rows), 1, 1)
+            return torch.cat([values[:, : kept.keys.shape[2]], own], 1).transpose(1, 2)
+
+        keys = None if base.instead.keys is None else of_keys(base.instead.keys)
+        beside = Beside.of([Other(keys, of_keys(base.instead.main), entries)], own)
+        cache: Any = _RowCache(kept)
+        arguments: dict[str, Any] = {"attention_mask": own}
+        if not reads_by_function(self.module):
+            cache, arguments["attention_mask"] = BesideCache(cache, beside), beside.mask
+            if kept.alibi is not None:
+                arguments["alibi"] = torch.cat([_alibi_of_rows(kept.alibi, base, len(rows))] * 2, -1)
+        with self._with_cache(cache, **arguments), self._reading_beside(beside):
+            yield
 
     @contextmanager
     def attributing(
@@ -330,7 +439,7 @@ class AttentionMixer(Mixer):
             """Where no function of the module's file reads, weights are known when all is over: it runs twice."""
 
             def twice(*args: Any, **kwargs: Any) -> Any:
-                probe = _Probe()
+                probe = Probe()
                 args, kwargs = self._handed(probe, {}, args, kwargs)
                 # Weights want a gradient only where something is cut by them.
                 with nullcontext() if weakened is not None else torch.no_grad():
@@ -350,9 +459,36 @@ class AttentionMixer(Mixer):
 
         with ExitStack() as stack:
             stack.enter_context(self._openly())
-            if not stack.enter_context(_changed_reading(self.module, arrive)):
+            if not stack.enter_context(changed_reading(self.module, arrive)):
                 stack.callback(replace_forward(self.module, forward))
             yield found
+
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        """The module runs again; its own code leads from what the heads read to the output."""
+        rows = torch.arange(len(at), device=at.device)
+        args, kwargs = _without_residual(self.module, call.args, call.kwargs)
+        projection = _output_projection(self.module)
+        assert projection is not None
+        with torch.enable_grad(), FixedScales(), self.attributing() as found:
+            output = self.module.forward(*args, **kwargs)[0]
+            arrivals = found[-1]
+            assert isinstance(arrivals, AttentionArrivals)
+            at_last = (direction * output[rows, at]).sum()
+            (gradient,) = torch.autograd.grad(at_last, arrivals.nodes[Paths.MAIN])  # [B, T, H, P]
+        weights, values = arrivals.weights.detach()[rows, :, at], arrivals.values.detach()  # [B, H, T], [B, H, T, P]
+        handed = torch.einsum("bhsp,bhp->bhs", values.to(gradient.dtype), gradient[rows, at])
+        shares = rearrange(handed * weights, "batch head time -> batch time head")
+
+        def nothing(module: nn.Module, given: tuple[Any, ...]) -> Any:
+            return (torch.zeros_like(given[0]), *given[1:])
+
+        handle = projection.register_forward_pre_hook(nothing)
+        try:
+            with torch.no_grad():
+                empty = self.module.forward(*args, **kwargs)[0][rows, at]
+        finally:
+            handle.remove()
+        return Summands(Paths.MAIN, shares, None, (direction * empty).sum(-1))
 
     def parity(self, call: Captured) -> float:
         mixing = self.token_mixing(call, ())
@@ -402,25 +538,57 @@ def _mask_of_rows(
         Mask over the base's T keys and those of the rows, and the positions that their cut leaves without any source;
         their mask is as without the cut.
     """
-    cuts, length = len(rows), base.length
-    blocked = torch.zeros((), dtype=torch.bool, device=kept.keys.device)
+    allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
+    free = allowed & ~_blocked_of_rows(base, rows)
+    silent = ~free.any(-1)  # [B, 1 or H, R, L]
+    free = torch.where(silent[..., None], allowed, free)
+    return _over_keys(free, base), silent.flatten(2, 3)
+
+
+def _blocked_of_rows(base: Base, rows: Rows) -> Bool[Tensor, " batch #feature row length time"]:
+    """Which positions of the prompt the rows are cut from."""
+    blocked = torch.zeros((), dtype=torch.bool, device=base.first.device)
     for source, target in zip(rows.on(Paths.MAIN), rows.target, strict=True):
         read = base.sources[source].transpose(0, 1)  # [B, R, T]
         at = base.targets[target].transpose(0, 1)  # [B, R, L]
         blocked = blocked | (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]
     if rows.features is not None:
         blocked = blocked & rows.features.T[None, :, :, None, None]
-    allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
-    free = allowed & ~blocked
-    silent = ~free.any(-1)  # [B, 1 or H, R, L]
-    free = torch.where(silent[..., None], allowed, free)
+    return blocked
+
+
+def _over_keys(
+    free: Bool[Tensor, " batch #feature row length time"], base: Base
+) -> Bool[Tensor, " batch #feature row_time key"]:
+    """What holds for positions of the prompt, over the base's T keys and those of the rows."""
+    cuts, length = free.shape[2], base.length
     from_base = (free & base.before[:, None, None, None]).flatten(2, 3)  # [B, 1 or H, R L, T]
     columns = base.columns[:, None, None, None].expand(*free.shape[:-1], length)
     own = free.gather(-1, columns)  # [B, 1 or H, R, L, L]
     same = torch.eye(cuts, dtype=torch.bool, device=own.device)[:, None, :, None]  # [R, 1, R, 1]
     from_rows = own[..., None, :] & same  # [B, 1 or H, R, L, R, L]
-    mask = torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
-    return mask, silent.flatten(2, 3)
+    return torch.cat([from_base, from_rows.flatten(4, 5).flatten(2, 3)], -1)
+
+
+def _alibi_of_rows(alibi: Float[Tensor, " ..."], base: Base, cuts: int) -> Float[Tensor, " ..."]:
+    """A bias for every key, of the base's keys and the rows'."""
+    bias = alibi
+    if bias.ndim == 3:
+        bias = rearrange(bias, "(batch head) one time -> batch head one time", batch=len(base.first))
+    bias = _with_own_keys(bias, base, cuts)
+    return bias if alibi.ndim == 4 else bias.flatten(0, 1)
+
+
+def _without_residual(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call's arguments, the input with a gradient to come, and nothing where a module takes the residual stream."""
+    given = signature_of(type(module)).bind(module, *args, **kwargs)
+    first = next(name for name, value in given.arguments.items() if isinstance(value, Tensor))
+    given.arguments[first] = given.arguments[first].detach().requires_grad_()
+    if given.arguments.get(RESIDUAL) is not None:
+        given.arguments[RESIDUAL] = torch.zeros_like(given.arguments[RESIDUAL])
+    return given.args[1:], given.kwargs
 
 
 def _with_own_keys(
@@ -431,72 +599,11 @@ def _with_own_keys(
     return torch.cat([bias, bias.gather(-1, columns.expand(*bias.shape[:3], -1))], -1)
 
 
-class _Probe:
-    """What passes through one attention call. It takes the place of the cache: keys and values pass there."""
-
-    keys: Float[Tensor, "batch group time width"]
-    values: Float[Tensor, "batch group time value_width"]
-    output: Float[Tensor, "batch time head_width"]
-
-    def update(
-        self,
-        keys: Float[Tensor, "batch group time width"],
-        values: Float[Tensor, "batch group time value_width"],
-        *_: Any,
-        **__: Any,
-    ) -> tuple[Float[Tensor, "batch group time width"], Float[Tensor, "batch group time value_width"]]:
-        """As a cache that was empty."""
-        self.keys, self.values = keys, values
-        return keys, values
-
-    def get_seq_length(self, *_: Any) -> int:
-        """Tokens of earlier passes."""
-        return 0
-
-
-@contextmanager
-def _watched_reading(attention: nn.Module, probe: _Probe) -> Iterator[None]:
-    """While the block runs, the probe gets what the heads read, and their values, from the function that reads."""
-
-    def watch(
-        weights: Float[Tensor, "batch head time time"],
-        values: Float[Tensor, "batch group time width"],
-        read: Float[Tensor, "batch time head width"],
-    ) -> Float[Tensor, "batch time head width"]:
-        probe.values, probe.output = values, read.flatten(2)
-        return read
-
-    with _changed_reading(attention, watch):
-        yield
-
-
-@contextmanager
-def _changed_reading(attention: nn.Module, change: Callable[..., Tensor]) -> Iterator[bool]:
-    """While the block runs, what the heads read goes through a function, with their weights and values beside it.
-
-    Some models gate what was read before the output projection, and some keep values in a compressed form in their
-    cache (multi-head latent attention): there it is not gated yet, and values are whole.
-
-    Yields:
-        Whether a function of the module's file reads.
-    """
-    home = vars(sys.modules[type(attention).__module__])
-    reads: Any = home.get(EAGER)
-    if reads is None:
-        yield False
-        return
-
-    def changed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        read, weights = reads(module, *args, **kwargs)
-        if module is attention:
-            read = change(weights, args[2], read)
-        return read, weights
-
-    home[EAGER] = changed
-    try:
-        yield True
-    finally:
-        home[EAGER] = reads
+def _added(mask: Shaped[Tensor, " ..."], dtype: torch.dtype) -> Float[Tensor, " ..."]:
+    """A mask as it is added to scores."""
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def _output_projection(module: nn.Module) -> nn.Module | None:

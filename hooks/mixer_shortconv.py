@@ -30,9 +30,18 @@ class Convolved(NamedTuple):
 
     x: Float[Tensor, "*batch time feature 1"]
 
-    def cut(self, values: Bool[Tensor, " ..."] | None, erasures: Bool[Tensor, " ..."] | None) -> Convolved:
+    def cut(
+        self,
+        values: Bool[Tensor, " ..."] | None,
+        erasures: Bool[Tensor, " ..."] | None,
+        instead: Float[Tensor, " ..."] | None = None,
+    ) -> Convolved:
         """Itself: what it reads of other positions is the convolution's."""
         return self
+
+    def with_values(self, x: Float[Tensor, "*batch time feature 1"]) -> Convolved:
+        """Other output of the convolution."""
+        return Convolved(x)
 
     def frozen(self, moving: Bool[Tensor, "batch time"]) -> Convolved:
         """Itself."""
@@ -88,14 +97,10 @@ class ShortConvMixer(RecurrentMixer):
         B, C, x = self.module.in_proj(hidden).chunk(3, -1)
         return Projected(C, B * x, None)
 
-    def convolve(
-        self,
-        inner: Float[Tensor, "*batch time channel"],
-        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
-        past: Float[Tensor, "*#batch before channel"] | None = None,
-    ) -> Float[Tensor, "*batch time wider"]:
-        # Without the bias, which no position hands on: `finish` adds it.
-        return scan.causal_conv(inner, self.module.conv.weight[:, 0], None, keep, past)
+    @property
+    def convolution_bias(self) -> None:
+        """Nothing: no position hands the bias on, and `finish` adds it."""
+        return None
 
     def scan_inputs(
         self, convolved: Float[Tensor, "batch time channel"], beside: Float[Tensor, "batch time other"] | None

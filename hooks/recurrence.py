@@ -53,8 +53,17 @@ class Inputs(Protocol):
         self,
         values: Bool[Tensor, "*#batch time #feature"] | None,
         erasures: Bool[Tensor, "*#batch time #feature"] | None,
+        instead: Float[Tensor, "*#batch time feature width"] | None = None,
     ) -> Inputs:
-        """The same with the values, and what is removed from the state, only where these are 1; None: everywhere."""
+        """The same with the values, and what is removed from the state, only where these are 1; None: everywhere.
+
+        Args:
+            values, erasures: which are kept.
+            instead: what stands where values are not kept; zero by default.
+        """
+
+    def with_values(self, x: Float[Tensor, "*batch time feature width"]) -> Inputs:
+        """The same with other values."""
 
     def frozen(self, moving: Bool[Tensor, "batch time"]) -> Inputs:
         """The same with positions outside `moving` leaving the state as they find it."""
@@ -97,6 +106,11 @@ class Recurrence(Mixer):
         """Positions that the convolution sees, the own one among them; 1 where there is none."""
         return 1 if self.convolution is None else int(self.convolution.kernel_size[0])
 
+    @property
+    def convolution_bias(self) -> Float[Tensor, " channel"] | None:
+        """What it adds to every output."""
+        return None if self.convolution is None else self.convolution.bias
+
     def reach(self, path: Paths) -> int | None:
         return self.kernel - 1 if path is Paths.CONV else None
 
@@ -132,6 +146,7 @@ class Recurrence(Mixer):
         inner: Float[Tensor, "*batch time channel"],
         keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
         past: Float[Tensor, "*#batch before channel"] | None = None,
+        instead: Sequence[Instead] = (),
     ) -> Float[Tensor, "*batch time wider"]:
         """The causal convolution without activation.
 
@@ -141,17 +156,22 @@ class Recurrence(Mixer):
             inner: input.
             keep: for every distance k, which taps stay, of every feature or of all; None for all.
             past: inputs before the first; zero by default.
+            instead: what is read where taps are cut; nothing by default.
         """
         if self.convolution is None:
             return inner
-        weight, bias = self.convolution.weight[:, 0], self.convolution.bias
+        weight, bias = self.convolution.weight[:, 0], self.convolution_bias
         found = None if keep is None or keep[0].shape[-1] == 1 else self.channels_by_feature(inner.device)
         if keep is not None and found is not None:
             channels, feature = found
             inner, weight, keep = inner[..., channels], weight[channels], [taps[..., feature] for taps in keep]
             bias = None if bias is None else bias[channels]
             past = None if past is None else past[..., channels]
-        return scan.causal_conv(inner, weight, bias, keep, past)
+            instead = [other.by_feature(channels, feature, self.n_features) for other in instead]
+        out = scan.causal_conv(inner, weight, bias, keep, past)
+        for other in instead:
+            out = out + scan.causal_conv(other.inner.to(out.dtype), weight, None, other.taps, other.past)
+        return out
 
     @abstractmethod
     def scan_inputs(
@@ -179,6 +199,30 @@ class Recurrence(Mixer):
     ) -> tuple[Float[Tensor, "batch time feature width"], States]:
         """`scan` and `states` of the same inputs."""
         return self.scan(inputs)[0], self.states(inputs, sources)
+
+    def replaced_states(
+        self,
+        inputs: Any,
+        moving: Bool[Tensor, "batch time"],
+        sources: Bool[Tensor, "set batch time"],
+        instead: Float[Tensor, "batch time feature width"],
+    ) -> States:
+        """States after the last position with other values in each of the source sets.
+
+        Equation: Ablation
+            h_t = sum_{s<=t} (decay from s to t) dt_s B_s x_s + sum_{s in S} (decay from s to t) dt_s B_s (x~_s - x_s)
+
+            Source: this package; the state is linear in x (Gu & Dao 2023, arXiv:2312.00752, eq. 2)
+
+        Args:
+            inputs: as for `scan`; frozen outside `moving`.
+            moving: positions that do something to the state.
+            sources: as for `states`.
+            instead: what stands in the place of the sources' values.
+        """
+        change = inputs.with_values(instead.to(inputs.x.dtype) - inputs.x).frozen(moving)
+        whole, of_change = self.states(inputs, sources[:1]), self.states(change, ~sources)
+        return lambda written, erased: added(whole(0, 0), of_change(written, 0))
 
     @abstractmethod
     def resume_scan(
@@ -256,6 +300,28 @@ class Recurrence(Mixer):
     def cache_state(self, cache: Any, state: Float[Tensor, " batch *state"]) -> None:
         """Put another state in its place."""
         cache.update_recurrent_state(state, self.module.layer_idx)
+
+
+class Instead(NamedTuple):
+    """Other inputs of a convolution, which some of its taps read."""
+
+    taps: list[Bool[Tensor, "*batch time feature"]]
+    """For every distance k, 1 where the tap from t-k to t reads them, of every feature or of all."""
+    inner: Float[Tensor, "*batch time channel"]
+    past: Float[Tensor, "*batch before channel"] | None = None
+    """Those before the first; zero by default."""
+
+    def by_feature(self, channels: Int[Tensor, " wider"], feature: Int[Tensor, " wider"], count: int) -> Instead:
+        """The same with channels that features share once for each of them."""
+        taps = [taps.expand(*taps.shape[:-1], count)[..., feature] for taps in self.taps]
+        return Instead(taps, self.inner[..., channels], None if self.past is None else self.past[..., channels])
+
+
+def added(one: State, other: State) -> State:
+    """The sum of two states."""
+    if isinstance(one, list):
+        return [added(part, of_other) for part, of_other in zip(one, other, strict=True)]
+    return one if other is None else one + other
 
 
 def side_by_side(values: Shaped[Tensor, "batch row_time *rest"], rows: int) -> Shaped[Tensor, "batch row time *rest"]:

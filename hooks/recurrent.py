@@ -20,13 +20,25 @@ from mambalens.hooks.calls import bound, cache_among
 from mambalens.hooks.edges import Arrivals, Weakened
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Paths
-from mambalens.hooks.masks import Cut, blocked_entries, changed_positions, in_patterns, kept_taps, on, patterns
+from mambalens.hooks.masks import (
+    Cut,
+    blocked_entries,
+    changed_positions,
+    in_patterns,
+    kept_taps,
+    on,
+    patterns,
+    replaced_taps,
+)
 from mambalens.hooks.mixer import Captured, Pass, replace_forward, weights_at_hand
-from mambalens.hooks.recurrence import Projected, Recurrence
+from mambalens.hooks.recurrence import Instead, Projected, Recurrence
 from mambalens.hooks.recurrent_edges import RecurrentArrivals, without_padding
 from mambalens.hooks.recurrent_replay import Kept, keep, resume
+from mambalens.hooks.recurrent_summands import of_recurrence
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
+from mambalens.hooks.values import Written
 
 EXPLICIT = 2**24
 """Numbers of effective attention that the explicit form of a scan under many different cuts makes at a time."""
@@ -54,7 +66,9 @@ class RecurrentMixer(Recurrence):
     ) -> tuple[Any, Projected]:
         """Inputs of the recurrence under the cuts of the convolution's taps, and the projection they come from."""
         projected = self.project(without_padding(hidden, padding) if self.masks_input else hidden)
-        convolved = self.activate(self.convolve(projected.inner, kept_taps(on(Paths.CONV, cuts), self.kernel)))
+        taps = on(Paths.CONV, cuts)
+        others = [Instead(*other) for other in replaced_taps(taps, self.kernel)]
+        convolved = self.activate(self.convolve(projected.inner, kept_taps(taps, self.kernel), instead=others))
         if self.masks_convolved:
             convolved = without_padding(convolved, padding)
         return self.scan_inputs(convolved, projected.beside), projected
@@ -96,7 +110,8 @@ class RecurrentMixer(Recurrence):
 
         One more scan for every different way in which targets are cut. Where these are many, as edges may be, the
         entries of effective attention themselves are set to zero instead: it costs what half as many scans as there
-        are positions do. (Not where erasures are cut: every way of doing so has an effective attention of its own.)
+        are positions do. (Not where erasures are cut: every way of doing so has an effective attention of its own. Nor
+        where something stands in the place of what is cut.)
 
         Args:
             inputs: inputs of the scan.
@@ -114,7 +129,7 @@ class RecurrentMixer(Recurrence):
         found = patterns(written)
         if explicit is None:
             explicit = 2 * len(found) > inputs.x.shape[1]
-        if explicit and not on(Paths.ERASE, written):
+        if explicit and not on(Paths.ERASE, written) and all(cut.instead is None for cut in written):
             return self._explicit(inputs, blocked_entries(written)), state
         for where, kept in in_patterns(written, found):
             masked, _ = self.scan(inputs.cut(*kept))
@@ -174,6 +189,14 @@ class RecurrentMixer(Recurrence):
                 "The cache was filled, reordered or cropped outside this knockout, so targets among generated tokens "
                 "cannot be computed: run the prompt inside the block and generate greedily or by sampling."
             )
+
+    def written(self, call: Captured) -> Written:
+        hidden, padding = self.told(call.arguments(self.module))
+        with weights_at_hand(self.module):
+            inputs, projected = self.inputs(hidden, padding, ())
+        return Written(
+            inputs.x if Paths.MAIN in self.paths else None, projected.inner if Paths.CONV in self.paths else None
+        )
 
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         hidden, padding = self.told(call.arguments(self.module))
@@ -253,6 +276,13 @@ class RecurrentMixer(Recurrence):
             yield found
         finally:
             restore()
+
+    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+        hidden, padding = self.told(call.arguments(self.module))
+        with weights_at_hand(self.module):
+            with torch.no_grad():
+                inputs, projected = self.inputs(hidden, padding, ())
+            return of_recurrence(self, inputs, projected, hidden.dtype, at, direction)
 
     def parity(self, call: Captured) -> float:
         hidden, padding = self.told(call.arguments(self.module))

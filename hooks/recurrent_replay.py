@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import by_feature
-from mambalens.hooks.recurrence import Inputs, Recurrence, States, side_by_side
+from mambalens.hooks.recurrence import Inputs, Instead, Recurrence, States, side_by_side
 from mambalens.hooks.resume import Base, Rows
 
 
@@ -49,7 +49,12 @@ def keep(
     beside = None if beside is None else _spread(beside[:, :count], base.tokens, batch, time)
     inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
     # What is replayed leaves the states alone; nobody reads what it reads here.
-    y, states = mixer.scan_and_states(inputs.frozen(base.before[:, :time]), base.sources[..., :time])
+    before, sources = base.before[:, :time], base.sources[..., :time]
+    if base.instead is None or base.instead.main is None:
+        y, states = mixer.scan_and_states(inputs.frozen(before), sources)
+    else:
+        frozen = inputs.frozen(before)
+        y, states = mixer.scan(frozen)[0], mixer.replaced_states(frozen, before, sources, base.instead.main[:, :time])
     past = mixer.kernel - 1
     at = base.first[:, None] + torch.arange(past, device=base.first.device)  # columns of the padded input
     window = F.pad(inner, (0, 0, past, 0))
@@ -66,7 +71,8 @@ def resume(
     projected = mixer.project(hidden)
     inner = side_by_side(projected.inner, len(rows))
     keep = kept_taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else None
-    convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None]))
+    others = [] if keep is None else _other_inputs(base, keep, mixer.kernel)
+    convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None], others))
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
     inputs = mixer.scan_inputs(convolved, projected.beside)
     y = _cut_rows(mixer, inputs.by_row(len(rows)), kept, base, rows)  # [B, R, L, F, P]
@@ -79,6 +85,9 @@ def _cut_rows(
 ) -> Float[Tensor, "batch row time feature width"]:
     """What rows read: each target set does without what its source set writes, or erases."""
     pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
+    instead = None  # [B, 1, L, F, P]
+    if base.instead is not None and base.instead.main is not None:
+        instead = base.own_columns(base.instead.main)[:, None]
 
     def without(
         inputs: Inputs, written: Int[Tensor, " some"], erased: Int[Tensor, " some"]
@@ -91,7 +100,8 @@ def _cut_rows(
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
-        return mixer.resume_scan(inputs.cut(*cut), states, state)
+        values, erasures = cut
+        return mixer.resume_scan(inputs.cut(values, erasures, instead), states, state)
 
     written, erased, _ = pairs[0]
     some = (written > 0) | (erased > 0)  # set 0 only fills up
@@ -121,6 +131,18 @@ def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Bool[Tensor, 
         cut = cut.transpose(0, 1)
         keep.append(~by_feature(cut, None if rows.features is None else rows.features[None, :, None]))
     return keep
+
+
+def _other_inputs(base: Base, keep: list[Bool[Tensor, "batch cut length feature"]], kernel: int) -> list[Instead]:
+    """What the convolution of rows reads where taps are cut; nothing where nothing stands there."""
+    if base.instead is None or base.instead.conv is None:
+        return []
+    inner, past = base.instead.conv, kernel - 1
+    columns = base.columns[:, :1] + torch.arange(-past, base.length, device=inner.device)  # from before the first
+    prompts = torch.arange(len(inner), device=inner.device)[:, None]
+    found = inner[prompts, columns.clamp_min(0)] * (columns >= 0)[..., None]
+    found = found[:, None].expand(-1, keep[0].shape[1], -1, -1)  # [B, R, past + L, C]
+    return [Instead([~taps for taps in keep], found[:, :, past:], found[:, :, :past])]
 
 
 def _spread(

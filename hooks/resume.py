@@ -14,10 +14,11 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
+from mambalens.hooks.values import Written
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Base:
     """Which of the replayed positions are targets, target set by target set."""
     sources: Bool[Tensor, "sourceset batch time"]
     """Source sets; set 0 is empty."""
+    instead: Written | None = None
+    """What one mixer's rows read in the place of what source sets hand on [batch, T, ...]; None for nothing."""
 
     @property
     def length(self) -> int:
@@ -81,15 +84,25 @@ class Base:
         picked = value[torch.arange(len(columns), device=value.device)[:, None], columns]  # [B, L, ...]
         return picked[:, None].expand(-1, cuts, *picked.shape[1:]).flatten(1, 2)
 
-    def only(self, sources: Sequence[int], targets: Sequence[int]) -> Base:
-        """The same with some of its source sets and target sets, numbered in this order."""
-        return Base(self.first, self.targets[list(targets)], self.sources[list(sources)])
+    def own_columns(self, values: Shaped[Tensor, "batch time *rest"]) -> Shaped[Tensor, "batch length *rest"]:
+        """What belongs to positions, of those that are replayed."""
+        return values[torch.arange(len(values), device=values.device)[:, None], self.columns]
+
+    def only(self, sources: Sequence[int], targets: Sequence[int], instead: Written | None = None) -> Base:
+        """The same with some of its source sets and target sets, numbered in this order, for one mixer.
+
+        Args:
+            sources, targets: their numbers.
+            instead: what the mixer's rows read in the place of what sources hand on.
+        """
+        return Base(self.first, self.targets[list(targets)], self.sources[list(sources)], instead)
 
     def to(self, device: torch.device) -> Base:
         """The same on a device."""
         if device == self.first.device:
             return self
-        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device))
+        instead = None if self.instead is None else self.instead.each(lambda part: part.to(device))
+        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device), instead)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from mambalens.hooks.mixer import weights_at_hand
 from mambalens.hooks.recurrence import Index, State, States, side_by_side
 from mambalens.hooks.recurrent import RecurrentMixer
 from mambalens.hooks.token_mixing import Decay
+from mambalens.hooks.values import kept_values
 
 
 class ScanInputs(NamedTuple):
@@ -37,10 +38,17 @@ class ScanInputs(NamedTuple):
     C: Float[Tensor, "*batch time group state"]
 
     def cut(
-        self, values: Bool[Tensor, "*#batch time #feature"] | None, erasures: Bool[Tensor, " ..."] | None
+        self,
+        values: Bool[Tensor, "*#batch time #feature"] | None,
+        erasures: Bool[Tensor, " ..."] | None,
+        instead: Float[Tensor, "*#batch time feature width"] | None = None,
     ) -> ScanInputs:
         """The same with these values; nothing is removed from a scan's state."""
-        return self if values is None else self._replace(x=self.x * values[..., None])
+        return self if values is None else self._replace(x=kept_values(self.x, values, instead))
+
+    def with_values(self, x: Float[Tensor, "*batch time feature width"]) -> ScanInputs:
+        """The same with other values."""
+        return self._replace(x=x)
 
     def frozen(self, moving: Bool[Tensor, "batch time"]) -> ScanInputs:
         """The same with positions outside `moving` leaving the state: a step size of 0 neither decays nor writes."""

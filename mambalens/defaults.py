@@ -18,6 +18,9 @@ FEATURES = (GROUP,)
 PATH: Literal["main"] = "main"
 """Path that is cut."""
 PATHS = (PATH,)
+ABLATIONS = ("zero", "mean", "resample")
+"""What stands in the place of a source that is cut: nothing, its mean over facts, or another prompt's value."""
+ABLATION = ABLATIONS[0]
 FACTS = "atlas"
 """Facts of the command line."""
 DTYPE = "auto"

@@ -20,7 +20,7 @@ from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
 from mambalens.model import LoadedModel
-from mambalens.result import CausalFeatures, Flow, SweepResult
+from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -176,13 +176,25 @@ class Lens(LoadedModel):
         features: Features = defaults.GROUP,
         path: KnockoutPath = defaults.PATH,
         mixers: str | None = None,
+        ablation: str = defaults.ABLATION,
+        other: Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> Iterator[Knockout]:
         """Block what a role of this fact's prompt hands to another while the block runs; see `HookManager.knockout`.
 
         Args:
             fact: the fact that `predict` is asked about inside the block.
             source, target: roles (see `roles.ROLES`).
+            layers, features, path, mixers: as there.
+            ablation: what stands in the source's place: 'zero' (nothing), 'mean' (the mean over the facts `over`, by
+                piece of the prompt: `facts.pieces`) or 'resample' (what stands at the aligned position of `other`).
+            other: the fact whose values are put in.
+            over: the facts whose mean is put in.
+            keys: put in keys of attention too, not values alone.
         """
+        from mambalens.sweep.ablation import Asked, values_for
+
         prompt = self.prompt(fact)
         if not prompt.spans:
             raise MambalensError(f"The subject {fact.subject!r} is not in the prompt {fact.prompt!r}.")
@@ -192,7 +204,9 @@ class Lens(LoadedModel):
             if not found:
                 raise MambalensError(f"The role {role!r} is empty in the prompt {fact.prompt!r}.")
             positions[role] = found
-        with self.hooks.knockout(positions[source], targets, layers, features, path, mixers) as knockout:
+        instead = values_for(self, prompt, Asked.of(ablation, over, other, keys))
+        chosen = Knockout(positions[source], targets, layers, features, path, mixers, instead=instead)
+        with self.hooks.apply(chosen) as knockout:
             yield knockout
 
     @contextmanager
@@ -282,6 +296,9 @@ class Lens(LoadedModel):
         mixers: str | None = None,
         block_size: int = defaults.BLOCK,
         measure: str | Measure | None = None,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -303,16 +320,23 @@ class Lens(LoadedModel):
             measure: 'log_odds', 'log_prob', 'logit' or 'prob' of the target, or a function of logits
                 [batch, vocabulary] and targets [batch] that gives a number for every prompt: two more columns,
                 base_measure and measure.
+            ablation: what stands in the sources' place: 'zero' (nothing), 'mean' (the mean over facts, by piece of the
+                prompt: `facts.pieces`) or 'resample' (another fact's value, at the aligned position).
+            other: for 'resample', pairs of facts (`Facts.pairs`), or one fact for all; by default `facts.pairs()`. A
+                fact without a partner is left out, with the reason.
+            over: for 'mean', the facts that are averaged over; by default those that are swept.
 
         Raises:
             MambalensError: for a window larger than the model, an unknown role, group, path or measure, or no usable
                 fact.
         """
+        from mambalens.sweep.ablation import Asked
         from mambalens.sweep.plan import Plan
         from mambalens.sweep.run import run
 
-        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure)
-        found = run(self, as_facts(facts), plan, batch_size, progress, memory, out=out, block_size=block_size)
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure, ablation)
+        asked = Asked.of(ablation, over, other)
+        found = run(self, as_facts(facts), plan, batch_size, progress, memory, True, out, block_size, asked)
         return SweepResult.of(found)
 
     def heatmap(
@@ -324,11 +348,18 @@ class Lens(LoadedModel):
         path: str = defaults.PATH,
         memory: int | str | None = None,
         mixers: str | None = None,
+        ablation: str = defaults.ABLATION,
+        other: Fact | None = None,
+        over: FactLike | None = None,
     ) -> Figure:
-        """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps)."""
+        """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps).
+
+        What stands in the source's place is said as in `knockout`.
+        """
         result = self.sweep(
-            [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers
-        )
+            [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers,
+            ablation=ablation, other=other, over=over,
+        )  # fmt: skip
         return result.heatmap(result.facts.fact_id[0])
 
     def flow(
@@ -385,6 +416,67 @@ class Lens(LoadedModel):
         flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed)
         found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
         return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
+
+    def logits_by_layer(
+        self, facts: FactLike, k: int = 5, batch_size: int | None = None, progress: bool = False
+    ) -> LogitLens:
+        """The logit lens: what the model's own code behind its layers makes of the residual stream of every layer.
+
+        Args:
+            facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.
+            k: how many of the most probable tokens are listed.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            A table of layers (0: the embeddings) and positions, with means over facts and a figure; see
+            `interventions.lens_data.LogitLensData`.
+
+        Raises:
+            MambalensError: for a k that is out of range, or no usable fact.
+        """
+        from mambalens.interventions.logit_lens import logits_by_layer
+
+        return LogitLens.of(logits_by_layer(self, as_facts(facts), k, batch_size, progress))
+
+    def contributions(
+        self,
+        facts: FactLike,
+        measure: str | Measure = defaults.MEASURE,
+        against: str | Sequence[str] | None = None,
+        features: bool = False,
+        batch_size: int | None = None,
+        progress: bool = False,
+    ) -> Contributions:
+        """What every part of the model adds to the answer's score at the last position; it adds up exactly.
+
+        The score is split into the embedding, each layer's mixer by source position and path, each MLP, and biases.
+        Contributions are direct effects, with the scale of the final norm held fixed: what a later layer makes of an
+        earlier one's output is the later one's contribution. See `interventions.contributions` for the equations.
+
+        Sources of a scan are positions of what it reads: behind a convolution, these have seen a few tokens before.
+
+        Args:
+            facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.
+            measure: 'log_odds' (nats), 'log_prob', 'logit' or 'prob' of the answer, or a function of logits [batch,
+                vocabulary] and targets [batch] that can be differentiated. 'logit_difference': the answer's logit above
+                the mean of all, or above that of another answer.
+            against: another answer, for 'logit_difference': one, or one for each fact.
+            features: split mixers by channel or head too.
+            batch_size: prompts a batch.
+            progress: show a progress bar.
+
+        Returns:
+            A table, sums, means over facts and a figure; see `interventions.contribution_data.ContributionData`.
+
+        Raises:
+            MambalensError: for an unknown measure, no usable fact, inside a knockout, or where a layer is not linear in
+                what is added up.
+        """
+        from mambalens.interventions.contributions import contributions
+
+        found = contributions(self, as_facts(facts), measure, against, features, batch_size, progress)
+        return Contributions.of(found)
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

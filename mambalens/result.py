@@ -10,6 +10,8 @@ from mambalens.features.causal import CausalData
 from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
+from mambalens.interventions.contribution_data import ContributionData
+from mambalens.interventions.lens_data import LogitLensData
 from mambalens.runs.data import SweepData
 from mambalens.runs.table import GROUP
 
@@ -33,7 +35,7 @@ class SweepResult(SweepData):
         roles = self.roles()
         worst = roles.dearest()
         rows = worst.head(SHOWN_WINDOWS).to_dict("records")
-        varying = [name for name in ("model", "target", "features", "path", "window_size")
+        varying = [name for name in ("model", "target", "features", "path", "ablation", "window_size")
                    if self.table[name].nunique() > 1]  # fmt: skip
         return render(
             "result.html", result=self, rows=rows, varying=varying, left=len(worst) - len(rows),
@@ -59,7 +61,8 @@ class SweepResult(SweepData):
         Args:
             fact_id: the fact.
             metric: a column of `METRICS`, or 'measure' where the sweep has one.
-            where: which part, where the sweep has several: `model=`, `features=`, `path=`, `window_size=`.
+            where: which part, where the sweep has several: `model=`, `features=`, `path=`, `ablation=`,
+                `window_size=`.
 
         Raises:
             MambalensError: if the sweep has no such fact, no single tokens as sources, or several grids of them.
@@ -120,6 +123,36 @@ class CausalFeatures(CausalData):
         from mambalens.figures import causal_scatter
 
         return causal_scatter(self, by)
+
+
+class Contributions(ContributionData):
+    """What every part of a model adds to answers; its tables are those of `interventions.contribution_data`."""
+
+    @classmethod
+    def of(cls, data: ContributionData) -> Self:
+        """The same with a face."""
+        return cls(data.table, data.scores, data.skipped, data.prompts, data.measure, data.n_layers)
+
+    def plot(self, fact_id: str | None = None, **options: Any) -> Figure:
+        """Parts by layer, and mixers by source: of one fact, or means over several; see `figures.contributions`."""
+        from mambalens.figures import contributions
+
+        return contributions(self, fact_id, **options)
+
+
+class LogitLens(LogitLensData):
+    """What a model would answer behind every layer; its tables are those of `interventions.lens_data`."""
+
+    @classmethod
+    def of(cls, data: LogitLensData) -> Self:
+        """The same with a face."""
+        return cls(data.table, data.skipped, data.prompts, data.answers, data.n_layers)
+
+    def plot(self, fact_id: str | None = None, metric: str = "log_odds", **options: Any) -> Figure:
+        """A heatmap of layers and positions of one fact, or of pieces for several; see `figures.logit_lens`."""
+        from mambalens.figures import logit_lens
+
+        return logit_lens(self, fact_id, metric, **options)
 
 
 class Flow(FlowVerbs):

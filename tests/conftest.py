@@ -26,6 +26,9 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
+                    "interventions.contributions",
+                    "interventions.logit_lens",
+                    "interventions.ray",
                     "measures",
                     *FLOW,
                     "sweep.replay",

@@ -1,6 +1,9 @@
 """The slow, obvious twins: T x T attention with entries set to zero, plain loops, -inf scores.
 
 Nothing here uses the package. `blocked` masks are [batch, target, source, feature].
+
+What is blocked may be replaced: `instead` lists entries on the main path and of the convolution, as masks like these that
+do not meet, and the values [batch, T, features, width] and inputs of the convolution [batch, T, channels] read there.
 """
 
 from __future__ import annotations
@@ -17,23 +20,38 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+Instead = list[tuple[Tensor, Tensor, Tensor | None, Tensor | None]]
 
-def convolution(inner: Tensor, weight: Tensor, bias: Tensor | None, blocked: Tensor) -> Tensor:
-    """sum_k w[K-1-k] inner[t-k] + bias tap by tap; `blocked` [B, T, S, channels]."""
+
+def convolution(
+    inner: Tensor, weight: Tensor, bias: Tensor | None, blocked: Tensor, instead: list[tuple[Tensor, Tensor]] = ()
+) -> Tensor:
+    """sum_k w[K-1-k] inner[t-k] + bias tap by tap; `blocked` [B, T, S, channels], and so what reads other inputs."""
     out = torch.zeros_like(inner)
     kernel = weight.shape[1]
     for t in range(inner.shape[1]):
         for k in range(min(kernel, t + 1)):
             tap = weight[:, kernel - 1 - k] * inner[:, t - k]
             out[:, t] += torch.where(blocked[:, t, t - k], torch.zeros_like(tap), tap)
+            for entries, others in instead:
+                out[:, t] += weight[:, kernel - 1 - k] * others[:, t - k] * entries[:, t, t - k]
     return out if bias is None else out + bias
 
 
-def mamba1_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+def of_taps(instead: Instead, head: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    """What the convolution reads instead; of one head, for all channels."""
+    return [
+        (taps if head is None else taps[..., head, None], inner) for _, taps, _, inner in instead if inner is not None
+    ]
+
+
+def mamba1_scan(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, instead: Instead = ()
+) -> Tensor:
     """MambaMixer's scan with skip by explicit alpha[t, s, d] [batch, T, channels]."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
     inner, _ = m.in_proj(hidden * pad).chunk(2, -1)
-    x = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * pad
+    x = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv, of_taps(instead))) * pad
     dt, B, C = m.x_proj(x).split([m.time_step_rank, m.ssm_state_size, m.ssm_state_size], -1)
     if hasattr(m, "dt_layernorm"):
         dt, B, C = m.dt_layernorm(dt), m.b_layernorm(B), m.c_layernorm(C)
@@ -45,15 +63,17 @@ def mamba1_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, co
         for s in range(t + 1):
             decay = torch.exp(A * dt[:, s + 1 : t + 1].sum(1)[..., None])  # [B, D, N]
             alpha[:, t, s] = (C[:, t, None] * decay * B[:, s, None]).sum(-1) * dt[:, s]
-    alpha = alpha.masked_fill(main, 0)
-    return torch.einsum("btsd,bsd->btd", alpha, x) + m.D * x
+    y = torch.einsum("btsd,bsd->btd", alpha.masked_fill(main, 0), x)
+    for entries, _, values, _ in instead:
+        y = y + torch.einsum("btsd,bsd->btd", alpha * entries, values[..., 0])
+    return y + m.D * x
 
 
-def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+def mamba1(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, instead: Instead = ()) -> Tensor:
     """MambaMixer's output."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
     gate = m.in_proj(hidden * pad).chunk(2, -1)[1]
-    return m.out_proj(mamba1_scan(m, hidden, padding, main, conv) * F.silu(gate))
+    return m.out_proj(mamba1_scan(m, hidden, padding, main, conv, instead) * F.silu(gate))
 
 
 def _mamba2_projection(m: Any, hidden: Tensor) -> tuple[Tensor, ...]:
@@ -61,7 +81,9 @@ def _mamba2_projection(m: Any, hidden: Tensor) -> tuple[Tensor, ...]:
     return projected.split([m.intermediate_size, m.conv_dim, m.num_heads], -1)
 
 
-def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+def mamba2_scan(
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, instead: Instead = ()
+) -> Tensor:
     """Mamba2Mixer's scan with skip by explicit alpha[t, s, head], one head after the other."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
     _, inner, dt = _mamba2_projection(m, hidden * pad)
@@ -70,7 +92,7 @@ def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, co
     heads = []
     for h in range(m.num_heads):
         cut = conv[..., h, None].expand(-1, -1, -1, m.conv_dim)  # this head's own view of x, B and C
-        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut)) * pad
+        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut, of_taps(instead, h))) * pad
         x, B, C = u.split([m.intermediate_size, m.n_groups * m.ssm_state_size, m.n_groups * m.ssm_state_size], -1)
         group = slice((h * m.n_groups // m.num_heads) * m.ssm_state_size, None)
         B, C = (v[..., group][..., : m.ssm_state_size] for v in (B, C))
@@ -80,15 +102,18 @@ def mamba2_scan(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, co
             for s in range(t + 1):
                 decay = torch.exp(-torch.exp(m.A_log[h]) * dt[:, s + 1 : t + 1, h].sum(1))
                 alpha[:, t, s] = (C[:, t] * B[:, s]).sum(-1) * decay * dt[:, s, h]
-        heads.append(alpha.masked_fill(main[..., h], 0) @ x + m.D[h] * x)
+        y = alpha.masked_fill(main[..., h], 0) @ x
+        for entries, _, values, _ in instead:
+            y = y + (alpha * entries[..., h]) @ values[:, :, h]
+        heads.append(y + m.D[h] * x)
     return torch.cat(heads, -1)
 
 
-def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor) -> Tensor:
+def mamba2(m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, instead: Instead = ()) -> Tensor:
     """Mamba2Mixer's output."""
     pad = 1.0 if padding is None else padding[..., None].to(hidden.dtype)
     gate, _, _ = _mamba2_projection(m, hidden * pad)
-    y = mamba2_scan(m, hidden, padding, main, conv)
+    y = mamba2_scan(m, hidden, padding, main, conv, instead)
     if type(m).__name__ != "Mamba2Mixer" and not isinstance(m.norm, torch.nn.Identity):
         return m.out_proj(m.norm(y, gate))
     y = y * F.silu(gate)
@@ -121,7 +146,7 @@ def delta_projection(m: Any, hidden: Tensor) -> tuple[Tensor, ...]:
 
 
 def delta(
-    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor, instead: Instead = ()
 ) -> tuple[Tensor, Tensor]:
     """A delta rule, target by target: the state from the start, matrix by matrix (Yang et al. 2024, eq. 10).
 
@@ -138,7 +163,7 @@ def delta(
     y = hidden.new_zeros(batch, time, heads, width)
     for h in range(heads):
         cut = conv[..., h, None].expand(-1, -1, -1, inner.shape[-1])  # this head's own view of q, k and v
-        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut))
+        u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, cut, of_taps(instead, h)))
         own = h * groups // heads * size
         q_h, k_h = (u[..., at : at + size] for at in (own, groups * size + own))
         q_h, k_h = (t / torch.sqrt(t.square().sum(-1, keepdim=True) + 1e-6) for t in (q_h, k_h))
@@ -151,6 +176,9 @@ def delta(
                 S = S - erased * k_h[:, s, :, None] * (k_h[:, s, :, None] * S).sum(1, keepdim=True)
                 written = beta[:, s, h].masked_fill(main[:, t, s, h], 0)[:, None, None]
                 S = S + written * k_h[:, s, :, None] * v_h[:, s, None, :]
+                for entries, _, values, _ in instead:
+                    written = (beta[:, s, h] * entries[:, t, s, h])[:, None, None]
+                    S = S + written * k_h[:, s, :, None] * values[:, s, h, None, :]
             y[:, t, h] = (S * q_h[:, t, :, None]).sum(1) / size**0.5
     norm, out = (m.o_norm, m.o_proj) if hasattr(m, "o_norm") else (m.norm, m.out_proj)
     return y.flatten(2), out(norm(y, gate.view_as(y)).flatten(2))
@@ -159,13 +187,25 @@ def delta(
 SCANS = {"mamba1": mamba1_scan, "mamba2": mamba2_scan}
 MIXERS = {"mamba1": mamba1, "mamba2": mamba2}
 _blocked: dict[int, Tensor] = {}
+_instead: dict[int, list[tuple[Tensor, Tensor, Tensor | None]]] = {}
+"""For every attention layer: entries, and the values and keys [batch, T, groups, width] that are read there."""
 
 
 def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float = 0.0,
                **_: Any) -> tuple[Tensor, None]:  # fmt: skip
     repeats = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
-    scores = query @ key.transpose(2, 3) * (scaling or query.shape[-1] ** -0.5)
+    scaling = scaling or query.shape[-1] ** -0.5
+    scores = query @ key.transpose(2, 3) * scaling
+    others = [
+        (
+            entries.permute(0, 3, 1, 2),
+            *(t if t is None else t.repeat_interleave(repeats, 2).transpose(1, 2) for t in t2),
+        )
+        for entries, *t2 in _instead.get(module.layer_idx, [])
+    ]
+    for entries, _, other in others:
+        scores = scores if other is None else torch.where(entries, query @ other.transpose(2, 3) * scaling, scores)
     if attention_mask is not None:
         scores = scores + attention_mask
     if module.layer_idx in _blocked:
@@ -175,7 +215,11 @@ def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention
     # A target whose every allowed source is blocked has nothing to read: zeros.
     weights = weights.nan_to_num(0.0)
     lost = (scores < torch.finfo(scores.dtype).min / 4).all(-1, keepdim=True)
-    return (weights.masked_fill(lost & torch.isinf(scores).any(-1, keepdim=True), 0.0) @ value).transpose(1, 2), None
+    weights = weights.masked_fill(lost & torch.isinf(scores).any(-1, keepdim=True), 0.0)
+    read = weights @ value
+    for entries, other, _ in others:
+        read = read + (weights * entries) @ other - (weights * entries) @ value
+    return read.transpose(1, 2), None
 
 
 AttentionInterface.register("explicit", _attention)
@@ -183,17 +227,25 @@ AttentionMaskInterface.register("explicit", eager_mask)
 
 
 @contextmanager
-def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[int, Tensor]) -> Iterator[None]:
-    """While the block runs, every mixer of the model computes the explicit form with the entries blocked."""
+def explicit_model(
+    model: Any, name: str, main: dict[int, Tensor], conv: dict[int, Tensor], instead: dict[int, Any] | None = None
+) -> Iterator[None]:
+    """While the block runs, every mixer of the model computes the explicit form with the entries blocked.
+
+    `instead` has what is read in their place, by layer: an `Instead`, or in attention what `_instead` says.
+    """
+    instead = instead or {}
     if name not in MIXERS:
         before = model.config._attn_implementation
         model.config._attn_implementation = "explicit"
         _blocked.update(main)
+        _instead.update(instead)
         try:
             yield
         finally:
             model.config._attn_implementation = before
             _blocked.clear()
+            _instead.clear()
         return
     handles = []
     for layer, block in enumerate(model.backbone.layers):
@@ -203,7 +255,8 @@ def explicit_model(model: Any, name: str, main: dict[int, Tensor], conv: dict[in
             hidden = args[0] if args else kwargs["hidden_states"]
             none = torch.zeros(*hidden.shape[:2], hidden.shape[1], features, dtype=torch.bool)
             taps = conv.get(layer, none)
-            return MIXERS[name](m, hidden, kwargs.get("attention_mask"), main.get(layer, none), taps)
+            others = instead.get(layer, ())
+            return MIXERS[name](m, hidden, kwargs.get("attention_mask"), main.get(layer, none), taps, others)
 
         handles.append(block.mixer.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -312,16 +365,16 @@ def _tokens(hidden: Tensor, padding: Tensor | None) -> Tensor:
 
 
 def shortconv(
-    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor, instead: Instead = ()
 ) -> tuple[Tensor, Tensor]:
     """LFM2's gated short convolution: y = C * conv(B * x) (LFM2 technical report); its bias is no position's."""
     B, C, x = m.in_proj(hidden * _tokens(hidden, padding)).chunk(3, -1)
-    y = convolution(B * x, m.conv.weight[:, 0], None, conv)
+    y = convolution(B * x, m.conv.weight[:, 0], None, conv, of_taps(instead))
     return y, m.out_proj(C * (y if m.conv.bias is None else y + m.conv.bias))
 
 
 def lightning(
-    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor, instead: Instead = ()
 ) -> tuple[Tensor, Tensor]:
     """MiniMax's lightning attention (arXiv:2501.08313, section 2.2), head by head, every target from the beginning."""
     qkv = m.act_fn(m.qkv_proj(hidden)) * _tokens(hidden, padding)
@@ -334,6 +387,8 @@ def lightning(
             S = hidden.new_zeros(len(hidden), width, width)
             for s in range(t + 1):
                 S = decay * S + (k[:, s, :, None] * v[:, s, None]).masked_fill(main[:, t, s, h, None, None], 0.0)
+                for entries, _, values, _ in instead:
+                    S = S + k[:, s, :, None] * values[:, s, h, None] * entries[:, t, s, h, None, None]
             y[:, t] = (S * q[:, t, :, None]).sum(1)
         heads.append(y)
     y = torch.cat(heads, -1)
@@ -343,7 +398,7 @@ def lightning(
 
 def rglru(
     m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor,
-    begins: Tensor | None = None,
+    begins: Tensor | None = None, instead: Instead = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Griffin's recurrent block (arXiv:2402.19427, eq. 1 to 4), every target from the beginning; padding is heeded nowhere.
 
@@ -351,7 +406,7 @@ def rglru(
     input not normalised.
     """
     lru, (batch, time) = m.rg_lru, hidden.shape[:2]
-    u = convolution(m.linear_x(hidden), m.conv_1d.weight[:, 0], m.conv_1d.bias, conv)
+    u = convolution(m.linear_x(hidden), m.conv_1d.weight[:, 0], m.conv_1d.bias, conv, of_taps(instead))
     width = lru.input_gate_weight.shape[1]
 
     def gate(weight: Tensor, bias: Tensor) -> Tensor:
@@ -369,18 +424,20 @@ def rglru(
         h = torch.zeros_like(u[:, 0])
         for s in range(t + 1):
             h = torch.where(first[:, s], 0.0, a[:, s] * h) + x[:, s].masked_fill(main[:, t, s], 0.0)
+            for entries, _, values, _ in instead:
+                h = h + values[:, s, :, 0] * entries[:, t, s]
         y[:, t] = h
     return y, m.linear_out(y * m.act_fn(m.linear_y(hidden)))
 
 
 def zamba(
-    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor
+    m: Any, hidden: Tensor, padding: Tensor | None, main: Tensor, conv: Tensor, erase: Tensor, instead: Instead = ()
 ) -> tuple[Tensor, Tensor]:
     """Zamba's heads, each a Mamba-1 (arXiv:2312.00752, algorithm 2) of its own, every target from the beginning."""
     tokens = _tokens(hidden, padding)
     projected = m.in_proj(hidden * tokens)
     inner, gate = projected[..., 0::2], projected[..., 1::2]
-    u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv)) * tokens
+    u = F.silu(convolution(inner, m.conv1d.weight[:, 0], m.conv1d.bias, conv, of_taps(instead))) * tokens
     width, heads = m.mamba_head_dim, []
     for n in range(m.n_mamba_heads):
         own = slice(n * width, (n + 1) * width)
@@ -394,6 +451,9 @@ def zamba(
             for s in range(t + 1):
                 written = (dt[:, s] * x[:, s])[..., None] * B[:, s, None]
                 h = torch.exp(dt[:, s, :, None] * A) * h + written.masked_fill(main[:, t, s, own, None], 0.0)
+                for entries, _, values, _ in instead:
+                    replaced = (dt[:, s] * values[:, s, own, 0])[..., None] * B[:, s, None]
+                    h = h + replaced * entries[:, t, s, own, None]
             y[:, t] = (h * C[:, t, None]).sum(-1) + m.D[n] * x[:, t]
         heads.append(y)
     y = torch.cat(heads, -1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mambalens.hooks import HookManager
+from mambalens.hooks import HookManager, Values
 from mambalens.hooks.knockout import Features, Path
 from mambalens.sweep.replay import UNCUT, Replay, Row
 
@@ -24,7 +24,7 @@ class Replayed(NamedTuple):
 
 def replayed(
     hooks: HookManager, ids: Tensor, last: Tensor, sources: Tensor, targets: Tensor, knockouts: Iterable[Replayed],
-    memory: int = 2**30,
+    memory: int = 2**30, instead: Values | None = None,
 ) -> dict[int, Tensor]:  # fmt: skip
     """Logits behind the last tokens by number: 0 cuts nothing, then one for every knockout [batch, vocabulary].
 
@@ -36,10 +36,12 @@ def replayed(
         targets: [batch, T].
         knockouts: what to replay.
         memory: bytes to plan with.
+        instead: what stands in the place of what is cut.
     """
     cuts = [UNCUT]
     for source, layers, features, path, mixers in knockouts:
-        cuts.append(Row(hooks.resolve(layers, features, path, mixers), ((source + 1, 0),)))
-    found = dict(Replay(hooks, ids, last, sources, targets, memory).logits(cuts))
+        cutting = hooks.resolve(layers, features, path, mixers)
+        cuts.append(Row(cutting if instead is None else cutting.replacing(), ((source + 1, 0),)))
+    found = dict(Replay(hooks, ids, last, sources, targets, memory, instead).logits(cuts))
     assert sorted(found) == list(range(len(cuts)))
     return found

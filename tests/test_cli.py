@@ -16,8 +16,8 @@ from mambalens.cli.app import app
 from mambalens.data import checkpoints
 
 MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
-VERBS = ("sweep", "flow", "evaluate", "heatmap", "features", "attention", "diagnose", "steer", "plot", "report", "reproduce",
-         "models", "facts")  # fmt: skip
+VERBS = ("sweep", "flow", "evaluate", "heatmap", "features", "attention", "logits", "contributions", "diagnose", "steer",
+         "plot", "report", "reproduce", "models", "facts")  # fmt: skip
 
 
 def run(*arguments: str) -> str:

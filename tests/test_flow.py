@@ -93,7 +93,7 @@ def test_cuts_of_one_and_many_edges_by_replay_equal_passes_with_hooks(lens: Lens
     exact, answered = ExactCuts(lens, 2**28), []
     with in_double(lens.model):
         answers = exact.scores(batch, cuts, lambda logits, targets: logits, answered.append)
-    assert exact.replays and sum(answered) == sum(map(len, cuts))
+    assert exact.checks.works and sum(answered) == sum(map(len, cuts))
     for i, of_prompt in enumerate(cuts):
         assert len(answers[i]) == len(of_prompt)
         for cut, answer in zip(of_prompt, answers[i], strict=True):
@@ -129,7 +129,7 @@ def test_one_row_of_a_replay_may_lack_a_write_and_another_erasure_for_one_target
     exact = ExactCuts(lens, 2**28)
     with in_double(lens.model):
         (replayed,) = logits_of(exact, batch, [[both]])
-        exact.replays = False
+        exact.checks.works = False
         (hooked,) = logits_of(exact, batch, [[both]])
     assert float((replayed - hooked).abs().max()) < 1e-9 * float(hooked.abs().max())
 
@@ -142,11 +142,11 @@ def test_a_model_that_replay_misses_is_answered_by_hooks(monkeypatch: pytest.Mon
     listed = work.edges(batch.ids.shape[1])
     cuts = [[work.edge(listed, number)] for number in (3, 77)]
     (right,) = logits_of(ExactCuts(lens, 2**28), batch, [cuts])
-    monkeypatch.setattr("mambalens.flow.exact.UNCUT_TOLERANCE", {torch.float32: 0.0})
+    monkeypatch.setattr("mambalens.sweep.checks.MULTIPLE", -1.0)
     exact = ExactCuts(lens, 2**28)
     with pytest.warns(UserWarning, match="without a cut it misses by"):
         (answers,) = logits_of(exact, batch, [cuts])
-    assert not exact.replays and torch.allclose(answers, right, atol=1e-3)
+    assert not exact.checks.found[0].passed and torch.allclose(answers, right, atol=1e-3)
 
 
 def test_every_edge_is_there_once_and_its_row_says_what_it_is(flow: Flow, far: tuple[Lens, Facts]) -> None:

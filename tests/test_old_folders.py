@@ -12,7 +12,7 @@ from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.facts.fact import Answered
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PARTS, digest_of, write_part
-from mambalens.runs.table import COLUMNS, with_position
+from mambalens.runs.table import COLUMNS, with_all_columns
 
 FACTS = load_facts("atlas").where(wording="near").sample(5)
 SOURCES = ("subject", "each")
@@ -55,7 +55,7 @@ def old(new: Path, tmp_path: Path) -> Path:
     (tmp_path / "sweep.json").write_text(json.dumps(about))
     (tmp_path / "facts.parquet").write_bytes((new / "facts.parquet").read_bytes())
     for name in ("00000.parquet", "00001.parquet"):
-        table = pd.read_parquet(new / PARTS / name).drop(columns="position")
+        table = pd.read_parquet(new / PARTS / name).drop(columns=["position", "ablation"])
         skipped = pd.DataFrame(columns=["fact_id", "source", "reason"])
         write_part(tmp_path / PARTS / name, table, skipped, digest_of(definition))
     return tmp_path
@@ -99,7 +99,7 @@ def test_a_configuration_is_the_same_after_json() -> None:
         assert RunConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
     assert list(config.to_json()) == [
         "model", "n_layers", "kinds", "facts", "n_facts", "answered", "sources", "target", "window", "features",
-        "paths", "mixers", "dtype", "measure", "points",
+        "paths", "mixers", "ablation", "dtype", "measure", "points",
     ]  # fmt: skip
     assert config.to_json()["window"] == [[0, 2], [1, 3]]
     assert config["answered"][0]["unusable"] == [["a", "the subject is empty"]]
@@ -115,5 +115,5 @@ def test_positions_are_those_of_single_tokens_and_minus_one_for_roles(old: Path,
 
 
 def test_a_part_without_rows_has_positions_too() -> None:
-    empty = with_position(pd.DataFrame(columns=[name for name in COLUMNS if name != "position"]))
+    empty = with_all_columns(pd.DataFrame(columns=[name for name in COLUMNS if name not in ("position", "ablation")]))
     assert tuple(empty.columns) == COLUMNS and empty.position.dtype == "int64"

@@ -14,6 +14,7 @@ from mambalens.cli import asked
 from mambalens.cli.parser import Verbs, argument, every_setting, option, settings, typed
 from mambalens.cli.settings import SweepSettings
 from mambalens.defaults import (
+    ABLATION,
     DETAILED,
     DETAILS,
     FACTS,
@@ -101,6 +102,7 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
 @option("--routes", help="Routes to find.", kind=int, least=0, show_default="3 for --prompt")
 @option("--source", help="Role at which routes begin.", default=SOURCE)
 @option("--circuit", help="Share that few edges are to keep, e.g. 0.9.", kind=float)
+@option("--ablation", help="What --circuit puts in: zero, mean, resample.", default=ABLATION)
 @settings("batch_size", block_size=FLOW_BLOCK)
 @settings("memory", "dtype", "tokenizer")
 @option("--json", "as_json", help="Print progress and result as JSON lines.", kind=bool)
@@ -259,6 +261,74 @@ def attention(
     figure = lens.attention_map(Fact(prompt, subject, "."), layer, asked.features(features), how, mixers)
     figure.savefig(out, dpi=130)
     click.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
+
+
+@app.command(short_help="Read every layer's own answer: the logit lens.")
+@ONE_MODEL
+@option("--prompt", help="A prompt; text that ends right before the target.")
+@option("--subject", help="Its subject, set in bold.", default="", show_default=False)
+@option("--target", help="Its continuation.")
+@settings("facts", "where", "all_facts", limit=100)
+@option("-k", help="Most probable tokens to list.", kind=int, least=1, default=5)
+@option("--metric", help="log_odds, prob or rank.", default=MEASURE)
+@option("--out", help="Folder for tables and figure.", kind=Path, required=True)
+@settings("batch_size", "dtype", "tokenizer")
+def logits(
+    model: str, prompt: str | None, subject: str, target: str | None, facts: str, where: tuple[str, ...],
+    all_facts: bool, limit: int, k: int, metric: str, out: Path, batch_size: int | None, dtype: str,
+    tokenizer: str | None,
+) -> None:  # fmt: skip
+    """What would the model answer if a layer were its last? At every position of a prompt, or over facts.
+
+    Example: mambalens logits atlas-mamba1 --prompt 'In Peru the capital is' --target Lima --out runs/layers
+    """
+    from mambalens.cli import readings
+    from mambalens.interventions.lens_data import checked_metric
+    from mambalens.runs.folder import writable_folder
+
+    checked_metric(metric)
+    asked_facts = readings.chosen(prompt, subject, target, facts, where)
+    writable_folder(out)
+    lens = asked.lens(model, dtype, tokenizer)
+    chosen = readings.known(
+        lens, asked_facts, prompt is not None, limit, all_facts, batch_size, _say(False), "the layers of"
+    )
+    written = readings.told_logits(lens.logits_by_layer(chosen, k, batch_size), metric, out)
+    click.echo(f"\n{', '.join(written)} in {out}")
+
+
+@app.command(short_help="Split an answer into what every part adds to it.")
+@ONE_MODEL
+@option("--prompt", help="A prompt; text that ends right before the target.")
+@option("--subject", help="Its subject, set in bold.", default="", show_default=False)
+@option("--target", help="Its continuation.")
+@settings("facts", "where", "all_facts", limit=100)
+@option("--measure", help="log_odds, logit_difference, log_prob, logit or prob.", default=MEASURE)
+@option("--against", help="Another answer, for the logit difference.")
+@option("--split-features", help="Split mixers by channel or head too.", kind=bool)
+@option("--out", help="Folder for tables and figure.", kind=Path, required=True)
+@settings("batch_size", "dtype", "tokenizer")
+def contributions(
+    model: str, prompt: str | None, subject: str, target: str | None, facts: str, where: tuple[str, ...],
+    all_facts: bool, limit: int, measure: str, against: str | None, split_features: bool, out: Path,
+    batch_size: int | None, dtype: str, tokenizer: str | None,
+) -> None:  # fmt: skip
+    """What does every layer add to the answer, and from which token? Contributions add up to the score exactly.
+
+    Example: mambalens contributions atlas-mamba1 --prompt 'In Peru the capital is' --target Lima --out runs/parts
+    """
+    from mambalens.cli import readings
+    from mambalens.runs.folder import writable_folder
+
+    asked_facts = readings.chosen(prompt, subject, target, facts, where)
+    writable_folder(out)
+    lens = asked.lens(model, dtype, tokenizer)
+    chosen = readings.known(
+        lens, asked_facts, prompt is not None, limit, all_facts, batch_size, _say(False), "the contributions to"
+    )
+    found = lens.contributions(chosen, measure, against, split_features, batch_size, progress=prompt is None)
+    written = readings.told_contributions(found, out)
+    click.echo(f"\n{', '.join(written)} in {out}")
 
 
 @app.command(short_help="Compare the kinds of operators that layers are.")

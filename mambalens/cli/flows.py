@@ -9,6 +9,7 @@ from typing import Any
 from mambalens.cli import asked
 from mambalens.cli.flow_files import Found
 from mambalens.cli.programs import Say, known_or_all
+from mambalens.defaults import ABLATION
 from mambalens.facts.fact import Fact
 from mambalens.facts.roles import check_role
 from mambalens.facts.sequence import Facts
@@ -16,6 +17,7 @@ from mambalens.flow.work import Flowing
 from mambalens.hooks.errors import MambalensError
 from mambalens.lens import Lens
 from mambalens.result import Flow
+from mambalens.sweep.ablation import Asked as Ablating
 from mambalens.system.events import tell
 
 ROUTES = 3
@@ -44,6 +46,7 @@ class FlowSettings:
     routes: int | None
     source: str
     circuit: float | None
+    ablation: str
     batch_size: int | None
     block_size: int
     memory: str | None
@@ -59,6 +62,15 @@ class FlowSettings:
             raise MambalensError(
                 f"--circuit {self.circuit:g}: give the share of the answer to keep, more than 0 and at most 1."
             )
+        if self.ablation != ABLATION and self.circuit is None:
+            raise MambalensError(
+                f"--ablation {self.ablation} is of the edges that --circuit cuts: give --circuit too, or leave it out."
+            )
+        if self.ablation != ABLATION and self.prompt is not None:
+            raise MambalensError(
+                f"--ablation {self.ablation} puts in values of other facts, and --prompt is one alone: leave one out."
+            )
+        Ablating.of(self.ablation)
         check_role(self.source)
         Flowing.asked(**self.asked)
 
@@ -129,5 +141,5 @@ def ask(settings: FlowSettings, flow: Flow, say: Say, progress: bool) -> Found:
         except MambalensError as error:
             say(f"No routes: {error}")
     if settings.circuit is not None:
-        found = found._replace(circuit=flow.circuit(settings.circuit, progress))
+        found = found._replace(circuit=flow.circuit(settings.circuit, progress, settings.ablation))
     return found

@@ -14,7 +14,7 @@ from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
     from mambalens.cli.programs import Estimate
-    from mambalens.result import CausalFeatures, Flow, SweepResult
+    from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
 
 
 def estimates(found: Iterable[Estimate]) -> None:
@@ -62,7 +62,7 @@ def steered(table: pd.DataFrame, negative: str, positive: str) -> None:
     click.echo(shown.to_string(index=False, float_format="{:.1f}".format))
 
 
-def skipped(result: SweepResult | Flow) -> None:
+def skipped(result: SweepResult | Flow | Contributions | LogitLens) -> None:
     """What was left out, counted by reason."""
     if len(result.skipped):
         reasons = result.skipped.reason.str.replace(r"(?<=is not in).*", " the prompt", regex=True)

@@ -110,15 +110,15 @@ def sweep_all(
 
 
 def parts_of(settings: SweepSettings, groups: tuple[Features, ...], lens: Lens) -> Iterator[Part]:
-    """A model's sweeps: one for every target and window, each in a folder of its own where there are several."""
+    """A model's sweeps: one for every target, window and ablation, in folders of their own where there are several."""
     out = Path(settings.out)
     folder = out if len(settings.model) == 1 else out / lens.name
-    combinations = list(product(settings.target, settings.window))
-    for target, window in combinations:
-        plan = Plan(
-            settings.source, target, window, groups, cast(Any, settings.path), settings.mixers, settings.measure
-        )
-        yield Part(folder if len(combinations) == 1 else folder / f"{target}-{window}", plan)
+    combinations = list(product(settings.target, settings.window, settings.ablation))
+    for target, window, ablation in combinations:
+        paths = cast(Any, settings.path)
+        plan = Plan(settings.source, target, window, groups, paths, settings.mixers, settings.measure, ablation)
+        name = f"{target}-{window}" + (f"-{ablation}" if len(settings.ablation) > 1 else "")
+        yield Part(folder if len(combinations) == 1 else folder / name, plan)
 
 
 def facts_of(settings: SweepSettings, lens: Lens, facts: Facts, say: Say, progress: bool) -> Facts:

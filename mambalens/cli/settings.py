@@ -20,7 +20,7 @@ def _option(text: str, default: Any = MISSING, kind: type = str, many: bool = Fa
 
 @dataclass(frozen=True)
 class SweepSettings:
-    """A sweep of one or several models; of several targets and windows, each combination is swept on its own."""
+    """A sweep of one or several models; of several targets, windows and ablations, each combination is swept alone."""
 
     model: tuple[str, ...] = _option("Bundled names, folders, .gguf files or hub ids.", many=True)
     out: str = _option("Folder for results and figure.")
@@ -33,6 +33,9 @@ class SweepSettings:
     )
     path: tuple[str, ...] = _option("main, conv, erase or both.", defaults.PATHS, many=True)
     measure: str | None = _option("Two more columns: log_odds, log_prob, logit or prob.", None)
+    ablation: tuple[str, ...] = _option(
+        "What stands in the sources' place: zero, mean or resample.", (defaults.ABLATION,), many=True
+    )
     mixers: str | None = _option("Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).", None)
     all_facts: bool = _option("Also facts the model answers wrong.", False, bool)
     common: bool = _option("Only facts that all of several models know.", False, bool)
@@ -48,7 +51,7 @@ class SweepSettings:
     def __post_init__(self) -> None:
         if self.common and self.all_facts:
             raise MambalensError("common and all_facts contradict each other: give one of them.")
-        for name in ("model", "source", "target", "window", "features", "path"):
+        for name in ("model", "source", "target", "window", "features", "path", "ablation"):
             values = getattr(self, name)
             if not values:
                 raise MambalensError(f"{name} is empty: name at least one.")

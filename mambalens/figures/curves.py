@@ -9,7 +9,7 @@ import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
-from mambalens.figures.style import PATHS, main_path, style
+from mambalens.figures.style import INSTEAD, PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ def flow(
         result: a sweep; single tokens as sources (each) are left to `heatmap`.
         metric: a column of `runs.table.METRICS`, or 'measure' where the sweep has one.
         x: 'layer' (the window's first layer) or 'depth' (the same in % of the model's layers).
-        rows, columns: what the panels differ in: 'path', 'model', 'features', 'source', 'target', 'window_size', or a
-            column of the facts ('wording', 'relation'). By default whatever the sweep has several of.
+        rows, columns: what the panels differ in: 'path', 'model', 'ablation', 'features', 'source', 'target',
+            'window_size', or a column of the facts ('wording', 'relation'). By default whatever the sweep has several
+            of.
         interval: see `SweepData.summary`.
         title: a heading; by default models, source, target and window.
 
@@ -92,7 +93,8 @@ def flow(
         _label("window_size", sizes[0], result) if len(sizes) == 1 else f"windows of {sizes[0]} to {sizes[-1]} layers"
     )
     target = ", ".join(summary.target.unique())
-    heading = title or f"{', '.join(result.models)}: knocking out {_what(summary, hue)} → {target}, {window}"
+    put_in = _put_in(summary) if "ablation" not in (rows, columns) else ""
+    heading = title or f"{', '.join(result.models)}: knocking out {_what(summary, hue)} → {target}, {window}{put_in}"
     figure.suptitle("\n".join(textwrap.wrap(heading, int(11 * figure.get_figwidth()))), fontsize=11)
     figure.legend(
         handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9, title=hue,
@@ -104,7 +106,8 @@ def flow(
 
 def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple[str, str, str]:
     """What lines, rows and columns of panels stand for, so that each line has one value at each window."""
-    varying = [name for name in ("path", "model", "features", "target", "window_size") if table[name].nunique() > 1]
+    names = ("path", "model", "ablation", "features", "target", "window_size")
+    varying = [name for name in names if table[name].nunique() > 1]
     hue = "source"
     one_source = table.source.nunique() == 1 or "source" in (rows, columns)
     if one_source and "features" in varying and "features" not in (rows, columns):
@@ -120,6 +123,12 @@ def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple
             f"result.where({left[0]}={table[left[0]].iloc[0]!r}), or --where {left[0]}={table[left[0]].iloc[0]}."
         )
     return hue, rows, columns
+
+
+def _put_in(summary: pd.DataFrame) -> str:
+    """What stands in the sources' place, if anything does."""
+    words = [INSTEAD[name] for name in summary.ablation.unique() if name in INSTEAD]
+    return f", {' or '.join(words)}" if words else ""
 
 
 def _what(summary: pd.DataFrame, hue: str) -> str:
@@ -154,6 +163,8 @@ def _panel(axis: Any, panel: pd.DataFrame, hue: str, order: list[str], handles: 
 def _label(name: str, value: Any, result: SweepData) -> str:
     if name == "window_size":
         return f"window of {value} layer{'s' if value > 1 else ''}"
+    if name == "ablation":
+        return f"{value} ablation"
     if name == "path":
         return PATHS.get(str(value), main_path(result))
     return f"{value} wording" if name == "wording" else str(value)

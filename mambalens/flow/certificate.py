@@ -47,6 +47,11 @@ def certify(flow: FlowData, work: FlowWork, top: int, sample: int, seed: int, ba
     return table.assign(exact=exact, chosen=np.array(CHOSEN, object)[chosen])
 
 
+def uncertified(table: pd.DataFrame) -> pd.DataFrame:
+    """A flow's table without what cuts have shown."""
+    return table.assign(exact=np.nan, chosen=CHOSEN[0])
+
+
 def listed_of(work: FlowWork, rows: pd.DataFrame) -> Listed:
     """A fact's rows as edges of its prompt."""
     number = {(mixer.layer, mixer.kind, path.names[0]): i for i, (mixer, path) in enumerate(work.where)}

@@ -55,6 +55,7 @@ class Ablated:
 
     def __init__(self, work: FlowWork, batch: Batch, listed: Listed, prob: float) -> None:
         self.work, self.batch, self.listed, self.prob = work, batch, listed, prob
+        self.instead = None if work.ablation is None else work.ablation.values(batch)
 
     def kept(self, circuits: Sequence[Int[np.ndarray, " _"]]) -> Float[np.ndarray, " circuit"]:
         """Share of the answer's probability that each of some circuits keeps.
@@ -64,7 +65,7 @@ class Ablated:
 
             Source: this package, as the faithfulness of Wang et al. 2022, arXiv:2211.00593, section 4
 
-            p is the target's probability.
+            p is the target's probability. In the place of what is cut stands nothing, or what the ablation puts in.
         """
         time = self.batch.ids.shape[1]
         size = max(1, AT_ONCE // time)
@@ -83,7 +84,7 @@ class Ablated:
             self.batch.last.expand(len(circuits)), self.batch.targets.expand(len(circuits)),
         )  # fmt: skip
         by_where = dict(zip(self.work.where, torch.from_numpy(masks), strict=True))
-        with without_edges(lens, by_where, self.work.features):
+        with without_edges(lens, by_where, self.work.features, self.instead):
             logits = lens.last_logits(batch)
         return (target_probability(logits, batch.targets) / self.prob).cpu().numpy()
 

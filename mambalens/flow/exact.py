@@ -7,7 +7,6 @@ make short ones long, and slots of like length, of all prompts, share a replay: 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import zip_longest
@@ -19,11 +18,12 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.flow.slots import slots_of, walks_of
-from mambalens.hooks import Mixer
+from mambalens.hooks import Mixer, Values
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
-from mambalens.sweep.answers import UNCUT_TOLERANCE
+from mambalens.sweep.ablation import Ablation
+from mambalens.sweep.checks import Checks
 from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
 from mambalens.system.memory import exhausted
 
@@ -52,15 +52,22 @@ class ExactCuts:
         lens: the model.
         memory: bytes to plan with.
         features: which features of every mixer are cut; None for every one.
+        ablation: what stands in the place of sources; None for nothing. What they erase is cut to nothing all the same.
 
     Attributes:
-        replays: whether replay answers; where it does not reproduce the model, hooked passes do.
+        checks: how every replay was held against the model; where it does not reproduce it, hooked passes answer.
     """
 
-    def __init__(self, lens: LoadedModel, memory: int, features: dict[Mixer, Tensor | None] | None = None) -> None:
-        self.lens, self.memory = lens, memory
+    def __init__(
+        self,
+        lens: LoadedModel,
+        memory: int,
+        features: dict[Mixer, Tensor | None] | None = None,
+        ablation: Ablation | None = None,
+    ) -> None:
+        self.lens, self.memory, self.ablation = lens, memory, ablation
         self.features = features or dict.fromkeys(lens.hooks.mixers)
-        self.replays = can_replay(lens.hooks)
+        self.checks = Checks(lens, can_replay(lens.hooks), "cut")
 
     def scores(
         self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score, done: Callable[[int], Any] = lambda _: None
@@ -93,7 +100,7 @@ class ExactCuts:
         self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score
     ) -> Iterable[tuple[int, int, Float[Tensor, " *rest"]]]:
         """Prompt, number and score of every cut, in a replay of its own."""
-        answered = self._replayed(batch, cuts, score) if self.replays else None
+        answered = self._replayed(batch, cuts, score) if self.checks.works else None
         if answered is not None:
             return answered
         found = []
@@ -111,14 +118,14 @@ class ExactCuts:
         sources, targets = _Sets(time), _Sets(time)
         rows = [UNCUT, *(self._row(side, sources, targets) for side in zip_longest(*cuts, fillvalue=()))]
         of_targets = targets.masks(len(cuts)) if targets.sets else None
-        replay = Replay(self.lens.hooks, batch.ids, batch.last, sources.masks(len(cuts)), of_targets, self.memory)
+        instead = None if self.ablation is None else self.ablation.values(batch)
+        of_sources = sources.masks(len(cuts))
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, of_sources, of_targets, self.memory, instead)
         found = []
         try:
             for row, logits in replay.logits(rows):
                 if row == 0:
-                    difference = self._difference(batch, logits)
-                    if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-                        self._give_up(f"is not reproduced by replaying it: without a cut it misses by {difference:.1e}")
+                    if not self.checks.passes(batch, logits):
                         return None
                 else:
                     values = score(logits, batch.targets.to(logits.device))
@@ -128,19 +135,9 @@ class ExactCuts:
         except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
             if exhausted(error):
                 raise
-            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            self.checks.broke(error)
             return None
         return found
-
-    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
-        """Between the model's own prediction and the replay's without a cut, of the shortest prompt run alone."""
-        shortest = int(batch.last.argmin())
-        own = self.lens.last_logits(batch.part([shortest]).trimmed()).softmax(-1)[0]
-        return float((uncut[shortest].softmax(-1) - own.to(uncut.device)).abs().max())
-
-    def _give_up(self, why: str) -> None:
-        self.replays = False
-        warnings.warn(f"{self.lens.name} {why}. Every cut takes a forward pass of its own instead.", stacklevel=2)
 
     def _row(self, cuts: Sequence[Cut], sources: _Sets, targets: _Sets) -> Row:
         """One cut of every prompt as a row: by mixer, path and target, the sources that it does without."""
@@ -169,7 +166,8 @@ class ExactCuts:
         for edge in cut:
             mask = masks.setdefault((edge.mixer, edge.path), torch.zeros(time, time, dtype=torch.bool))
             mask[edge.target, edge.source] = True
-        with without_edges(self.lens, masks, self.features):
+        instead = None if self.ablation is None else self.ablation.values(batch)
+        with without_edges(self.lens, masks, self.features, instead):
             return self.lens.last_logits(batch)
 
 
@@ -178,6 +176,7 @@ def without_edges(
     lens: LoadedModel,
     masks: Mapping[tuple[Mixer, Paths], Bool[Tensor, "*batch time time"]],
     features: Mapping[Mixer, Bool[Tensor, " feature"] | None],
+    instead: Values | None = None,
 ) -> Iterator[None]:
     """While the block runs, the edges of masks are cut by hooks, mixer by mixer and path by path.
 
@@ -185,6 +184,7 @@ def without_edges(
         lens: the model.
         masks: targets in rows, sources in columns.
         features: which features of a mixer are cut; None for every one.
+        instead: what stands in the place of what sources hand on; what they erase is cut to nothing all the same.
     """
     with ExitStack() as stack:
         for (mixer, path), mask in masks.items():
@@ -194,6 +194,7 @@ def without_edges(
                     lens.hooks.knockout(
                         layers=[mixer.layer], mixers=mixer.kind, path=cast(Path, path.names[0]), edges=mask,
                         features="all" if of_mixer is None else of_mixer,
+                        instead=None if path is Paths.ERASE else instead,
                     )
                 )  # fmt: skip
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -21,9 +22,13 @@ from mambalens.system.progress import tqdm
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mambalens.evaluation import FactLike
+    from mambalens.facts.fact import Fact
+    from mambalens.facts.pairs import Pairs
     from mambalens.facts.prompts import Batch, Prompt
     from mambalens.flow.work import Flowing, FlowWork
     from mambalens.model import LoadedModel
+    from mambalens.sweep.ablation import Asked
 
 
 class FlowVerbs(FlowData):
@@ -73,7 +78,7 @@ class FlowVerbs(FlowData):
         """Whether the model is at hand."""
         return self._lens is not None
 
-    def _work(self, bar: Any = None) -> FlowWork:
+    def _work(self, bar: Any = None, ablation: Asked | None = None) -> FlowWork:
         """The model's work on the facts that are left."""
         from mambalens.flow.work import FlowWork
 
@@ -86,10 +91,20 @@ class FlowVerbs(FlowData):
                 "The flow is of the model inside other blocks of hooks.knockout or hooks.add than run now: ask it "
                 "inside the same ones, or ask for another with lens.flow."
             )
-        return FlowWork(self._lens, facts, self._flowing, None, self._memory, bar or tqdm(disable=True))
+        work = FlowWork(self._lens, facts, self._flowing, None, self._memory, bar or tqdm(disable=True))
+        if ablation is not None:
+            work.put_in(ablation, facts)
+        return work
 
     def certify(
-        self, top: int = defaults.TOP, sample: int = defaults.TOP, seed: int = 0, progress: bool = True
+        self,
+        top: int = defaults.TOP,
+        sample: int = defaults.TOP,
+        seed: int = 0,
+        progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
     ) -> Self:
         """Cut the strongest edges of every fact, and a random sample of all, each alone, exactly, by replay.
 
@@ -98,18 +113,26 @@ class FlowVerbs(FlowData):
             sample: edges of a fact that are drawn among all, for what is not among the strongest.
             seed: of the sample.
             progress: show a progress bar.
+            ablation, other, over: what stands in the sources' place, as in `Lens.sweep`. What sources erase is cut to
+                nothing all the same. Attributions stay those of edges that are cut to nothing.
 
         Returns:
-            The same flow with exact numbers where edges were cut. `agreement()` and `certificate()` hold them against
-            the attributed ones.
+            The same flow with exact numbers where edges were cut, all of one ablation: those of another are left out.
+            `agreement()` and `certificate()` hold them against the attributed ones.
         """
-        from mambalens.flow.certificate import certify
+        from mambalens.flow.certificate import certify, uncertified
+        from mambalens.sweep.ablation import Asked
 
+        asked = Asked.of(ablation, over, other)
+        flow = self
+        if ablation != defaults.ABLATION or self.configs[0].ablation != ablation:
+            flow = self._with(uncertified(self.table))
+            flow.configs = [replace(self.configs[0], ablation=ablation)]
         counts = self.table.groupby("fact_id", sort=False).size()
         with tqdm(
             desc="certify", unit="edge", total=int(counts.clip(upper=top + sample).sum()), disable=not progress
         ) as bar:
-            return self._with(certify(self, self._work(bar), top, sample, seed, bar))
+            return flow._with(certify(flow, self._work(bar, asked), top, sample, seed, bar))
 
     def agreement(self) -> pd.DataFrame:
         """How attributions agree with exact cuts, one row a fact; see `flow.agreement.agreement`."""
@@ -221,7 +244,14 @@ class FlowVerbs(FlowData):
         if not some:
             raise MambalensError(f"The role {source!r} is empty in every prompt: no route begins there.")
 
-    def circuit(self, keep: float = 0.9, progress: bool = True) -> pd.DataFrame:
+    def circuit(
+        self,
+        keep: float = 0.9,
+        progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+    ) -> pd.DataFrame:
         """A few edges of every fact that keep a share of the answer with all other edges cut, found greedily.
 
         None of them can be taken out alone; that no fewer would do is not shown.
@@ -229,22 +259,24 @@ class FlowVerbs(FlowData):
         Args:
             keep: share of the answer's probability.
             progress: show a progress bar.
+            ablation, other, over: what stands in the place of the edges that are cut, as in `certify`.
 
         Returns:
             One row per fact and edge of its circuit: model, fact_id, layer, mixer, path, source, target, their pieces,
             effect, cost (what taking this edge out of the circuit loses of the answer), kept (share of the answer that
-            the circuit keeps), edges (its size) and of (edges of the prompt). A fact whose answer is kept with every
-            edge cut has no row.
+            the circuit keeps), edges (its size), of (edges of the prompt) and ablation. A fact whose answer is kept
+            with every edge cut has no row.
         """
         import pandas as pd
 
         from mambalens.flow.certificate import listed_of
         from mambalens.flow.circuits import Ablated, circuit_of
         from mambalens.flow.work import batches_of_one
+        from mambalens.sweep.ablation import Asked
 
         if not 0 < keep <= 1:
             raise MambalensError(f"keep={keep}: give a share of the answer, more than 0 and at most 1.")
-        work = self._work()
+        work = self._work(ablation=Asked.of(ablation, over, other))
         of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
         tables = []
         columns = ["model", "fact_id", *EDGE, "source_piece", "target_piece", "effect"]
@@ -255,6 +287,7 @@ class FlowVerbs(FlowData):
             found = circuit_of(ablated, rows.effect.to_numpy(float), keep)
             about: dict[str, Any] = {
                 "cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows),
+                "ablation": ablation,
             }  # fmt: skip
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)

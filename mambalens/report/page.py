@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from mambalens.defaults import ABLATION
 from mambalens.facts.roles import pieces
 from mambalens.figures.style import PATHS, main_path, style
 from mambalens.hooks.errors import MambalensError
@@ -20,7 +21,7 @@ from mambalens.runs.table import GROUP, SINGLE
 
 SUBSET_VALUES = 12
 """A column of the facts with at most so many values splits the curves."""
-DIMENSIONS = ("model", "source", "features", "path", "target", "window_size")
+DIMENSIONS = ("model", "source", "features", "path", "ablation", "target", "window_size")
 """What curves differ in."""
 _SERIES = [name for name in GROUP if name != "window_start"]
 _ROW = ["fact_id", *GROUP]
@@ -176,8 +177,9 @@ def _top(
 def _token_grids(
     table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame, metrics: Iterable[str]
 ) -> Iterator[dict[str, Any]]:
-    """For every features, path, target and window size: values [tokens of all facts, windows], fact by fact."""
-    for key, group in table.groupby(["features", "path", "target", "window_size"], sort=False):
+    """For all that curves differ in but model and source: values [tokens of all facts, windows], fact by fact."""
+    names = [name for name in DIMENSIONS if name not in ("model", "source")]
+    for key, group in table.groupby(names, sort=False):
         starts = sorted(int(start) for start in group.window_start.unique())
         facts, position = group.fact_id.map(row).to_numpy(int), group.position.to_numpy(int)
         length = np.zeros(len(row), int)
@@ -189,7 +191,7 @@ def _token_grids(
             grid = np.full((offset[-1], len(starts)), np.nan, "<f4")
             grid[at] = group[metric].to_numpy(float)
             of_metrics[metric] = packed(grid)
-        about: dict[str, Any] = dict(zip(("features", "path", "target", "window_size"), key, strict=True))
+        about: dict[str, Any] = dict(zip(names, key, strict=True))
         yield about | {"window_size": int(about["window_size"]), "starts": starts, "offsets": offset.tolist(),
                        "values": of_metrics}  # fmt: skip
 
@@ -224,6 +226,7 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
                 ("Features", [config.features for config in configs]),
                 ("Paths", [config.paths for config in configs]),
                 ("Only mixers", [config.mixers for config in configs]),
+                ("Ablation", [config.ablation for config in configs if config.ablation != ABLATION]),
                 ("Precision", [config.dtype for config in configs]),
                 ("Measure", [config.measure or None for config in configs]),
             )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
+from mambalens.defaults import ABLATION
 from mambalens.facts.fact import Answered
 from mambalens.hooks.errors import MambalensError
 
@@ -38,6 +39,8 @@ class RunConfig:
     """Paths that were cut, each on its own."""
     mixers: str | None = None
     """The only kind of mixers that was cut; None: every kind."""
+    ablation: str = ABLATION
+    """What stood in the place of what was cut."""
     dtype: str = ""
     """Precision of the model's weights, such as 'float32'."""
     measure: str = ""

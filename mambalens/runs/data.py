@@ -14,7 +14,7 @@ from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP
 from mambalens.runs.intervals import INTERVALS, mean_intervals
 from mambalens.runs.stored import Stored, folders_of, stored_in
-from mambalens.runs.table import GROUP, MEASURES, METRICS, with_position
+from mambalens.runs.table import GROUP, MEASURES, METRICS, with_all_columns
 
 
 class SweepData:
@@ -174,7 +174,7 @@ class SweepData:
         if found != [Path(folder)]:
             return cls.concat([cls.load(path) for path in found])
         stored = stored_in(found[0], SWEEP)
-        table = pd.concat([with_position(table) for table in stored.tables], ignore_index=True)
+        table = pd.concat([with_all_columns(table) for table in stored.tables], ignore_index=True)
         skipped = with_unusable(stored.skipped, stored.configs)
         return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts)
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mambalens.defaults import ABLATION
+
 if TYPE_CHECKING:
     import pandas as pd
 
 COLUMNS = (
-    "fact_id", "model", "source", "position", "target", "features", "path", "window_start", "window_size",
+    "fact_id", "model", "source", "position", "target", "features", "path", "ablation", "window_start",
+    "window_size",
     "base_prob", "prob", "change_pct", "base_rank", "rank", "hit", "top_token", "kl",
 )  # fmt: skip
-"""Columns of a sweep's table. `position` is the source's where it is a single token, else -1 (`ROLE`). Probabilities
-and ranks (1 is the top) are those of the target's first token, `change_pct` is 100 (prob - base_prob) / base_prob,
-`hit` whether that token is still the top one, `top_token` what is on top, `kl` KL(base || knocked out) in nats. Where
-the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
+"""Columns of a sweep's table. `ablation` is what stood in the source's place, `position` the source's where it is a
+single token, else -1 (`ROLE`). Probabilities and ranks (1 is the top) are those of the target's first token,
+`change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
+on top, `kl` KL(base || knocked out) in nats. Where the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
 
 MEASURED = ("base_measure", "measure")
 """Columns that a sweep with a measure has behind the others: it without the knockout, and under it."""
@@ -31,7 +34,7 @@ SINGLE = "each:"
 ROLE = -1
 """Position of a source that is a role."""
 
-GROUP = ["model", "source", "target", "features", "path", "window_size", "window_start"]
+GROUP = ["model", "source", "target", "features", "path", "ablation", "window_size", "window_start"]
 """Columns that a mean over facts keeps apart."""
 
 METRICS = {
@@ -49,8 +52,13 @@ def single(position: int) -> str:
     return f"{SINGLE}{position}"
 
 
-def with_position(table: pd.DataFrame) -> pd.DataFrame:
-    """A table with the column `position`, which folders of older releases lack: there only the source's name has it."""
+def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
+    """A table with the columns that folders of older releases lack.
+
+    Of the position only the source's name tells there, and nothing stood in the place of what was cut.
+    """
+    if "ablation" not in table:
+        table.insert(list(table.columns).index("path") + 1, "ablation", ABLATION)
     if "position" in table:
         return table
     names = table.source.astype(str)

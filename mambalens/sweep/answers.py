@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,13 +11,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
+from mambalens.hooks import Values
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Knockout
 from mambalens.model import LoadedModel
+from mambalens.sweep.ablation import Ablation
+from mambalens.sweep.checks import Checks
 from mambalens.system.memory import exhausted
-
-UNCUT_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-5}
-"""Largest difference of a probability between the model and a replay that cuts nothing."""
 
 
 class Asked(NamedTuple):
@@ -42,25 +41,33 @@ class Answerer:
     Args:
         lens: model and tokenizer.
         memory: bytes to plan with.
-        replay: answer by replay, as long as it reproduces the model.
+        replay: answer by replay, wherever it reproduces the model.
+        ablation: what stands in the place of sources; None for nothing.
+
+    Attributes:
+        checks: how the replay of every batch was held against the model.
     """
 
-    def __init__(self, lens: LoadedModel, memory: int, replay: bool = True) -> None:
+    def __init__(self, lens: LoadedModel, memory: int, replay: bool = True, ablation: Ablation | None = None) -> None:
         from mambalens.sweep.replay import can_replay
 
-        self.lens, self.memory = lens, memory
-        self.works = replay and can_replay(lens.hooks)
-        if replay and not self.works:
-            self._give_up("is swept while a knockout is running")
+        self.lens, self.memory, self.ablation = lens, memory, ablation
+        self.checks = Checks(lens, replay and can_replay(lens.hooks), "knockout")
+        if replay and not self.checks.works:
+            self.checks.refuse("is swept while a knockout is running")
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""
-        from mambalens.sweep.replay import prompts_at_once
+        from mambalens.sweep.replay import SHARES, prompts_at_once
 
-        if not self.works:
-            return None
-        sets = len(sources) + ("each" in sources) * (time - 1)
-        return prompts_at_once(self.lens.hooks, time, sets, self.memory)
+        found = []
+        if self.checks.works:
+            sets = len(sources) + ("each" in sources) * (time - 1)
+            found.append(prompts_at_once(self.lens.hooks, time, sets, self.memory))
+        if self.ablation is not None:  # found of as many positions, and brought to those of the prompts
+            of_prompt = 2 * time * self.ablation.numbers * max(4, self.lens.model.dtype.itemsize)
+            found.append(max(1, self.memory // SHARES // of_prompt))
+        return min(found, default=None)
 
     def answers(
         self, batch: Batch, knockouts: Sequence[Asked], sources: Sequence[Positions], targets: Positions
@@ -74,8 +81,9 @@ class Answerer:
             targets: what is not to read it.
         """
         masks, target = [batch.mask(positions) for positions in sources], batch.mask(targets)
-        replayed = self._replayed(batch, knockouts, masks, target)
-        return replayed if replayed is not None else self._eager(batch, knockouts, masks, target)
+        instead = None if self.ablation is None else self.ablation.values(batch)
+        replayed = self._replayed(batch, knockouts, masks, target, instead)
+        return replayed if replayed is not None else self._eager(batch, knockouts, masks, target, instead)
 
     @torch.no_grad()
     def _eager(
@@ -84,12 +92,13 @@ class Answerer:
         knockouts: Sequence[Asked],
         sources: Sequence[Bool[Tensor, "batch time"]],
         targets: Bool[Tensor, "batch time"],
+        instead: Values | None,
     ) -> Answers:
         """One hooked forward pass for every knockout."""
         lens = self.lens
         yield -1, lens.last_logits(batch)
         for number, asked in enumerate(knockouts):
-            with lens.hooks.apply(Knockout(sources[asked.source], targets), asked.cutting):
+            with lens.hooks.apply(Knockout(sources[asked.source], targets, instead=instead), asked.cutting):
                 yield number, lens.last_logits(batch)
 
     def _replayed(
@@ -98,14 +107,20 @@ class Answerer:
         knockouts: Sequence[Asked],
         sources: Sequence[Bool[Tensor, "batch time"]],
         targets: Bool[Tensor, "batch time"],
+        instead: Values | None,
     ) -> Answers | None:
         """None where the model cannot be replayed, or replaying the uncut prompts misses its prediction."""
         from mambalens.sweep.replay import UNCUT, Replay, Row
 
-        if not self.works or not knockouts:
+        if not self.checks.works or not knockouts:
             return None
-        rows = [UNCUT, *(Row(asked.cutting, ((asked.source + 1, 0),)) for asked in knockouts)]
-        replay = Replay(self.lens.hooks, batch.ids, batch.last, torch.stack(list(sources)), targets, self.memory)
+        cuttings = [asked.cutting if instead is None else asked.cutting.replacing() for asked in knockouts]
+        rows = [
+            UNCUT,
+            *(Row(cutting, ((asked.source + 1, 0),)) for cutting, asked in zip(cuttings, knockouts, strict=True)),
+        ]
+        sets = torch.stack(list(sources))
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, sets, targets, self.memory, instead)
         found = ((number - 1, logits) for number, logits in replay.logits(rows))
         try:
             first = next(found)
@@ -114,25 +129,6 @@ class Answerer:
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
             if exhausted(error):
                 raise
-            self._give_up(f"cannot be replayed ({type(error).__name__}: {error})")
+            self.checks.broke(error)
             return None
-        difference = self._difference(batch, first[1])
-        if not difference < UNCUT_TOLERANCE.get(self.lens.model.dtype, 0.05):
-            self._give_up(f"is not reproduced by replaying it: without a knockout it misses by {difference:.1e}")
-            return None
-        return itertools.chain([first], found)
-
-    def _difference(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> float:
-        """Between the model's own prediction and the replay's without a knockout.
-
-        Every batch is checked, on its shortest prompt run alone: what fills the batch up must not matter either.
-        """
-        own = self.lens.last_logits(batch.part([-1]).trimmed()).softmax(-1)[0]
-        return float((uncut[-1].softmax(-1) - own.to(uncut.device)).abs().max())
-
-    def _give_up(self, why: str) -> None:
-        self.works = False
-        warnings.warn(
-            f"{self.lens.name} {why}. Every knockout takes a forward pass of its own instead, which is slow and exact.",
-            stacklevel=2,
-        )
+        return itertools.chain([first], found) if self.checks.passes(batch, first[1]) else None

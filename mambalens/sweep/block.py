@@ -15,6 +15,8 @@ from mambalens.facts.sequence import Facts
 from mambalens.measures import measure_of
 from mambalens.model import LoadedModel
 from mambalens.runs.table import COLUMNS, MEASURED, ROLE, single
+from mambalens.sweep.ablation import Asked as AskedAblation
+from mambalens.sweep.ablation import ablation_of
 from mambalens.sweep.answers import Answerer, Asked
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.plan import Plan
@@ -37,23 +39,29 @@ class Work:
         memory: int | str | None,
         replay: bool,
         bar: Any,
+        asked: AskedAblation | None = None,
     ) -> None:
         self.lens, self.plan, self.bar = lens, plan, bar
         self.halving = Halving(lens.name, batch_size, bar)
         self.windows = plan.check(lens.hooks)
         self.measure = None if plan.measure is None else measure_of(plan.measure)
-        self.answerer = Answerer(lens, budget(memory, lens.device), replay)
         prompts, self.unusable = read_facts(facts, lens.tokenizer)
         prompts, empty_target = _split(prompts, plan.target)
         self.unusable += empty_target
         if not prompts:
             raise none_usable(facts, self.unusable)
+        asked = asked or AskedAblation.of(plan.ablation)
+        self.ablation, without = ablation_of(lens, asked, facts, prompts)
+        self.unusable += without
+        left_out = {skip.fact_id for skip in without}
+        prompts = [prompt for prompt in prompts if str(prompt.fact.id) not in left_out]
+        self.answerer = Answerer(lens, budget(memory, lens.device), replay, self.ablation)
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
         groups = list(zip(plan.features, plan.names, strict=True))
         self.combinations = [
             (
                 lens.hooks.resolve(layers, features, path, plan.mixers, somewhere=True),
-                (name, path, min(layers), len(layers)),
+                (name, path, plan.ablation, min(layers), len(layers)),
             )
             for layers, (features, name), path in product(self.windows, groups, plan.paths)
         ]

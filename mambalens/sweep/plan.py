@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from mambalens import defaults
 from mambalens.facts.roles import check_role
-from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Features, Path
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.knockout import Features, Path, Paths
 from mambalens.measures import Measure, measure_of, name_of
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class Plan:
     """Only mixers of this kind; windows count the model's layers all the same."""
     measure: str | Measure | None = None
     """What the table has of every answer beside the columns that all have."""
+    ablation: str = defaults.ABLATION
+    """What stands in the place of the sources: nothing ('zero'), means ('mean') or another prompt's ('resample')."""
     names: tuple[str, ...] = field(init=False)
     """What the table calls the groups of features."""
 
@@ -40,6 +42,13 @@ class Plan:
         for what, values in (("sources", self.sources), ("features", self.features), ("paths", self.paths)):
             if not values:
                 raise MambalensError(f"{what} is empty: name at least one.")
+        if self.ablation not in defaults.ABLATIONS:
+            raise MambalensError(
+                f"ablation={self.ablation!r} is not an ablation: {choose(self.ablation, defaults.ABLATIONS)}."
+            )
+        if self.ablation != defaults.ABLATION:
+            for path in self.paths:
+                Paths.named(path).replaceable(path)
         names = [_name(features, i) for i, features in enumerate(self.features)]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:

@@ -21,12 +21,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks import HookManager, Mixer, Values
+from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
-from mambalens.hooks.mixer import replace_forward
 from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.values import Written
 from mambalens.system.memory import widest
 
 SHARES = 4
@@ -95,6 +96,7 @@ class Replay:
         sources: source sets.
         targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
+        instead: what stands in the place of what sources hand on; nothing by default. What they erase is not replaced.
     """
 
     def __init__(
@@ -105,8 +107,9 @@ class Replay:
         sources: Bool[Tensor, "sourceset batch time"],
         targets: Bool[Tensor, "batch time"] | Bool[Tensor, "targetset batch time"] | None = None,
         memory: int = 2**30,
+        instead: Values | None = None,
     ) -> None:
-        self.hooks, self.model, self.memory = hooks, hooks.model, memory
+        self.hooks, self.model, self.memory, self.instead = hooks, hooks.model, memory, instead
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
         self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
@@ -183,7 +186,10 @@ class _Walk:
         self.cuts = [UNCUT, *(cuts[i] for i in order)]
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
-        self.of_mixer = {mixer: _Sets.of(self.base, self.cuts, mixer) for mixer in replay.hooks.mixers}
+        instead = {} if replay.instead is None else replay.instead.of
+        self.of_mixer = {
+            mixer: _Sets.of(self.base, self.cuts, mixer, instead.get(mixer)) for mixer in replay.hooks.mixers
+        }
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -219,7 +225,7 @@ class _Walk:
                 return
             given = bound(module, args, kwargs)
             names = list(given)
-            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.beside.append(beside_of(output))
             self.in_rows = True
             try:
                 self._through(number, layer, given[names[1]], {name: given[name] for name in names[2:]})
@@ -256,24 +262,14 @@ class _Walk:
                     sets = self.of_mixer[mixer]
                     stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
-                parts.append(_hidden(layer(part, **given)))
+                parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
     def head(self, hidden: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
         """What the model's own code behind its layers makes of rows."""
-
-        def hand_on(beside: tuple[Any, ...] | None) -> Callable[[Any], Any]:
-            result = hidden if beside is None else (hidden, *beside)
-            return lambda original: lambda *_, **__: result
-
-        with ExitStack() as stack:
-            stack.enter_context(self.replay.hooks.aside())
-            for layer, beside in zip(self.replay.layers, self.beside, strict=True):
-                stack.callback(replace_forward(layer, hand_on(beside)))
-            ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=self.replay.ids.device)
-            logits = self.model(input_ids=ids, use_cache=False).logits[:, 0]
-        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+        with self.replay.hooks.aside():
+            return logits_behind(self.model, self.replay.layers, self.beside, hidden)
 
 
 class _Sets(NamedTuple):
@@ -285,13 +281,13 @@ class _Sets(NamedTuple):
     target: dict[int, int]
 
     @staticmethod
-    def of(base: Base, cuts: Sequence[Row], mixer: Mixer) -> _Sets:
+    def of(base: Base, cuts: Sequence[Row], mixer: Mixer, instead: Written | None) -> _Sets:
         """Those of some cuts."""
         pairs = [pair for cut in cuts for part in cut.parts if mixer in part.cutting.features for pair in part.pairs]
         sources = sorted({0} | {source for source, _ in pairs})
         targets = sorted({target for _, target in pairs} or {0})
         numbers = ({old: new for new, old in enumerate(sets)} for sets in (sources, targets))
-        return _Sets(base.only(sources, targets), *numbers)
+        return _Sets(base.only(sources, targets, instead if len(sources) > 1 else None), *numbers)
 
 
 def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:
@@ -336,10 +332,6 @@ def can_replay(hooks: HookManager) -> bool:
     What a running `HookManager.add` adds is added to base and rows alike.
     """
     return not hooks.cutting
-
-
-def _hidden(output: Any) -> Float[Tensor, "batch row_time hidden"]:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _bytes(model: Any) -> int:

@@ -10,6 +10,7 @@ from mambalens.defaults import BLOCK
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
+from mambalens.sweep.ablation import Asked
 from mambalens.sweep.block import Work
 from mambalens.sweep.identity import configuration, definition, prompt_table
 from mambalens.sweep.plan import Plan
@@ -37,6 +38,7 @@ def run(
     replay: bool = True,
     out: str | Path | None = None,
     block_size: int = BLOCK,
+    asked: Asked | None = None,
 ) -> SweepData:
     """Run a plan, block of facts by block of facts.
 
@@ -52,6 +54,7 @@ def run(
         out: folder to keep finished blocks in (see `mambalens.runs.folder`); those that are there already are not
             computed again, and those that another process is at are left to it.
         block_size: facts a block.
+        asked: more about the plan's ablation; None: as it is without more.
     """
     import pandas as pd
 
@@ -64,7 +67,7 @@ def run(
     blocks = blocks_of(facts, block_size)
     bar = tqdm(desc=f"sweep {lens.name}", unit="prompt", disable=not progress)
     with bar:
-        work = Work(lens, facts, plan, batch_size, memory, replay, bar)
+        work = Work(lens, facts, plan, batch_size, memory, replay, bar, asked)
         bar.reset(total=work.size(facts))
         config = configuration(lens, facts, plan, work.windows)
         prompts = prompt_table(lens, work.prompts.values())
@@ -75,6 +78,8 @@ def run(
             table = pd.concat(tables, ignore_index=True)
             return SweepData(table, missing, facts.table, [config], prompts=prompts)
         defined = definition(lens, facts, plan, work.windows, config) | {"block_size": block_size}
+        if work.ablation is not None:
+            defined |= work.ablation.identity
         about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
         fill(RunFolder(out, defined, about, facts.table, prompts), work, blocks)
     return SweepData.load(out)

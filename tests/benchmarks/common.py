@@ -12,10 +12,22 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, Mamba2Config, MambaConfig, OlmoHybridConfig
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as words
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    Mamba2Config,
+    MambaConfig,
+    OlmoHybridConfig,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging
+
+from mambalens import Fact, Facts
 
 PROMPTS = 16
 """Prompts of about 15 tokens that costs are told of."""
@@ -56,14 +68,31 @@ SHAPES: dict[str, Callable[..., Any]] = {"mamba1": mamba1, "mamba2": mamba2, "de
 NAMES = {"mamba1": "mamba-130m", "mamba2": "mamba2-130m", "deltanet": "deltanet-140m", "gpt2": "gpt2-medium"}
 
 
-def load(config: Any) -> Any:
+def load(config: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A random model whose decays differ."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for name, parameter in model.named_parameters():
         if name.endswith("A_log"):
             parameter.data.uniform_(-2.0, 2.0)
     return model
+
+
+def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
+    """One token a word: 'w0', 'w1', ..."""
+    known = {f"w{number}": number for number in range(vocabulary)}
+    made = Tokenizer(words.WordLevel(known, unk_token="w0"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=made)
+
+
+def facts_of(lengths: list[int], vocabulary: int) -> Facts:
+    """Prompts of random words, two of them the subject."""
+    draw, made = np.random.default_rng(0), []
+    for length in lengths:
+        prompt = [f"w{number}" for number in draw.choice(np.arange(2, vocabulary - 1), length, replace=False)]
+        made.append(Fact(" ".join(prompt), " ".join(prompt[2:4]), f"w{vocabulary - 1}"))
+    return Facts(made)
 
 
 def seconds(work: Callable[[], Any], runs: int = 3) -> float:

@@ -20,33 +20,26 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_fresh_process, report, run, seconds
-from tokenizers import Tokenizer, pre_tokenizers
-from tokenizers import models as words
-from transformers import PreTrainedTokenizerFast
+from common import (
+    NAMES,
+    PROMPTS,
+    SHAPES,
+    facts_of,
+    load,
+    parser_of,
+    peak_bytes,
+    peak_in_fresh_process,
+    report,
+    run,
+    seconds,
+    tokenizer,
+)
 
-from mambalens import Fact, Facts, Lens
+from mambalens import Lens
 from mambalens.flow.exact import without_edges
 from mambalens.result import Flow
 
 TOP, SAMPLED = 40, 40
-
-
-def tokenizer(vocabulary: int) -> PreTrainedTokenizerFast:
-    """One token a word: 'w0', 'w1', ..."""
-    known = {f"w{number}": number for number in range(vocabulary)}
-    made = Tokenizer(words.WordLevel(known, unk_token="w0"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=made)
-
-
-def facts_of(lengths: list[int], vocabulary: int) -> Facts:
-    """Prompts of random words, two of them the subject."""
-    draw, made = np.random.default_rng(0), []
-    for length in lengths:
-        prompt = [f"w{number}" for number in draw.choice(np.arange(2, vocabulary - 1), length, replace=False)]
-        made.append(Fact(" ".join(prompt), " ".join(prompt[2:4]), f"w{vocabulary - 1}"))
-    return Facts(made)
 
 
 class Flowed:

@@ -1,6 +1,6 @@
 """What knockouts cost: `python tests/benchmarks/sweep.py` (random models, two cores, about ten minutes).
 
-Three parts, each with one JSON line for every measurement and a table; ratios are of figures taken in one run.
+Four parts, each with one JSON line for every measurement and a table; ratios are of figures taken in one run.
 
 models: 16 prompts of about 15 tokens, 4 sources, every window of 9 layers, target last. Seconds for one plain forward
     pass of the prompts, for the sweep by eager hooks in the same batch (measured on two windows, scaled to all) and for
@@ -9,27 +9,57 @@ models: 16 prompts of about 15 tokens, 4 sources, every window of 9 layers, targ
     weight matrices of the layers they go through and the head, at the rate at which these matrices multiply as many
     rows as there are on average. Peak memory is over what the process held with the model loaded.
 growth: how a sweep's cost grows with the prompt's length and with the depth (smaller models).
+deep: Mamba-1 of the 790M, 1.4B (48 layers, float32) and 2.8B (64 layers, bfloat16) shapes, eight prompts, one source,
+    every window of 9 layers, by `lens.sweep`: how often replay reproduces the model, and by how much of the model's own
+    noise it misses it (`mambalens.sweep.checks`). Needs 12 GB; not among the parts that run by default.
 long: an eager knockout of a 4,096-token prompt against a plain forward pass: peak memory and time.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_fresh_process, report, run, seconds
+from common import (
+    NAMES,
+    PROMPTS,
+    SHAPES,
+    facts_of,
+    load,
+    mamba1,
+    parser_of,
+    peak_bytes,
+    peak_in_fresh_process,
+    report,
+    run,
+    seconds,
+    tokenizer,
+)
 from torch import Tensor
 
+from mambalens import Lens
 from mambalens.hooks import HookManager, fused
+from mambalens.sweep.checks import Check
 from mambalens.sweep.prediction import Prediction, kl_divergence
 from mambalens.sweep.replay import UNCUT, Replay, Row
+from mambalens.system.events import log
 from mambalens.system.memory import budget
 
 SOURCES, WINDOW = 4, 9
+DEEP = {
+    "mamba-790m": (1536, 48, torch.float32),
+    "mamba-1.4b": (2048, 48, torch.float32),
+    "mamba-2.8b": (2560, 64, torch.bfloat16),
+}
+"""Width, layers and precision."""
 
 
 class Sweep:
@@ -153,6 +183,57 @@ def growth(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
+@contextmanager
+def checks_told(checks: list[Check]) -> Iterator[None]:
+    """While the block runs, every check of a replay is kept."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        event = getattr(record, "event", {})
+        if event.get("event") == "replay checked":
+            checks.append(Check(*(event[name] for name in Check._fields)))
+        return True
+
+    log.addFilter(keep)
+    before = log.level
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+        log.removeFilter(keep)
+
+
+@torch.no_grad()
+def deep(names: list[str]) -> pd.DataFrame:
+    """Sweeps of models of many layers; `names` say nothing."""
+    lines = []
+    for name, (width, layers, dtype) in DEEP.items():
+        lens = Lens(load(mamba1(width, layers), dtype), tokenizer(50280), name)
+        facts = facts_of(np.random.default_rng(0).integers(12, 19, 8).tolist(), 50280)
+        batch = next(lens.batches([lens.prompt(fact) for fact in facts]))
+        plain = seconds(lambda lens=lens, batch=batch: lens.model(batch.ids, use_cache=False), 1)
+        checks: list[Check] = []
+        with checks_told(checks):
+            started = time.perf_counter()
+            result = lens.sweep(facts, "subject", window=WINDOW, progress=False)
+            swept = time.perf_counter() - started
+        knockouts = len(result.table) // len(facts)
+        line = {
+            "model": name,
+            "layers": layers,
+            "dtype": str(dtype).removeprefix("torch."),
+            "knockouts": knockouts,
+            "plain_s": plain,
+            "sweep_s": swept,
+            "sweep/plain": swept / plain,
+            "replayed": sum(found.passed for found in checks) / len(checks),
+            "difference_nats": max(found.difference for found in checks),
+            "difference/noise": max(found.difference / found.noise for found in checks),
+        }
+        lines.append(report(line))
+    return pd.DataFrame(lines)
+
+
 def knocked_out(sweep: Sweep, layers: int) -> None:
     """One eager knockout in the first layers."""
     with sweep.hooks.knockout(sweep.sources[0], sweep.targets, range(layers)):
@@ -201,7 +282,7 @@ def peak(part: str, name: str, layers: str = "0") -> float:
     return peak_bytes(sweep.replayed if part == "replayed" else sweep.plain)
 
 
-PARTS = {"models": models, "growth": growth, "long": long}
+PARTS = {"models": models, "growth": growth, "long": long, "deep": deep}
 
 
 def main() -> None:
@@ -211,6 +292,7 @@ def main() -> None:
         "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves"
     )
     options = parser.parse_args()
+    options.part = options.part or ["models", "growth", "long"]
     if options.compile:
         started = time.perf_counter()
         print(f"compiled: {fused.compile_step(torch.device('cpu'))}, {time.perf_counter() - started:.1f} s")

@@ -1,7 +1,7 @@
 // Wires the switches, the curves (Plotly), the table of facts (DataTables) and the chosen fact to the data of the page.
 const form = $("switches");
 const models = Object.fromEntries(data.models.map((model, i) => [model.name, { ...model, index: i }]));
-const DIMENSIONS = ["model", "source", "features", "path", "target", "window_size"];
+const DIMENSIONS = ["model", "source", "features", "path", "ablation", "target", "window_size"];
 const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
 let chosen = null; // { model, row }
 
@@ -236,7 +236,7 @@ function drawFact() {
 
 function drawTokens(of, fact, metric, rows) {
   const wanted = of.tokens.filter((grid) => grid.offsets[chosen.row + 1] > grid.offsets[chosen.row]);
-  const grid = wanted.find((one) => ["features", "path", "target", "window_size"].every(
+  const grid = wanted.find((one) => ["features", "path", "ablation", "target", "window_size"].every(
     (name) => switched(name) === undefined || switched(name) === String(one[name]))) ?? wanted[0];
   $("heatmap-plot").hidden = !grid;
   $("heatmap-note").hidden = Boolean(grid);
@@ -291,7 +291,7 @@ form.addEventListener("change", (event) => {
   if (event.target.name === "lines" && event.target.value === "model")
     form.querySelectorAll('[name="show-model"]').forEach((box) => { box.checked = true; });
   draw();
-  if (["features", "path", "target", "window_size", "lines"].includes(event.target.name)) {
+  if (["features", "path", "ablation", "target", "window_size", "lines"].includes(event.target.name)) {
     table.clear().rows.add(factRows()).draw(false);
   }
 });

@@ -1,0 +1,1 @@
+"""Interventions and readings: what a model says when it is changed, and layer by layer."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mambalens.hooks.manager import HookManager
     from mambalens.hooks.masks import Cut
     from mambalens.hooks.mixer import Mixer
+    from mambalens.hooks.steering import Addition
     from mambalens.hooks.token_mixing import TokenMixing
     from mambalens.hooks.values import Values
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Knockout": "knockout",
     "HookManager": "manager",
     "Mixer": "mixer",
+    "Addition": "steering",
     "TokenMixing": "token_mixing",
     "Values": "values",
 }
@@ -33,6 +35,7 @@ _HOMES = {
 __all__ = [
     "GROUPS",
     "PATHS",
+    "Addition",
     "Cut",
     "HookManager",
     "Knockout",

@@ -92,7 +92,7 @@ def logit_difference(
     Equation: Measures
         logit difference = z_target - z_other = log(p_target / p_other)
 
-        Source: Wang et al. 2022, arXiv:2211.00593, section 2
+        Source: Wang et al. 2022, arXiv:2211.00593
 
         z are the logits of the answers to a prompt and to its counterfactual.
     """

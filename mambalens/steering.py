@@ -80,7 +80,7 @@ def direction(
     Equation: Steering
         v^l = mean over positive prompts of h^l_t - mean over negative prompts of h^l_t
 
-        Source: Rimsky et al. 2024, arXiv:2312.06681, section 3
+        Source: Rimsky et al. 2024, arXiv:2312.06681
 
         h^l_t is the residual stream behind layer l at position t; of a role with several positions, their mean.
     """

@@ -23,6 +23,7 @@ from mambalens.cli.app import app
 from mambalens.experiments.steering import BETWEEN, between
 from mambalens.facts.pairs import Pair, Pairs
 from mambalens.hooks import HookManager
+from mambalens.measures import log_odds
 from mambalens.runs.table import COLUMNS
 from mambalens.steering import OTHERS, STEERED
 from mambalens.sweep.plan import Plan
@@ -516,3 +517,28 @@ def test_the_command_line_steers(tmp_path: Path) -> None:
         app, ["steer", "atlas-gpt-neox", "--from", "relation=language", "--to", "relation=capitals"]
     )
     assert isinstance(wrong.exception, MambalensError) and "capitals" in str(wrong.exception)
+
+
+def test_a_flow_of_a_steered_model_is_cut_in_the_steered_model_alone(lens: Lens, facts: Any) -> None:
+    vector = torch.randn(lens.model.config.hidden_size, generator=torch.Generator().manual_seed(3)).double()
+    few, hooks = facts[:2], lens.hooks
+    with in_double(lens.model):
+        with hooks.add(vector, 4, [1, 2]):
+            flow = lens.flow(few, certify=6, progress=False)
+            more = flow.certify(top=9, sample=0, progress=False)
+        with pytest.raises(MambalensError, match="inside other blocks"):
+            flow.certify(top=9, sample=0, progress=False)
+        with hooks.add(vector, 4, [1, 2], 2.0), pytest.raises(MambalensError, match="inside other blocks"):
+            flow.certify(top=9, sample=0, progress=False)
+        cut = more.table[more.table.exact.notna()]
+        assert len(cut) == 18 and flow.table.exact.notna().sum() == 12
+        for row in cut.itertuples():
+            fact = next(fact for fact in few if fact.id == row.fact_id)
+            prompt = lens.prompt(fact)
+            ids, target, time = torch.tensor([prompt.ids]), torch.tensor([prompt.target_id]), len(prompt.ids)
+            with torch.no_grad(), by_hand(lens.model, {4: at([1, 2], vector, 1, time)}):
+                base = log_odds(lens.model(ids).logits[:, -1], target)
+                with hooks.knockout([row.source], [row.target], row.layer, path=row.path):
+                    now = log_odds(lens.model(ids).logits[:, -1], target)
+            assert row.base_measure == pytest.approx(float(base), abs=1e-6)
+            assert row.exact == pytest.approx(float(now - base), abs=1e-6)

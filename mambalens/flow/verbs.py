@@ -41,6 +41,8 @@ class FlowVerbs(FlowData):
     _asked: Facts | None = None
     _flowing: Flowing | None = None
     _memory: int | str | None = None
+    _inside: tuple[Any, ...] | list[Any] = ()
+    """What the blocks were told that ran when the model was handed over."""
 
     def of(
         self, lens: LoadedModel, facts: Facts, flowing: Flowing | None = None, memory: int | str | None = None
@@ -51,7 +53,7 @@ class FlowVerbs(FlowData):
         if self.models != [lens.name]:
             raise MambalensError(f"The flow is of {', '.join(self.models)}, and not of {lens.name}.")
         config = self.configs[0]
-        self._lens, self._asked, self._memory = lens, facts, memory
+        self._lens, self._asked, self._memory, self._inside = lens, facts, memory, lens.hooks.inside
         if flowing is None and (config.features[0] == CHOSEN_FEATURES or config.measure not in MEASURES):
             raise MambalensError(
                 f"The flow is of {config.features[0]!r} and of the measure {config.measure!r}, which its folder only "
@@ -68,6 +70,7 @@ class FlowVerbs(FlowData):
     def _with(self, table: pd.DataFrame) -> Self:
         new = super()._with(table)
         new._lens, new._asked, new._flowing, new._memory = self._lens, self._asked, self._flowing, self._memory
+        new._inside = self._inside
         return new
 
     @property
@@ -83,6 +86,11 @@ class FlowVerbs(FlowData):
             raise MambalensError("This flow was loaded without its model: give it one with flow.of(lens, facts).")
         left = set(self.table.fact_id.astype(str))
         facts = Facts([fact for fact in self._asked if str(fact.id) in left])
+        if list(self._inside) != self._lens.hooks.inside:
+            raise MambalensError(
+                "The flow is of the model inside other blocks of hooks.knockout or hooks.add than run now: ask it "
+                "inside the same ones, or ask for another with lens.flow."
+            )
         work = FlowWork(self._lens, facts, self._flowing, None, self._memory, bar or tqdm(disable=True))
         if ablation is not None:
             work.put_in(ablation, facts)

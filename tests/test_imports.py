@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FACES = ("lens", "result", "figures", "report", "experiments", "cli")
-BODIES = ("model", "facts", "loading", "runs", "sweep", "flow", "features", "system", "html")
+BODIES = ("model", "facts", "loading", "runs", "sweep", "flow", "interventions", "features", "system", "html")
 
 
 def _modules() -> dict[str, Path]:

@@ -1,12 +1,13 @@
 """What patches cost: `python tests/benchmarks/interventions.py` (random models, two cores).
 
 heatmaps: 16 prompts of 15 tokens, each patched from another one at every position and in every layer: 360 patches of a
-    24-layer model, one site. Seconds for one plain forward pass of the prompts, for one hooked pass a patch in the same
-    batch (measured on a few, scaled to all) and by replay, everything included: base pass of both prompts, the check
-    against the model's own pass of one prompt, scores. Nothing is said twice: prompts that begin with the same tokens
-    are not patched there (`same`: how many tokens both prompts begin with; 0, and 5 as facts in the same words do).
-    `rows/plain` is how many tokens go through how many layers, in plain passes: what replay cannot go below where a
-    layer's work is all matrix products.
+    24-layer model, one site. Seconds for one plain forward pass of the prompts, with logits behind their last tokens
+    alone; for one such pass a patch (`hooked_s`: a hooked pass costs no less), of all prompts together and of one at a
+    time as it is published (`hooked_alone_s`); and by replay, everything included: base pass of both prompts, a row
+    that nothing is put into, the check against the model's own pass of one prompt, scores. Prompts that begin with the
+    same tokens are not patched there (`same`: how many; 0, and 5 as facts in the same words have). `rows/plain` is how
+    many tokens go through how many layers, in plain passes: below that replay cannot go where matrix products are all.
+memory: how far memory rises, each in a fresh process.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from torch import Tensor
 
 from mambalens.flow.measures import log_odds
 from mambalens.hooks import HookManager
-from mambalens.interventions.hooked import hooked_scores
 from mambalens.interventions.walk import PatchReplay, Prompts, Spot
 from mambalens.system.memory import budget
 
-TIME, SAME, HOOKED = 15, (0, 5), 3
-"""Tokens of a prompt, those that both begin with, and layers that hooked passes are measured in."""
+TIME, SAME = 15, (0, 5)
+"""Tokens of a prompt, and those that both begin with."""
 
 
 class Heatmap:
@@ -49,6 +49,10 @@ class Heatmap:
         """One forward pass of the prompts, with logits behind their last tokens alone."""
         self.model(self.prompts.ids[: self.count], use_cache=False, logits_to_keep=1)
 
+    def alone(self) -> None:
+        """The same of one prompt."""
+        self.model(self.prompts.ids[:1], use_cache=False, logits_to_keep=1)
+
     def replayed(self) -> None:
         """The whole heatmap."""
         self.model(self.prompts.ids[:1], use_cache=False)
@@ -70,32 +74,24 @@ def heatmaps(names: list[str]) -> pd.DataFrame:
         model = load(SHAPES[name]())
         for site, same in (("residual", SAME[0]), ("residual", SAME[1]), ("state", SAME[1])):
             heatmap = Heatmap(model, site, same)
-            plain = seconds(heatmap.plain, 1)
+            patches = TIME * heatmap.hooks.n_layers
+            plain, alone = seconds(heatmap.plain, 1), seconds(heatmap.alone, 1)
             started = time.perf_counter()
             heatmap.replayed()
             replay = time.perf_counter() - started
-            # A hooked pass of a patch is a plain pass of the prompts with a hook in it.
-            hooked = float("nan")
-            if site == "residual":
-                some = [Spot(0, 1, (same,), (same,))]
-                windows = [[0], [heatmap.hooks.n_layers // 2], [heatmap.hooks.n_layers - 1]]
-                part = heatmap.prompts._replace(
-                    ids=heatmap.prompts.ids[: heatmap.count], last=heatmap.prompts.last[: heatmap.count]
-                )
-                started = time.perf_counter()
-                hooked_scores(heatmap.hooks, site, windows, part, some, heatmap.score)
-                hooked = (time.perf_counter() - started) / (len(windows) + 1) * TIME * heatmap.hooks.n_layers
             line = {
                 "model": NAMES[name],
                 "site": site,
                 "same": same,
-                "patches": TIME * heatmap.hooks.n_layers,
+                "patches": patches,
                 "plain_s": plain,
-                "hooked_s_scaled": hooked,
+                "hooked_s": patches * plain,
+                "hooked_alone_s": patches * PROMPTS * alone,
                 "replay_s": replay,
                 "replay/plain": replay / plain,
                 "rows/plain": heatmap.rows(),
-                "hooked/replay": hooked / replay,
+                "hooked/replay": patches * plain / replay,
+                "hooked_alone/replay": patches * PROMPTS * alone / replay,
                 "backend": heatmap.hooks.backend,
             }
             lines.append(report(line))

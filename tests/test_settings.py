@@ -219,6 +219,7 @@ def test_logs_are_quiet_unless_somebody_listens(tmp_path: Path, caplog: pytest.L
         run(*options)
     assert [record.message.split()[0] for record in caplog.records if record.name == "mambalens"] == [
         "model",
+        "replay",
         "block",
         "result",
     ]

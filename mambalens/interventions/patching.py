@@ -13,7 +13,6 @@ from torch import Tensor
 from mambalens.facts.fact import Fact
 from mambalens.facts.pairs import Pair, aligned
 from mambalens.facts.prompts import Batch, Prompt, Skip, read_facts
-from mambalens.flow.measures import log_odds
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import PatchData
@@ -21,6 +20,7 @@ from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import PATCHES
 from mambalens.interventions.walk import Prompts, Spot
+from mambalens.measures import log_odds
 from mambalens.model import LoadedModel
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.identity import prompt_table

@@ -14,7 +14,6 @@ from torch import Tensor
 from mambalens.defaults import TRACE_WINDOW
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.facts.sequence import Facts
-from mambalens.flow.measures import log_odds
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import TraceData
@@ -23,6 +22,7 @@ from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import TRACES
 from mambalens.interventions.walk import Prompts, Spot
+from mambalens.measures import log_odds
 from mambalens.model import BATCH_TOKENS, LoadedModel
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.identity import prompt_table

@@ -20,9 +20,9 @@ import torch
 from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_fresh_process, report, run, seconds
 from torch import Tensor
 
-from mambalens.flow.measures import log_odds
 from mambalens.hooks import HookManager
 from mambalens.interventions.walk import PatchReplay, Prompts, Spot
+from mambalens.measures import log_odds
 from mambalens.system.memory import budget
 
 TIME, SAME = 15, (0, 5)

@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 # What a user hands over is checked by these two themselves, in sentences.
 FIRST_TO_HEAR = ("manager", "knockout", "steering")
 # Their methods give the class they are called on, which beartype knows only where it has the whole class.
-GIVE_THEMSELVES = ("data", "verbs")
+GIVE_THEMSELVES = ("data", "verbs", "contribution_data", "lens_data")
 ROOT = Path(__file__).parent.parent
 HOOKS = [path.stem for path in (ROOT / "hooks").glob("[a-z]*.py")]
 FLOW = [f"flow.{path.stem}" for path in (ROOT / "mambalens" / "flow").glob("[a-z]*.py")
@@ -29,9 +29,6 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                 f"mambalens.{name}"
                 for name in (
                     "features",
-                    "interventions.contributions",
-                    "interventions.logit_lens",
-                    "interventions.ray",
                     "measures",
                     *FLOW,
                     *INTERVENTIONS,

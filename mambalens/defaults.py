@@ -41,6 +41,8 @@ NOISE = 3.0
 """Noise of causal tracing, in standard deviations of the subjects' embeddings (Meng et al. 2022, section 2.1)."""
 SAMPLES = 10
 """Samples of that noise."""
+CELL_BLOCK = 64
+"""Facts, or pairs of them, of a block of patches or traces."""
 SITE = "residual"
 """What is patched and restored."""
 FLOW_BLOCK = 32

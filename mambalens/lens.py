@@ -488,6 +488,9 @@ class Lens(LoadedModel):
         batch_size: int | None = None,
         memory: int | str | None = None,
         progress: bool = True,
+        measure: str | Measure | None = None,
+        out: str | Path | None = None,
+        block_size: int = defaults.CELL_BLOCK,
     ) -> Patches:
         """Put another prompt's activation in the place of a fact's own, and see what becomes of the answer.
 
@@ -504,6 +507,10 @@ class Lens(LoadedModel):
             batch_size: pairs a batch at most.
             memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
             progress: show a progress bar.
+            measure: of the own answer, as for `sweep`: two more columns, base_measure and measure.
+            out: a folder to keep the results in, block of pairs by block of pairs. The same patches in the same folder
+                go on where they stopped; several processes that share the folder share the work.
+            block_size: pairs of a block.
 
         Returns:
             A table with a row for every pair, window and position or role, means with intervals and a heatmap.
@@ -514,7 +521,8 @@ class Lens(LoadedModel):
         """
         from mambalens.interventions.patching import Patching, patch
 
-        return Patches.of(patch(self, pairs, Patching.asked(site, window, positions), batch_size, memory, progress))
+        asked = Patching.asked(site, window, positions, measure)
+        return Patches.of(patch(self, pairs, asked, batch_size, memory, progress, True, out, block_size))
 
     def trace(
         self,
@@ -528,6 +536,9 @@ class Lens(LoadedModel):
         batch_size: int | None = None,
         memory: int | str | None = None,
         progress: bool = True,
+        measure: str | Measure | None = None,
+        out: str | Path | None = None,
+        block_size: int = defaults.CELL_BLOCK,
     ) -> Traces:
         """Corrupt a fact's subject, restore one site of the clean run, and see whether the answer comes back.
 
@@ -544,6 +555,8 @@ class Lens(LoadedModel):
             batch_size: facts a batch at most.
             memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
             progress: show a progress bar.
+            measure: of the answer, as for `sweep`: three more columns, clean_measure, corrupted_measure and measure.
+            out, block_size: as for `patch`, with facts in the place of pairs.
 
         Returns:
             A table with a row for every fact, sample, window and position or role, means with intervals, how far
@@ -554,8 +567,8 @@ class Lens(LoadedModel):
         """
         from mambalens.interventions.tracing import Tracing, trace
 
-        tracing = Tracing.asked(noise, restore, window, positions, samples, seed)
-        return Traces.of(trace(self, as_facts(facts), tracing, batch_size, memory, progress))
+        tracing = Tracing.asked(noise, restore, window, positions, samples, seed, measure)
+        return Traces.of(trace(self, as_facts(facts), tracing, batch_size, memory, progress, True, out, block_size))
 
     def features(
         self, facts: FactLike | None = None, batch_size: int | None = None, progress: bool = True

@@ -181,11 +181,6 @@ class Flow(FlowVerbs):
 class Patches(PatchData):
     """What activations of other prompts do to answers; see `interventions.data.PatchData`."""
 
-    @classmethod
-    def of(cls, data: PatchData) -> Self:
-        """The same with a face."""
-        return cls(data.table, data.skipped, data.prompts, data.n_layers)
-
     def plot(self, fact_id: str | None = None, metric: str | None = None, **options: Any) -> Figure:
         """One fact token by token, or the mean over facts by pieces; see `figures.interventions.cells`."""
         from mambalens.figures import cells
@@ -195,11 +190,6 @@ class Patches(PatchData):
 
 class Traces(TraceData):
     """What restored activations bring back; see `interventions.data.TraceData`."""
-
-    @classmethod
-    def of(cls, data: TraceData) -> Self:
-        """The same with a face."""
-        return cls(data.table, data.skipped, data.prompts, data.n_layers)
 
     def plot(self, fact_id: str | None = None, metric: str | None = None, **options: Any) -> Figure:
         """One fact token by token, or the mean over facts by pieces; see `figures.interventions.cells`."""

@@ -15,6 +15,7 @@ from mambalens.cli.parser import Verbs, argument, every_setting, option, setting
 from mambalens.cli.settings import SweepSettings
 from mambalens.defaults import (
     ABLATION,
+    CELL_BLOCK,
     DETAILED,
     DETAILS,
     FACTS,
@@ -147,31 +148,41 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @app.command(short_help="Put another prompt's activations into prompts.")
 @ONE_MODEL
 @settings("facts", "where", "all_facts", limit=20)
-@option("--out", help="Folder for table, means and figure.", kind=Path, required=True)
+@option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
 @option("--site", help="residual, mixer, mlp or state.", default=SITE)
 @option("--window", help="Consecutive layers that are patched at once.", kind=int, least=1, default=1)
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--seed", help="Of the facts that others are patched from.", kind=int, least=0, default=0)
-@settings("batch_size", "memory", "dtype", "tokenizer")
+@option("--measure", help="Two more columns: log_odds, log_prob, logit or prob.")
+@settings("batch_size", block_size=CELL_BLOCK)
+@settings("memory", "dtype", "tokenizer")
 def patch(
     model: str, facts: str, where: tuple[str, ...], all_facts: bool, limit: int, out: Path, site: str, window: int,
-    position: tuple[str, ...], seed: int, batch_size: int | None, memory: str | None, dtype: str,
-    tokenizer: str | None,
+    position: tuple[str, ...], seed: int, measure: str | None, batch_size: int | None, block_size: int,
+    memory: str | None, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Put what another fact's prompt has into a fact's prompt, at every position and layer, and read the answer.
 
+    The same patches in the same folder go on where they stopped.
+
     Example: mambalens patch atlas-mamba1 --where wording=far --site state --out runs/patches
     """
-    from mambalens.cli import patches
+    from mambalens.cli import output, patches
     from mambalens.cli.programs import known_or_all
     from mambalens.interventions.patching import Patching
+    from mambalens.runs.folder import PATCH, check_kind
 
-    Patching.asked(site, window, patches.positions(position))
+    Patching.asked(site, window, patches.positions(position), measure)
+    check_kind(out, PATCH)
     chosen, lens = asked.facts(facts, where), asked.lens(model, dtype, tokenizer)
     say = _say(silent=False)
     chosen = known_or_all(lens, chosen, limit, all_facts, batch_size, say, True, "patches in")
     pairs = chosen.pairs(seed=seed, tokenizer=lens.tokenizer)
-    found = lens.patch(pairs, site, window, patches.positions(position), batch_size, memory)
+    with output.interruptible(out):
+        found = lens.patch(
+            pairs, site, window, patches.positions(position), batch_size, memory, measure=measure, out=out,
+            block_size=block_size,
+        )  # fmt: skip
     patches.write(found, out)
     patches.told(found, out)
 
@@ -179,7 +190,7 @@ def patch(
 @app.command(short_help="Corrupt the subject, restore one site at a time.")
 @ONE_MODEL
 @settings("facts", "where", "all_facts", limit=20)
-@option("--out", help="Folder for table, means and figure.", kind=Path, required=True)
+@option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
 @option("--noise", help="Standard deviations of noise, or swap.", default=f"{NOISE:g}")
 @option("--restore", help="residual, mixer, mlp or state.", default=SITE)
 @option("--window", help="Consecutive layers that are restored at once.", kind=int, least=1,
@@ -187,26 +198,36 @@ def patch(
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--samples", help="Of the noise.", kind=int, least=1, default=SAMPLES)
 @option("--seed", help="Of the noise.", kind=int, least=0, default=0)
-@settings("batch_size", "memory", "dtype", "tokenizer")
+@option("--measure", help="Three more columns: log_odds, log_prob, logit or prob.")
+@settings("batch_size", block_size=CELL_BLOCK)
+@settings("memory", "dtype", "tokenizer")
 def trace(
     model: str, facts: str, where: tuple[str, ...], all_facts: bool, limit: int, out: Path, noise: str, restore: str,
-    window: int | None, position: tuple[str, ...], samples: int, seed: int, batch_size: int | None,
-    memory: str | None, dtype: str, tokenizer: str | None,
+    window: int | None, position: tuple[str, ...], samples: int, seed: int, measure: str | None,
+    batch_size: int | None, block_size: int, memory: str | None, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Causal tracing: corrupt the subject, restore one site of the clean run, and see whether the answer comes back.
 
+    The same traces in the same folder go on where they stopped.
+
     Example: mambalens trace atlas-mamba1 --samples 3 --out runs/trace
     """
-    from mambalens.cli import patches
+    from mambalens.cli import output, patches
     from mambalens.cli.programs import known_or_all
     from mambalens.interventions.tracing import Tracing
+    from mambalens.runs.folder import TRACE, check_kind
 
     strength, places = patches.noise(noise), patches.positions(position)
-    Tracing.asked(strength, restore, window, places, samples, seed)
+    Tracing.asked(strength, restore, window, places, samples, seed, measure)
+    check_kind(out, TRACE)
     chosen, lens = asked.facts(facts, where), asked.lens(model, dtype, tokenizer)
     say = _say(silent=False)
     chosen = known_or_all(lens, chosen, limit, all_facts, batch_size, say, True, "traces in")
-    found = lens.trace(chosen, strength, restore, window, places, samples, seed, batch_size, memory)
+    with output.interruptible(out):
+        found = lens.trace(
+            chosen, strength, restore, window, places, samples, seed, batch_size, memory, measure=measure, out=out,
+            block_size=block_size,
+        )  # fmt: skip
     patches.write(found, out)
     patches.told(found, out)
 
@@ -471,9 +492,9 @@ def steer(
         click.echo(f"\n{len(table)} rows in {out}")
 
 
-@app.command(short_help="Draw a sweep's curves, or a flow.")
-@argument("folder", "DIR", "Folder of a sweep or a flow, or of several.", kind=Path)
-@option("--metric", help="change_pct, prob, hit, rank, kl or measure.", default="change_pct")
+@app.command(short_help="Draw a sweep's curves, a flow, patches or traces.")
+@argument("folder", "DIR", "Folder of a sweep, a flow, patches or traces, or of several.", kind=Path)
+@option("--metric", help="change_pct, prob, hit, rank, kl or measure; moved, effect, ...", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")
 @option("--rows", help="What rows of panels differ in: path, wording, ...")
 @option("--columns", help="What columns of panels differ in.")
@@ -484,16 +505,28 @@ def plot(
     folder: Path, metric: str, x: str, rows: str | None, columns: str | None, where: tuple[str, ...], interval: str,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Draw the information-flow curves of a finished sweep, or a flow: a prompt's graph, or pieces over many facts.
+    """Draw the information-flow curves of a finished sweep, a flow (a prompt's graph, or pieces over many facts), or
+    the heatmap of patches or traces.
 
-    Of a flow, --where is the only option beside --out.
+    Of a flow, --where is the only option beside --out; of patches and traces, --metric too.
 
     Example: mambalens plot runs/first --columns wording --x depth
     """
-    from mambalens.runs.folder import FLOW
+    from mambalens.runs.folder import FLOW, SWEEP
     from mambalens.runs.stored import kind_of
 
-    if kind_of(folder) == FLOW:
+    kind = kind_of(folder)
+    if kind not in (FLOW, SWEEP):
+        from mambalens.cli import patches
+
+        unused = typed("x", "rows", "columns", "interval")
+        if unused:
+            raise MambalensError(
+                f"{str(folder)!r} holds no sweep, and {', '.join(unused)} draw curves of one: leave them out."
+            )
+        chosen = metric if typed("metric") else None
+        name, figure = patches.figure_of(folder, kind, asked.conditions(where), chosen)
+    elif kind == FLOW:
         from mambalens.cli import flow_files
 
         unused = typed("metric", "x", "rows", "columns", "interval")
@@ -530,10 +563,15 @@ def report(
 
     Example: mambalens report runs/first runs/second --out report.html
     """
-    from mambalens.runs.folder import FLOW
+    from mambalens.runs.folder import FLOW, SWEEP
     from mambalens.runs.stored import kind_of
 
     kinds = {kind_of(folder): folder for folder in folders}
+    other = next((kind for kind in kinds if kind not in (FLOW, SWEEP)), None)
+    if other is not None:
+        raise MambalensError(
+            f"{str(kinds[other])!r} holds a {other}, of which there is no page: draw it with mambalens plot."
+        )
     if len(kinds) > 1:
         held = " and ".join(f"{str(folder)!r} a {kind}" for kind, folder in kinds.items())
         raise MambalensError(f"{held} do not go into one page: write one of each.")

@@ -1,21 +1,39 @@
-"""What `mambalens patch` and `mambalens trace` do: tables, means and a heatmap in a folder."""
+"""What `mambalens patch` and `mambalens trace` do: a run's folder, with tables, means and a heatmap beside it."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mambalens.hooks.errors import MambalensError
-from mambalens.runs.folder import writing
+from mambalens.result import Patches, Traces
+from mambalens.runs.folder import PATCH, TRACE, writing
 
 if TYPE_CHECKING:
-    from mambalens.result import Patches, Traces
+    from matplotlib.figure import Figure
 
 TABLE, SUMMARY, SKIPPED, FIGURE = "table.parquet", "summary.csv", "skipped.csv", "heatmap.png"
 SHOWN = 3
 """Facts left out that are printed."""
+
+
+RESULTS: dict[str, type[Patches] | type[Traces]] = {PATCH: Patches, TRACE: Traces}
+"""What folders of these kinds hold."""
+
+
+def figure_of(folder: Path, kind: str, where: dict[str, list[str]], metric: str | None) -> tuple[str, Figure]:
+    """The heatmap of what a folder holds, and its file's name.
+
+    Args:
+        folder: of patches or traces, or of several.
+        kind: which.
+        where: columns and the values that are kept.
+        metric: a column; None: the usual one.
+    """
+    found: Any = RESULTS[kind].load(folder)
+    return FIGURE, (found.where(**where) if where else found).plot(metric=metric)
 
 
 def positions(texts: tuple[str, ...]) -> list[str | int]:

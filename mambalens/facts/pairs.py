@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
-from mambalens.facts.fact import Fact
+from mambalens.facts.fact import Answered, Fact
 from mambalens.facts.pieces import piece_of
 from mambalens.facts.prompts import Prompt, Skip, read_facts
 from mambalens.facts.roles import pieces
@@ -31,10 +32,28 @@ class Pairs(Sequence[Pair]):
     Args:
         pairs: the pairs.
         left_out: facts that have no other one, with the reason.
+        name: where the facts come from.
+        answered: how models did on the facts that these were chosen from (`Facts.answered`).
     """
 
-    def __init__(self, pairs: Sequence[Pair], left_out: Sequence[Skip] = ()) -> None:
-        self._pairs, self.left_out = list(pairs), tuple(left_out)
+    def __init__(
+        self,
+        pairs: Sequence[Pair],
+        left_out: Sequence[Skip] = (),
+        name: str = "",
+        answered: Sequence[Answered] = (),
+    ) -> None:
+        self._pairs, self.left_out, self.name, self.answered = list(pairs), tuple(left_out), name, tuple(answered)
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair]) -> Pairs:
+        """Pairs in any sequence; facts without an id have their number as theirs."""
+        if isinstance(pairs, Pairs):
+            return pairs
+        return cls([
+            Pair(fact if fact.id is not None else replace(fact, id=str(number)), other)
+            for number, (fact, other) in enumerate(pairs)
+        ])  # fmt: skip
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -44,7 +63,9 @@ class Pairs(Sequence[Pair]):
     @overload
     def __getitem__(self, index: slice) -> Pairs: ...
     def __getitem__(self, index: int | slice) -> Pair | Pairs:
-        return Pairs(self._pairs[index], self.left_out) if isinstance(index, slice) else self._pairs[index]
+        if isinstance(index, slice):
+            return Pairs(self._pairs[index], self.left_out, self.name, self.answered)
+        return self._pairs[index]
 
     def __iter__(self) -> Iterator[Pair]:
         return iter(self._pairs)
@@ -59,10 +80,10 @@ class Pairs(Sequence[Pair]):
 
     @property
     def table(self) -> pd.DataFrame:
-        """One row a pair: fact_id, prompt, subject, target, and other_id, other_prompt, other_subject, other_target."""
+        """One row a pair: fact_id, prompt, subject, target, relation, and the same of the other, such as other_id."""
         import pandas as pd
 
-        columns = ["id", "prompt", "subject", "target"]
+        columns = ["id", "prompt", "subject", "target", "relation"]
         rows = [[getattr(fact, column) for fact in pair for column in columns] for pair in self]
         return pd.DataFrame(rows, columns=["fact_id", *columns[1:], *(f"other_{column}" for column in columns)])
 

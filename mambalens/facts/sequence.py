@@ -120,9 +120,10 @@ class Facts(Sequence[Fact]):
         Raises:
             MambalensError: for a column that the facts do not have.
         """
-        from mambalens.facts.pairs import find_pairs
+        from mambalens.facts.pairs import Pairs, find_pairs
 
-        return find_pairs(self, self.table, same, seed, tokenizer)
+        found = find_pairs(self, self.table, same, seed, tokenizer)
+        return Pairs(found, found.left_out, self.name, self.answered)
 
     def sample(self, n: int, seed: int = 0) -> Facts:
         """At most n facts drawn at random, in their old order."""

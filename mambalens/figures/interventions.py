@@ -61,8 +61,7 @@ def cells(
         fact_id = str(facts[0])
     first = table.iloc[0]
     if fact_id is None:
-        part = type(data)(table, data.skipped, data.prompts, data.n_layers)
-        summary = part.summary(name)
+        summary = data.where(model=first.model, site=first.site).summary(name)
         grid = summary.pivot(index="piece", columns="window_start", values="mean").reindex(summary.piece.unique())
         counts = summary.groupby("piece", sort=False).n.max()
         labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]

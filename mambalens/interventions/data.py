@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -11,7 +12,11 @@ import pandas as pd
 from mambalens.facts.pieces import PIECES
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.interventions.table import GROUP, PATCH_METRICS, TRACE_METRICS
+from mambalens.runs.config import RunConfig
+from mambalens.runs.data import column_of, facts_together, measured, with_unusable
+from mambalens.runs.folder import PATCH, TRACE, below_each_other, no_checks
 from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.stored import Stored, folders_of, stored_in
 
 
 class CellData:
@@ -20,39 +25,103 @@ class CellData:
     Attributes:
         table: one row for each, of every fact.
         skipped: fact_id, source (the role that is empty; '' where the whole fact was left out) and reason.
+        facts: the facts that were asked for, with all their columns; of patches, with the other facts.
         prompts: model, fact_id, the prompt's tokens, the subject's positions.
-        n_layers: layers of each model.
+        configs: what was run, one for each model.
+        unfinished: blocks of facts that are still missing, of a run that is not at its end.
+        checks: how replays were held against the model; columns in `runs.folder.CHECKS`.
     """
 
-    metrics: ClassVar[dict[str, str]] = {}
-    """Columns that can be summarized and drawn; the first where nothing is said."""
+    kind: ClassVar[str]
+    """What kind of run it is; see `runs.folder.KINDS`."""
+    columns: ClassVar[dict[str, str]] = {}
+    """Columns that can be summarized and drawn, but for the measure; the first where nothing is said."""
     apart: ClassVar[tuple[str, ...]] = ()
     """Further columns that a mean keeps apart."""
 
     def __init__(
-        self, table: pd.DataFrame, skipped: pd.DataFrame, prompts: pd.DataFrame, n_layers: dict[str, int]
+        self,
+        table: pd.DataFrame,
+        skipped: pd.DataFrame,
+        facts: pd.DataFrame,
+        prompts: pd.DataFrame,
+        configs: list[RunConfig],
+        unfinished: int = 0,
+        checks: pd.DataFrame | None = None,
     ) -> None:
-        self.table, self.skipped, self.prompts, self.n_layers = table, skipped, prompts, n_layers
+        self.table, self.skipped, self.facts, self.prompts = table, skipped, facts, prompts
+        self.configs, self.unfinished = configs, unfinished
+        self.checks = no_checks() if checks is None else checks
+
+    @classmethod
+    def of(cls, data: CellData) -> Self:
+        """The same with the faces of this class."""
+        return cls(data.table, data.skipped, data.facts, data.prompts, data.configs, data.unfinished, data.checks)
 
     def __repr__(self) -> str:
         models, facts = ", ".join(self.table.model.unique()), self.table.fact_id.nunique()
-        return f"<{type(self).__name__}: {models}; {facts} facts, {len(self.table)} rows>"
+        left = f"; {self.unfinished} block{'s' * (self.unfinished > 1)} of facts to come" if self.unfinished else ""
+        return f"<{type(self).__name__}: {models}; {facts} facts, {len(self.table)} rows{left}>"
+
+    @property
+    def n_layers(self) -> dict[str, int]:
+        """Layers of each model."""
+        return {config.model: config.n_layers for config in self.configs}
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Columns that can be summarized and drawn, and what axes call them: those of the table, and the measure.
+
+        Results that were put together have the column 'measure' where all have the same.
+        """
+        return self.columns | measured(self.configs, self.table)
 
     def where(self, **values: Any) -> Self:
-        """The part whose columns have these values; a list means any of them.
+        """The part whose columns have these values, of the table or of the facts; a list means any of them.
 
         Raises:
-            MambalensError: for a column that there is not, or if nothing is left.
+            MambalensError: for a column that neither has, or if nothing is left.
         """
-        table = self.table
+        table, facts = self.table, self.facts.drop_duplicates("fact_id")
         for column, value in values.items():
-            if column not in table:
-                raise MambalensError(f"{column!r} is no column of the table: {choose(column, table.columns)}.")
             wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
-            table = table[table[column].astype(str).isin(wanted)]
+            table = table[column_of(column, table, facts).astype(str).isin(wanted)]
         if not len(table):
             raise MambalensError(f"No row of the table has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
-        return type(self)(table.reset_index(drop=True), self.skipped, self.prompts, self.n_layers)
+        return self._with(table.reset_index(drop=True))
+
+    def _with(self, table: pd.DataFrame) -> Self:
+        """The same with other rows."""
+        left = set(table.model)
+        configs = [config for config in self.configs if config.model in left]
+        checks = self.checks[self.checks.model.isin(left)].reset_index(drop=True)
+        return type(self)(table, self.skipped, self.facts, self.prompts, configs, self.unfinished, checks)
+
+    def save(self, folder: str | Path) -> Path:
+        """Write tables as parquet and what was run as JSON, in the format of a run's folder (`mambalens.runs.folder`).
+
+        Returns:
+            The folder.
+
+        Raises:
+            MambalensError: if it cannot be written, or holds a run of its own.
+        """
+        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs, self.checks)
+        return stored.save(folder, self.kind)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read a run's folder, also while it is still being filled, or what `save` wrote.
+
+        A folder with such folders in it gives them all as one.
+        """
+        found = folders_of(folder, cls.kind)
+        if found != [Path(folder)]:
+            return cls.concat([cls.load(path) for path in found])
+        kept = stored_in(found[0], cls.kind)
+        skipped = with_unusable(kept.skipped, kept.configs)
+        table = below_each_other(kept.tables)
+        return cls(table, skipped, kept.facts, kept.prompts, kept.configs, kept.unfinished, kept.checks)
 
     def check_metric(self, metric: str | None) -> str:
         """The metric itself, or the first one.
@@ -124,34 +193,39 @@ class CellData:
             raise MambalensError(f"There is no fact {fact_id!r}: {choose(fact_id, self.prompts.fact_id)}.")
         return list(found.tokens.iloc[0]), [int(position) for position in found.subject.iloc[0]]
 
-    @staticmethod
-    def concat(parts: Sequence[CellData]) -> CellData:
+    @classmethod
+    def concat(cls, parts: Sequence[CellData]) -> Self:
         """Several results as one, for comparing models or sites.
 
         Raises:
-            MambalensError: if there is none.
+            MambalensError: if there is none, or different facts have the same id.
         """
         if not parts:
             raise MambalensError("There is no result to put together.")
-        tables, skipped, prompts = (
-            pd.concat([getattr(part, name) for part in parts], ignore_index=True)
-            for name in ("table", "skipped", "prompts")
+        table, skipped, prompts, facts, checks = (
+            below_each_other([getattr(part, name) for part in parts])
+            for name in ("table", "skipped", "prompts", "facts", "checks")
         )
-        layers = {model: count for part in parts for model, count in part.n_layers.items()}
+        facts_together([part.facts for part in parts])
         prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
-        return type(parts[0])(tables, skipped.drop_duplicates(ignore_index=True), prompts, layers)
+        facts = facts.drop_duplicates([name for name in ("fact_id", "other_id") if name in facts], ignore_index=True)
+        configs = [config for part in parts for config in part.configs]
+        skipped = skipped.drop_duplicates(ignore_index=True)
+        return cls(table, skipped, facts, prompts, configs, sum(part.unfinished for part in parts), checks)
 
 
 class PatchData(CellData):
     """What patches come to; columns of the table in `interventions.table.PATCHES`."""
 
-    metrics: ClassVar[dict[str, str]] = PATCH_METRICS
+    kind: ClassVar[str] = PATCH
+    columns: ClassVar[dict[str, str]] = PATCH_METRICS
 
 
 class TraceData(CellData):
     """What restored sites come to; columns of the table in `interventions.table.TRACES`."""
 
-    metrics: ClassVar[dict[str, str]] = TRACE_METRICS
+    kind: ClassVar[str] = TRACE
+    columns: ClassVar[dict[str, str]] = TRACE_METRICS
     apart: ClassVar[tuple[str, ...]] = ("corruption",)
 
     def spread(self, metric: str | None = None) -> pd.DataFrame:

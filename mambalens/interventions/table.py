@@ -15,6 +15,9 @@ PATCHES = (
 with `base_` in front, the same without a patch. `moved` is how far the patch moves the logit difference from the
 prompt's own (0) to the one that the other prompt has (1); NaN where these are equal."""
 
+PATCH_MEASURED = ("base_measure", "measure")
+"""Columns that patches with a measure have behind the others: it of the own answer without a patch, and with it."""
+
 TRACES = (
     "fact_id", "model", "corruption", "sample", "site", "window_start", "window_size", "position", "role", "piece",
     "clean_prob", "clean_log_odds", "corrupted_prob", "corrupted_log_odds", "prob", "log_odds", "effect",
@@ -24,6 +27,10 @@ TRACES = (
 `prob` and `log_odds` (in nats) are those of the fact's answer in the corrupted run with one site restored, with
 `clean_` and `corrupted_` in front those of the clean run and the corrupted one. `effect` is the indirect effect,
 `prob - corrupted_prob` (Meng et al. 2022, section 2.1). `corruption` is 'noise 3' or the like, or 'swap'."""
+
+TRACE_MEASURED = ("clean_measure", "corrupted_measure", "measure")
+"""Columns that traces with a measure have behind the others: it of the answer in the clean run, in the corrupted one,
+and in that with a site restored."""
 
 GROUP = ("model", "site", "window_size", "window_start", "piece")
 """Columns that a mean over facts keeps apart."""

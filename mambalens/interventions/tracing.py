@@ -5,33 +5,33 @@ from __future__ import annotations
 import functools
 import zlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mambalens.defaults import TRACE_WINDOW
+from mambalens.defaults import CELL_BLOCK, TRACE_WINDOW
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import TraceData
 from mambalens.interventions.patching import padded
+from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
-from mambalens.interventions.table import TRACES
+from mambalens.interventions.table import TRACE_MEASURED, TRACES
 from mambalens.interventions.walk import Prompts, Spot
-from mambalens.measures import log_odds
+from mambalens.measures import Measure, log_odds, measure_of, name_of
 from mambalens.model import BATCH_TOKENS, LoadedModel
+from mambalens.runs.folder import Part
 from mambalens.sweep.halving import Halving
-from mambalens.sweep.identity import prompt_table
+from mambalens.sweep.identity import model_and_facts
 from mambalens.sweep.replay import prompts_at_once
 from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 SWAP = "swap"
 WIDE = ("mixer", "mlp")
@@ -47,6 +47,7 @@ class Tracing(NamedTuple):
     positions: tuple[str | int, ...] = ("each",)
     samples: int = 10
     seed: int = 0
+    measure: str | Measure | None = None
 
     @classmethod
     def asked(
@@ -57,19 +58,22 @@ class Tracing(NamedTuple):
         positions: Where,
         samples: int,
         seed: int,
+        measure: str | Measure | None = None,
     ) -> Tracing:
         """What is asked for, in the words of `Lens.trace`.
 
         Raises:
-            MambalensError: for an unknown site or role, noise that is none, or no sample.
+            MambalensError: for an unknown site, role or measure, noise that is none, or no sample.
         """
+        if measure is not None:
+            measure_of(measure)
         wrong = noise != SWAP if isinstance(noise, str) else not noise > 0
         if wrong:
             raise MambalensError(f"noise={noise!r}: give a number above 0 (of standard deviations), or {SWAP!r}.")
         if samples < 1:
             raise MambalensError(f"samples={samples}: give 1 or more.")
         many = 1 if noise == SWAP else samples
-        return cls(noise, check_site(restore), window, check_positions(positions), many, seed)
+        return cls(noise, check_site(restore), window, check_positions(positions), many, seed, measure)
 
     @property
     def corruption(self) -> str:
@@ -91,6 +95,8 @@ def trace(
     memory: int | str | None = None,
     progress: bool = True,
     replay: bool = True,
+    out: str | Path | None = None,
+    block_size: int = CELL_BLOCK,
 ) -> TraceData:
     """Corrupt subjects and restore one site at a time.
 
@@ -114,17 +120,18 @@ def trace(
         memory: bytes to use beside the model, or text like '4GB'; by default half of what is free.
         progress: show a progress bar.
         replay: answer by replay wherever it reproduces the model, else by one hooked pass a site.
+        out: folder to keep finished blocks in; those that are there already are not computed again.
+        block_size: facts a block.
 
     Raises:
         MambalensError: for windows and sites that the model does not have, positions that prompts do not have, or if
             no fact can be used.
     """
-    bar = tqdm(desc=f"trace {lens.name}", unit="patch", disable=not progress)
-    with bar:
+    check_kept(out, tracing.measure)
+    with tqdm(desc=f"trace {lens.name}", unit="patch", disable=not progress) as bar:
         work = TraceWork(lens, facts, tracing, batch_size, memory, replay, bar)
-        bar.reset(total=work.size())
-        table, skipped = work.run()
-    return TraceData(table, skipped, prompt_table(lens, work.prompts), {lens.name: lens.n_layers})
+        config = configuration(lens, facts, work.windows, tracing.measure)
+        return cast(TraceData, found_or_kept(work, facts, config, TraceData, out, block_size))
 
 
 class TraceWork:
@@ -140,18 +147,19 @@ class TraceWork:
         replay: bool,
         bar: Any,
     ) -> None:
-        self.lens, self.tracing, self.bar = lens, tracing, bar
+        self.lens, self.facts, self.tracing, self.bar = lens, facts, tracing, bar
+        self.measure = None if tracing.measure is None else measure_of(tracing.measure)
         self.windows = windows_with(tracing.restore, tracing.layers(lens.n_layers), lens.hooks)
         self.memory = budget(memory, lens.device)
         self.patcher = Patcher(lens, tracing.restore, self.windows, self.memory, replay)
         self.halving = Halving(lens.name, batch_size, bar)
-        self.prompts, self.skipped = read_facts(facts, lens.tokenizer)
+        self.prompts, self.unusable = read_facts(facts, lens.tokenizer)
         self.others: dict[int, Prompt] = {}
         """The corrupted prompt of each, where subjects are swapped."""
         if tracing.noise == SWAP:
             self._find_others(facts)
         if not self.prompts:
-            raise none_usable(facts, self.skipped)
+            raise none_usable(facts, self.unusable)
         self.places = {id(prompt): list(places_of(prompt, tracing.positions)) for prompt in self.prompts}
         self.sigma = 0.0 if tracing.noise == SWAP else float(tracing.noise) * embedding_deviation(lens, self.prompts)
 
@@ -165,29 +173,48 @@ class TraceWork:
                 if read:
                     self.others[id(prompt)] = read[0]
                     usable.append(prompt)
-                self.skipped += [skip._replace(fact_id=str(prompt.fact.id)) for skip in wrong]
-        known = {skip.fact_id for skip in self.skipped}
-        self.skipped += [skip for skip in pairs.left_out if skip.fact_id not in known]
+                self.unusable += [skip._replace(fact_id=str(prompt.fact.id)) for skip in wrong]
+        known = {skip.fact_id for skip in self.unusable}
+        self.unusable += [skip for skip in pairs.left_out if skip.fact_id not in known]
         self.prompts = usable
 
-    def size(self) -> int:
-        """Restored sites of all facts and samples."""
-        return self.tracing.samples * len(self.windows) * sum(len(places) for places in self.places.values())
+    def definition(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON, but for the block's size."""
+        tracing = self.tracing
+        return {
+            "noise": tracing.noise, "restore": tracing.restore, "window": self.windows,
+            "positions": list(tracing.positions), "samples": tracing.samples, "seed": tracing.seed,
+            "measure": None if tracing.measure is None else name_of(tracing.measure),
+            "model": self.lens.name, "dtype": str(self.lens.model.dtype).removeprefix("torch."),
+            "facts": self.facts.name, "n_facts": len(self.facts),
+        } | model_and_facts(self.lens, self.facts)  # fmt: skip
 
-    def run(self) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The table, and what is left out of it."""
+    def prompts_read(self) -> list[Prompt]:
+        """The prompts that are traced."""
+        return self.prompts
+
+    def size(self, facts: Facts) -> int:
+        """Restored sites of some facts and all samples."""
+        asked = {fact.id for fact in facts}
+        return self._sites([prompt for prompt in self.prompts if prompt.fact.id in asked])
+
+    def block(self, facts: Facts) -> Part:
+        """The table's rows for some facts, and what is left out of them."""
         import pandas as pd
 
-        order = {id(prompt): number for number, prompt in enumerate(self.prompts)}
+        asked = {fact.id for fact in facts}
+        prompts = [prompt for prompt in self.prompts if prompt.fact.id in asked]
+        order = {id(prompt): number for number, prompt in enumerate(prompts)}
         found: dict[int, list[tuple[Any, ...]]] = {}
-        skipped = list(self.skipped)
-        for batch in self.lens.batches(self.prompts, self.halving.batch_size, self._facts_at_once):
+        skipped = [skip for skip in self.unusable if skip.fact_id in asked]
+        for batch in self.lens.batches(prompts, self.halving.batch_size, self._facts_at_once):
             rows, empty = self.halving.run(self._batch, batch)
             for key, *row in rows:
                 found.setdefault(order[key], []).append(tuple(row))
             skipped += empty
-        table = pd.DataFrame([row for number in sorted(found) for row in found[number]], columns=list(TRACES))
-        return table, pd.DataFrame(skipped, columns=list(Skip._fields))
+        columns = [*TRACES, *(TRACE_MEASURED if self.measure else ())]
+        table = pd.DataFrame([row for number in sorted(found) for row in found[number]], columns=columns)
+        return Part(table, pd.DataFrame(skipped, columns=list(Skip._fields)), self.patcher.checks.told())
 
     def _facts_at_once(self, time: int) -> int:
         """How many facts of so many positions may share a base pass."""
@@ -219,7 +246,8 @@ class TraceWork:
                     if changes:
                         spots.append(Spot(count + fact * samples + sample, fact, place.positions, place.positions))
         targets = torch.cat([batch.targets, batch.targets.repeat_interleave(samples)])
-        base, patched = self.patcher.scores(prompts, spots, functools.partial(_answer, targets), self.bar.update)
+        score = functools.partial(_answer, targets, self.measure)
+        base, patched = self.patcher.scores(prompts, spots, score, self.bar.update)
         rows = []
         for fact, sample, place, spot in at:
             prompt, row = batch.prompts[fact], count + fact * samples + sample
@@ -228,11 +256,13 @@ class TraceWork:
                 now = broken if spot is None else patched[spot, window].tolist()
                 names = (prompt.fact.id, self.lens.name, self.tracing.corruption, sample, self.tracing.restore)
                 where = (layers[0], len(layers), place.position, place.role, place.piece)
-                rows.append((id(prompt), *names, *where, *clean, *broken, *now, now[0] - broken[0]))
-        self.bar.update(self.size_of(batch.prompts) - len(spots) * len(self.windows))
+                measured = (clean[2], broken[2], now[2]) if self.measure else ()
+                numbers = (*clean[:2], *broken[:2], *now[:2], now[0] - broken[0], *measured)
+                rows.append((id(prompt), *names, *where, *numbers))
+        self.bar.update(self._sites(batch.prompts) - len(spots) * len(self.windows))
         return rows, skipped
 
-    def size_of(self, prompts: Sequence[Prompt]) -> int:
+    def _sites(self, prompts: Sequence[Prompt]) -> int:
         """Restored sites of some facts."""
         return self.tracing.samples * len(self.windows) * sum(len(self.places[id(prompt)]) for prompt in prompts)
 
@@ -262,8 +292,12 @@ def embedding_deviation(lens: LoadedModel, prompts: Sequence[Prompt]) -> float:
 
 
 def _answer(
-    targets: Int[Tensor, " batch"], logits: Float[Tensor, "row vocabulary"], of: Int[Tensor, " row"]
+    targets: Int[Tensor, " batch"],
+    measure: Measure | None,
+    logits: Float[Tensor, "row vocabulary"],
+    of: Int[Tensor, " row"],
 ) -> Float[Tensor, "row number"]:
-    """Probability and log-odds of the answer."""
-    odds = log_odds(logits, targets.to(logits.device)[of]).double()
-    return torch.stack([odds.sigmoid(), odds], 1)
+    """Probability and log-odds of the answer; its measure, if any."""
+    own = targets.to(logits.device)[of]
+    odds = log_odds(logits, own).double()
+    return torch.stack([odds.sigmoid(), odds, *([] if measure is None else [measure(logits, own).double()])], 1)

@@ -1,6 +1,7 @@
 """A run's folder: what is run, and its results in parts, so that a run that was cut off goes on where it stopped.
 
-    sweep.json            what defines the run, and what it was run with; flow.json for a flow
+    sweep.json            what defines the run, and what it was run with; flow.json for a flow, patch.json and
+                          trace.json for patches and traces
     facts.parquet         the facts that were asked for
     prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
     parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, how
@@ -31,9 +32,9 @@ import pyarrow.parquet as pq
 from mambalens.hooks.errors import MambalensError
 
 FACTS, PROMPTS, PARTS, LOCKS = "facts.parquet", "prompts.parquet", "parts", "locks"
-SWEEP, FLOW = "sweep", "flow"
-"""Kinds of runs that a folder holds: `sweep.json` or `flow.json` says what was run."""
-KINDS = (SWEEP, FLOW)
+SWEEP, FLOW, PATCH, TRACE = "sweep", "flow", "patch", "trace"
+"""Kinds of runs that a folder holds: `sweep.json`, `flow.json`, ... says what was run."""
+KINDS = (SWEEP, FLOW, PATCH, TRACE)
 SAVED = "saved"
 """Stands for the run of a result that was saved, not filled block by block."""
 _KEY = b"mambalens"
@@ -81,7 +82,7 @@ class RunFolder:
         about: what else is worth keeping (configs, versions, blocks).
         facts: the facts that were asked for.
         prompts: their prompts, with the columns of `PROMPT`.
-        kind: what kind of run it is: 'sweep' or 'flow'.
+        kind: what kind of run it is; one of `KINDS`.
 
     Raises:
         MambalensError: if the folder cannot be written, or holds another run, of this kind or another.
@@ -320,7 +321,7 @@ def config_of(path: Path, kind: str = SWEEP) -> Path:
 
 
 def read_config(path: Path, kind: str = SWEEP) -> dict[str, Any]:
-    """What was run: sweep.json, or flow.json."""
+    """What was run: sweep.json, flow.json, ..."""
     try:
         found = json.loads(config_of(path, kind).read_text())
         if not isinstance(found, dict) or "configs" not in found:

@@ -31,6 +31,9 @@ from mambalens.runs.folder import (
     writing,
 )
 
+PLURAL = {"sweep": "sweeps", "flow": "flows", "patch": "patches", "trace": "traces"}
+"""What several results of a kind are called."""
+
 
 class Stored(NamedTuple):
     """What a folder holds of a result."""
@@ -71,10 +74,10 @@ class Stored(NamedTuple):
 
 
 def kind_of(folder: str | Path) -> str:
-    """Which kind of result a folder holds, or folders in it do: 'sweep' or 'flow'.
+    """Which kind of result a folder holds, or folders in it do; one of `folder.KINDS`.
 
     Raises:
-        MambalensError: if there is none, or both are there.
+        MambalensError: if there is none, or several kinds are there.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -87,9 +90,8 @@ def kind_of(folder: str | Path) -> str:
             f"The folder {str(folder)!r} holds no {' and no '.join(KINDS)} (no {', no '.join(names.values())})."
         )
     if len(found) > 1:
-        raise MambalensError(
-            f"The folder {str(folder)!r} holds {' and '.join(f'{kind}s' for kind in found)}: name a folder of one kind."
-        )
+        held = " and ".join(PLURAL[kind] for kind in found)
+        raise MambalensError(f"The folder {str(folder)!r} holds {held}: name a folder of one kind.")
     return found[0]
 
 

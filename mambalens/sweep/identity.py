@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jaxtyping import Shaped
 from torch import Tensor
 
+from mambalens.facts.fact import Fact
 from mambalens.facts.prompts import Prompt
 from mambalens.facts.sequence import Facts
 from mambalens.model import LoadedModel
@@ -90,7 +91,7 @@ def definition(
     return {key: about[key] for key in DEFINING} | of_plan | measured | model_and_facts(model, facts)
 
 
-def model_and_facts(model: LoadedModel, facts: Facts) -> dict[str, Any]:
+def model_and_facts(model: LoadedModel, facts: Iterable[Fact]) -> dict[str, Any]:
     """What tells a model's weights, what is done to it meanwhile, and some facts from others, as JSON."""
     weights = [
         (name, list(value.shape), str(value.dtype), _first_numbers(value))

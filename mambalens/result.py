@@ -29,7 +29,7 @@ class SweepResult(SweepData):
     @classmethod
     def of(cls, data: SweepData) -> Self:
         """The same with faces."""
-        return cls(data.table, data.skipped, data.facts, data.configs, data.unfinished, data.prompts)
+        return cls(data.table, data.skipped, data.facts, data.configs, data.unfinished, data.prompts, data.checks)
 
     def _repr_html_(self) -> str:
         """What was swept, and the dearest window of every source."""

@@ -24,10 +24,10 @@ from mambalens.flow.attribution import Asked, Attributed, attribute, look
 from mambalens.flow.edge_features import by_feature
 from mambalens.hooks import Mixer, recurrence, scan
 from mambalens.hooks.attention_edges import AttentionArrivals
+from mambalens.hooks.attention_reading import EAGER
 from mambalens.hooks.calls import bound
 from mambalens.hooks.edges import Places, Weakened, effects_of, node_of
 from mambalens.hooks.knockout import Paths
-from mambalens.hooks.mixer_attention import EAGER
 from mambalens.hooks.recurrent_edges import RecurrentArrivals
 from mambalens.measures import log_odds
 from mambalens.model import LoadedModel

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.facts.fact import Answered
 from mambalens.runs.config import RunConfig
-from mambalens.runs.folder import PARTS, digest_of, write_part
+from mambalens.runs.folder import PARTS, Part, digest_of, no_checks, write_part
 from mambalens.runs.table import COLUMNS, with_all_columns
 
 FACTS = load_facts("atlas").where(wording="near").sample(5)
@@ -31,6 +32,14 @@ ABOUT_THE_MODEL = ("model config", "weights", "revision")
 
 def swept(lens: Lens, out: Path) -> SweepResult:
     return lens.sweep(FACTS, SOURCES, window=6, out=out, progress=False, block_size=2)
+
+
+def without_checks(part: Path) -> None:
+    """Take out of a part's metadata what older releases did not write."""
+    arrow = pq.read_table(part)
+    about = json.loads(arrow.schema.metadata[b"mambalens"])
+    del about["checks"]
+    pq.write_table(arrow.replace_schema_metadata(arrow.schema.metadata | {b"mambalens": json.dumps(about)}), part)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +66,8 @@ def old(new: Path, tmp_path: Path) -> Path:
     for name in ("00000.parquet", "00001.parquet"):
         table = pd.read_parquet(new / PARTS / name).drop(columns=["position", "ablation"])
         skipped = pd.DataFrame(columns=["fact_id", "source", "reason"])
-        write_part(tmp_path / PARTS / name, table, skipped, digest_of(definition))
+        write_part(tmp_path / PARTS / name, Part(table, skipped, no_checks()), digest_of(definition))
+        without_checks(tmp_path / PARTS / name)
     return tmp_path
 
 
@@ -80,6 +90,7 @@ def test_an_old_run_goes_on_where_it_stopped(lens: Lens, old: Path, new: Path) -
     pd.testing.assert_frame_equal(result.table, SweepResult.load(new).table, check_exact=True)
     assert {name: (old / PARTS / name).read_bytes() for name in parts} == parts
     assert len(list((old / PARTS).iterdir())) == 3
+    assert len(result.checks) == 1, "only the new part says how its replay was held against the model"
 
 
 def test_what_a_configuration_lacks_has_its_default_and_what_is_not_known_is_left_out() -> None:

@@ -15,7 +15,7 @@ from mambalens.flow.table import BASE, EDGE, with_categories
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
 from mambalens.runs.data import column_of, facts_together, with_unusable
-from mambalens.runs.folder import FLOW
+from mambalens.runs.folder import FLOW, below_each_other, no_checks
 from mambalens.runs.stored import Stored, folders_of, stored_in
 from mambalens.runs.table import MEASURES
 
@@ -30,6 +30,7 @@ class FlowData:
         prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
         configs: what was run, one for each model.
         unfinished: blocks of facts that are still missing, of a run that is not at its end.
+        checks: how replays were held against the model; columns in `runs.folder.CHECKS`.
     """
 
     def __init__(
@@ -40,9 +41,11 @@ class FlowData:
         prompts: pd.DataFrame,
         configs: list[RunConfig],
         unfinished: int = 0,
+        checks: pd.DataFrame | None = None,
     ) -> None:
         self.table, self.skipped, self.facts, self.prompts = with_categories(table), skipped, facts, prompts
         self.configs, self.unfinished = configs, unfinished
+        self.checks = no_checks() if checks is None else checks
 
     def __repr__(self) -> str:
         exact = int(self.table.exact.notna().sum())
@@ -145,7 +148,8 @@ class FlowData:
         Raises:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
-        return Stored([self.table], self.skipped, self.facts, self.prompts, self.configs).save(folder, FLOW)
+        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs, self.checks)
+        return stored.save(folder, FLOW)
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
@@ -159,7 +163,7 @@ class FlowData:
         stored = stored_in(found[0], FLOW)
         table = pd.concat([with_categories(table) for table in stored.tables], ignore_index=True)
         skipped = with_unusable(stored.skipped, stored.configs)
-        return cls(table, skipped, stored.facts, stored.prompts, stored.configs, stored.unfinished)
+        return cls(table, skipped, stored.facts, stored.prompts, stored.configs, stored.unfinished, stored.checks)
 
     @classmethod
     def concat(cls, flows: Sequence[FlowData]) -> Self:
@@ -187,10 +191,12 @@ class FlowData:
             )
         configs = [config for flow in flows for config in flow.configs]
         skipped, prompts = together("skipped", ["fact_id", "reason"]), together("prompts", ["model", "fact_id"])
-        return cls(table, skipped, facts, prompts, configs, sum(flow.unfinished for flow in flows))
+        unfinished, checks = sum(flow.unfinished for flow in flows), below_each_other([flow.checks for flow in flows])
+        return cls(table, skipped, facts, prompts, configs, unfinished, checks)
 
     def _with(self, table: pd.DataFrame) -> Self:
         """The same with other rows."""
         left = set(table.model)
         configs = [config for config in self.configs if config.model in left]
-        return type(self)(table, self.skipped, self.facts, self.prompts, configs, self.unfinished)
+        checks = self.checks[self.checks.model.isin(left)].reset_index(drop=True)
+        return type(self)(table, self.skipped, self.facts, self.prompts, configs, self.unfinished, checks)

@@ -40,10 +40,8 @@ def run(
         out: folder to keep finished blocks in; those that are there already are not computed again.
         block_size: facts a block.
     """
-    import pandas as pd
-
     from mambalens.runs.data import with_unusable
-    from mambalens.runs.folder import FLOW, RunFolder
+    from mambalens.runs.folder import FLOW, RunFolder, joined
 
     if out is not None and not isinstance(flowing.measure, str):
         raise MambalensError("A flow of a function cannot be kept in a folder, which could not tell it from another: "
@@ -60,9 +58,9 @@ def run(
         config = _configuration(lens, facts, flowing)
         prompts = prompt_table(lens, work.prompts.values())
         if out is None:
-            found = [work.block(block) for block in blocks]
-            table, skipped = (pd.concat(part, ignore_index=True) for part in zip(*found, strict=True))
-            return FlowData(table, with_unusable(skipped, [config]), facts.table, prompts, [config])
+            found = joined([work.block(block) for block in blocks])
+            skipped = with_unusable(found.skipped, [config])
+            return FlowData(found.table, skipped, facts.table, prompts, [config], checks=found.checks)
         defined = _definition(lens, facts, flowing, config) | {"block_size": block_size}
         about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
         fill(RunFolder(out, defined, about, facts.table, prompts, FLOW), work, blocks)

@@ -65,7 +65,7 @@ class FlowVerbs(FlowData):
     @classmethod
     def with_verbs(cls, data: FlowData) -> Self:
         """A flow's tables with verbs."""
-        return cls(data.table, data.skipped, data.facts, data.prompts, data.configs, data.unfinished)
+        return cls(data.table, data.skipped, data.facts, data.prompts, data.configs, data.unfinished, data.checks)
 
     def _with(self, table: pd.DataFrame) -> Self:
         new = super()._with(table)
@@ -121,6 +121,7 @@ class FlowVerbs(FlowData):
             `agreement()` and `certificate()` hold them against the attributed ones.
         """
         from mambalens.flow.certificate import certify, uncertified
+        from mambalens.runs.folder import below_each_other
         from mambalens.sweep.ablation import Asked
 
         asked = Asked.of(ablation, over, other)
@@ -132,7 +133,10 @@ class FlowVerbs(FlowData):
         with tqdm(
             desc="certify", unit="edge", total=int(counts.clip(upper=top + sample).sum()), disable=not progress
         ) as bar:
-            return flow._with(certify(flow, self._work(bar, asked), top, sample, seed, bar))
+            work = self._work(bar, asked)
+            certified = flow._with(certify(flow, work, top, sample, seed, bar))
+        certified.checks = below_each_other([certified.checks, work.exact.checks.told()])
+        return certified
 
     def agreement(self) -> pd.DataFrame:
         """How attributions agree with exact cuts, one row a fact; see `flow.agreement.agreement`."""

@@ -35,6 +35,8 @@ from mambalens.system.memory import budget, widest
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mambalens.runs.folder import Part
+
 SHARES = 4
 """A pass with a graph has this part of the memory."""
 TOKENS = 32
@@ -198,9 +200,11 @@ class FlowWork:
         flowing = self.flowing
         return 1 + (count if flowing.every else min(count, flowing.top + flowing.sample))
 
-    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def block(self, facts: Facts) -> Part:
         """The table's rows for some facts, and what is left out of them."""
         import pandas as pd
+
+        from mambalens.runs.folder import Part
 
         order = {fact.id: i for i, fact in enumerate(facts)}
         prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
@@ -216,7 +220,7 @@ class FlowWork:
             tables += of_tables
         tables.sort(key=lambda table: order[table.fact_id.iloc[0]])
         table = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=list(EDGES))
-        return table, pd.DataFrame(skipped, columns=list(Skip._fields))
+        return Part(table, pd.DataFrame(skipped, columns=list(Skip._fields)), self.exact.checks.told())
 
     def _prompts_at_once(self, time: int) -> int:
         """How many prompts of a length a pass with its graph may take."""

@@ -64,14 +64,16 @@ class Patcher:
     def _replayed(self, prompts: Prompts, spots: Sequence[Spot], score: Score) -> Scores | None:
         """None where the model cannot be replayed, or replaying it without a patch misses its prediction."""
         shortest = int(prompts.last.argmin())
-        kept: dict[str, Tensor] = {}
+        tops = torch.full((len(prompts.last),), -1)
+        uncut: list[Tensor] = []
 
         def watched(logits: Tensor, of: Tensor) -> Tensor:
             """The scores; behind them the log-probability of the token that is on top without a patch."""
-            if not kept:  # the first that are scored are the base's
-                kept.update(top=logits.argmax(-1).cpu(), uncut=logits[of == shortest][0])
-            top = kept["top"].to(logits.device)[of]
-            log_prob = logits.log_softmax(-1).gather(1, top[:, None])
+            rows = of.cpu()
+            if bool((tops[rows] < 0).any()):  # the base's own predictions are scored first
+                tops[rows] = logits.argmax(-1).cpu()
+                uncut.extend(logits[of == shortest])
+            log_prob = logits.log_softmax(-1).gather(1, tops[rows].to(logits.device)[:, None])
             return torch.cat([score(logits, of).to(log_prob), log_prob], 1)
 
         try:
@@ -86,7 +88,7 @@ class Patcher:
         length = int(prompts.last[shortest]) + 1
         noise = None if prompts.noise is None else prompts.noise[shortest, :length].expand(1 + LOOKS, -1, -1)
         with noisy_embeddings(self.lens.model, noise):
-            difference, own = held_against(self.lens, prompts.ids[shortest, :length], kept["uncut"])
+            difference, own = held_against(self.lens, prompts.ids[shortest, :length], uncut[0])
         rows, again = found.uncut
         if rows:  # rows that patch nothing, held against the base's pass
             apart = float((again[:, -1] - found.base[rows, -1]).abs().max()) / OF_ONE_TOKEN

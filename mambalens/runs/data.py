@@ -11,7 +11,7 @@ import pandas as pd
 
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.config import RunConfig
-from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP
+from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP, below_each_other, no_checks
 from mambalens.runs.intervals import INTERVALS, mean_intervals
 from mambalens.runs.stored import Stored, folders_of, stored_in
 from mambalens.runs.table import GROUP, MEASURES, METRICS, with_all_columns
@@ -27,6 +27,7 @@ class SweepData:
         configs: what was run, one for each model.
         unfinished: blocks of facts that are still missing, of a run that is not at its end.
         prompts: one row per model and fact: the prompt's tokens, as texts, and the subject's positions.
+        checks: how replays were held against the model; columns in `runs.folder.CHECKS`.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class SweepData:
         configs: list[RunConfig],
         unfinished: int = 0,
         prompts: pd.DataFrame | None = None,
+        checks: pd.DataFrame | None = None,
     ) -> None:
         self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
         self.unfinished = unfinished
         self.prompts = pd.DataFrame(columns=list(PROMPT)) if prompts is None else prompts
+        self.checks = no_checks() if checks is None else checks
 
     def __repr__(self) -> str:
         facts = self.table.fact_id.nunique()
@@ -63,11 +66,7 @@ class SweepData:
 
         Sweeps that were put together have the column 'measure' where all have the same.
         """
-        names = {config.measure for config in self.configs}
-        if len(names) != 1 or "" in names or "measure" not in self.table:
-            return METRICS
-        (name,) = names
-        return METRICS | {"measure": MEASURES.get(name, name)}
+        return METRICS | measured(self.configs, self.table)
 
     @classmethod
     def concat(cls, results: Sequence[SweepData]) -> Self:
@@ -82,7 +81,8 @@ class SweepData:
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
         prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
         table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped).drop_duplicates(ignore_index=True)
-        return cls(table, missing, facts, configs, unfinished, prompts)
+        checks = below_each_other([result.checks for result in results])
+        return cls(table, missing, facts, configs, unfinished, prompts, checks)
 
     def where(self, **values: Any) -> Self:
         """The part of the sweep whose columns have these values; a list means any of them.
@@ -107,7 +107,8 @@ class SweepData:
     def _with(self, table: pd.DataFrame, configs: list[RunConfig]) -> Self:
         """The same with other rows."""
         table = table.reset_index(drop=True)
-        return type(self)(table, self.skipped, self.facts, configs, self.unfinished, self.prompts)
+        checks = self.checks[self.checks.model.isin([config.model for config in configs])].reset_index(drop=True)
+        return type(self)(table, self.skipped, self.facts, configs, self.unfinished, self.prompts, checks)
 
     def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
         """A column of the table, or of the facts, for every row of the table."""
@@ -160,7 +161,7 @@ class SweepData:
         Raises:
             MambalensError: if it cannot be written, or holds a run of its own.
         """
-        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs)
+        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs, self.checks)
         return stored.save(folder, SWEEP)
 
     @classmethod
@@ -176,7 +177,16 @@ class SweepData:
         stored = stored_in(found[0], SWEEP)
         table = pd.concat([with_all_columns(table) for table in stored.tables], ignore_index=True)
         skipped = with_unusable(stored.skipped, stored.configs)
-        return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts)
+        return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts, stored.checks)
+
+
+def measured(configs: Sequence[RunConfig], table: pd.DataFrame) -> dict[str, str]:
+    """The column of a measure that all runs of a table have, and what axes call it; nothing where they have none."""
+    names = {config.measure for config in configs}
+    if len(names) != 1 or "" in names or "measure" not in table:
+        return {}
+    (name,) = names
+    return {"measure": MEASURES.get(name, name)}
 
 
 def column_of(name: str, table: pd.DataFrame, facts: pd.DataFrame) -> pd.Series:

@@ -3,8 +3,8 @@
     sweep.json            what defines the run, and what it was run with; flow.json for a flow
     facts.parquet         the facts that were asked for
     prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
-    parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, which
-                          run it belongs to and a digest of the rows
+    parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, how
+                          replays were held against the model, which run it belongs to and a digest of the rows
     locks/00000.lock      held by the process that computes the block; the system frees it when the process ends
 
 Files are written under another name, flushed to the disk and renamed: a name that is there stands for a whole file.
@@ -19,10 +19,10 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import pyarrow as pa
@@ -40,6 +40,36 @@ _KEY = b"mambalens"
 SKIPPED = ("fact_id", "source", "reason")
 PROMPT = ("model", "fact_id", "tokens", "subject")
 """Columns of the prompts: the tokens' texts, and the subject's positions."""
+CHECKS = ("model", "prompts", "tokens", "difference", "noise", "passed")
+"""Columns of how replays were held against the model, one row a replay: its prompts, tokens of the longest, how far it
+is from the model's own pass (root mean square over the vocabulary of the difference of log-probabilities, in nats), how
+far the model is from itself for rounding alone, and whether the first is small enough for the second."""
+
+
+class Part(NamedTuple):
+    """What is found of one block of facts."""
+
+    table: pd.DataFrame
+    skipped: pd.DataFrame
+    """What was left out; columns in `SKIPPED`."""
+    checks: pd.DataFrame
+    """How replays were held against the model; columns in `CHECKS`, no row where none was tried."""
+
+
+def no_checks() -> pd.DataFrame:
+    """Of results without a replay, and of older releases."""
+    return pd.DataFrame(columns=list(CHECKS))
+
+
+def below_each_other(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Tables one below the other; those without rows do not say what the columns hold."""
+    return pd.concat([table for table in tables if len(table)] or list(tables[:1]), ignore_index=True)
+
+
+def joined(parts: Sequence[Part]) -> Part:
+    """Parts one behind the other."""
+    tables, skipped, checks = zip(*parts, strict=True)
+    return Part(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), below_each_other(checks))
 
 
 class RunFolder:
@@ -130,10 +160,10 @@ class RunFolder:
         self._whole.add(block)
         return True
 
-    def write(self, block: int, table: pd.DataFrame, skipped: pd.DataFrame) -> None:
+    def write(self, block: int, part: Part) -> None:
         """Keep a block's result."""
         with writing(self.path):
-            write_part(self.path / PARTS / f"{_name(block)}.parquet", table, skipped, self.digest)
+            write_part(self.path / PARTS / f"{_name(block)}.parquet", part, self.digest)
         self._whole.add(block)
 
 
@@ -238,17 +268,18 @@ class BrokenPart(Exception):
     """A part that is cut off, altered, or of another run; the message says which."""
 
 
-def write_part(path: Path, table: pd.DataFrame, skipped: pd.DataFrame, run: str) -> None:
+def write_part(path: Path, part: Part, run: str) -> None:
     """Write one part."""
-    arrow = pa.Table.from_pandas(table, preserve_index=False)
+    arrow = pa.Table.from_pandas(part.table, preserve_index=False)
     digest = _digest(arrow.to_pandas())
-    about = {"run": run, "rows": len(table), "sha256": digest, "skipped": skipped.to_numpy().tolist()}
+    about = {"run": run, "rows": len(part.table), "sha256": digest}
+    about |= {"skipped": part.skipped.to_numpy().tolist(), "checks": part.checks.astype(object).to_numpy().tolist()}
     arrow = arrow.replace_schema_metadata((arrow.schema.metadata or {}) | {_KEY: json.dumps(about).encode()})
     atomically(path, lambda file: pq.write_table(arrow, file))
 
 
-def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of a part, and what it skipped.
+def read_part(path: Path, run: str) -> Part:
+    """One part; without checks where an older release wrote it.
 
     Raises:
         BrokenPart: if the part is not whole, or not of this run.
@@ -258,6 +289,7 @@ def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         about = json.loads((arrow.schema.metadata or {})[_KEY])
         table = arrow.to_pandas()
         skipped = pd.DataFrame(about["skipped"], columns=list(SKIPPED))
+        checks = pd.DataFrame(about.get("checks", []), columns=list(CHECKS))
         belongs, whole = about["run"] == run, about["sha256"] == _digest(table)
     except Exception as error:  # a damaged file may raise anything
         raise BrokenPart(f"cannot be read ({type(error).__name__})") from error
@@ -265,10 +297,10 @@ def read_part(path: Path, run: str) -> tuple[pd.DataFrame, pd.DataFrame]:
         raise BrokenPart("belongs to another run")
     if not whole:
         raise BrokenPart("is damaged (its digest differs)")
-    return table, skipped
+    return Part(table, skipped, checks)
 
 
-def read_parts(path: Path, run: str, blocks: int) -> tuple[list[tuple[pd.DataFrame, pd.DataFrame]], int]:
+def read_parts(path: Path, run: str, blocks: int) -> tuple[list[Part], int]:
     """The whole parts of a run in order, and how many blocks are missing."""
     found = []
     for block in range(blocks):

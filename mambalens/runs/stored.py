@@ -15,7 +15,9 @@ from mambalens.runs.folder import (
     KINDS,
     PARTS,
     SAVED,
+    Part,
     atomically,
+    below_each_other,
     config_of,
     digest_of,
     is_run,
@@ -39,6 +41,8 @@ class Stored(NamedTuple):
     facts: pd.DataFrame
     prompts: pd.DataFrame
     configs: list[RunConfig]
+    checks: pd.DataFrame
+    """How replays were held against the model."""
     unfinished: int = 0
     """Blocks of facts that are missing."""
 
@@ -56,8 +60,8 @@ class Stored(NamedTuple):
             )
         with writing(folder):
             (folder / PARTS).mkdir(exist_ok=True)
-            table = pd.concat(self.tables, ignore_index=True)
-            write_part(folder / PARTS / "00000.parquet", table, self.skipped, SAVED)
+            part = Part(pd.concat(self.tables, ignore_index=True), self.skipped, self.checks)
+            write_part(folder / PARTS / "00000.parquet", part, SAVED)
             write_facts(folder, self.facts)
             write_prompts(folder, self.prompts)
             configs = [one.to_json() for one in self.configs]
@@ -124,5 +128,6 @@ def stored_in(folder: Path, kind: str) -> Stored:
         facts = pd.read_parquet(folder / FACTS)
     except (OSError, ValueError) as error:
         raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
-    skipped = pd.concat([skips for _, skips in parts], ignore_index=True)
-    return Stored([table for table, _ in parts], skipped, facts, read_prompts(folder), configs, missing)
+    skipped = pd.concat([part.skipped for part in parts], ignore_index=True)
+    checks = below_each_other([part.checks for part in parts])
+    return Stored([part.table for part in parts], skipped, facts, read_prompts(folder), configs, checks, missing)

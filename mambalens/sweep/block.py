@@ -26,6 +26,8 @@ from mambalens.system.memory import budget
 if TYPE_CHECKING:
     import pandas as pd
 
+    from mambalens.runs.folder import Part
+
 
 class Work:
     """Everything a sweep needs to compute a block, looked up and checked once."""
@@ -73,9 +75,11 @@ class Work:
         """How far the progress bar goes for some facts: their prompts, once for every knockout."""
         return sum(fact.id in self.prompts for fact in facts) * self.per_prompt
 
-    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
+    def block(self, facts: Facts) -> Part:
         """The table's rows for some facts, and what is left out of them."""
         import pandas as pd
+
+        from mambalens.runs.folder import Part
 
         order = {fact.id: i for i, fact in enumerate(facts)}
         prompts = [self.prompts[fact.id] for fact in facts if fact.id in self.prompts]
@@ -94,7 +98,7 @@ class Work:
             by_order = frame.fact_id.map(order)
             return frame.iloc[by_order.argsort(kind="stable")].reset_index(drop=True)
 
-        return sort(table), sort(missing)
+        return Part(sort(table), sort(missing), self.answerer.checks.told())
 
     def _batch(self, batch: Batch) -> tuple[list[tuple[Any, ...]], list[Skip]]:
         plan, lens = self.plan, self.lens

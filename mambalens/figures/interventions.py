@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from mambalens.figures.one import of_one
@@ -17,6 +18,8 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.table import ROLE
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mambalens.interventions.data import CellData
 
 SITE_NAMES = {
@@ -26,6 +29,10 @@ SITE_NAMES = {
     "state": "state after the position",
 }
 """What titles call the sites."""
+CHANGES = ("moved", "effect")
+"""Metrics that are zero where nothing changes."""
+LEAST = 0.02
+"""Share of the largest change from which on one is framed."""
 
 
 def cells(
@@ -60,13 +67,16 @@ def cells(
     if fact_id is None and len(facts) == 1 and (table.position != ROLE).all():
         fact_id = str(facts[0])
     first = table.iloc[0]
+    centre = 0.0 if name in CHANGES else float(table[_before(table, name)].mean())
     if fact_id is None:
         summary = data.where(model=first.model, site=first.site).summary(name)
         grid = summary.pivot(index="piece", columns="window_start", values="mean").reindex(summary.piece.unique())
         counts = summary.groupby("piece", sort=False).n.max()
         labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]
         bold: list[int] = []
-        about = f"means over {len(facts)} facts; in parentheses how many have the piece"
+        framed = _largest(summary, grid) if name in CHANGES else []
+        about = f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"
+        about += "; framed, and at the right with its 95 % interval: the largest of each" if framed else ""
     else:
         table = table[(table.fact_id == fact_id) & (table.position != ROLE)]
         if not len(table):
@@ -75,18 +85,24 @@ def cells(
         grid = table.groupby(["position", "window_start"])[name].mean().unstack("window_start")
         bold = [list(grid.index).index(position) for position in bold if position in grid.index]
         labels = [visible(tokens[position]) for position in grid.index]
-        about = f"fact {fact_id}"
+        about, framed = f"fact {fact_id}{_samples(table)}", []
     values = grid.to_numpy(float)
     wide, high = max(0.3 * values.shape[1] + 4.6, 7.0), max(0.3 * values.shape[0] + 1.7, 3.4)
+    wide += 1.4 if framed else 0.0
     figure, axis = plt.subplots(figsize=(wide, high), layout="constrained")
     axis.set_facecolor("#D0D0D0")
-    centre = float(table["prob" if name == "prob" else name].mean()) if name not in ("moved", "effect") else 0.0
     reach = float(np.nanmax(np.abs(values - centre))) if np.isfinite(values).any() else 1.0
     norm = TwoSlopeNorm(centre, centre - (reach or 1.0), centre + (reach or 1.0))
     image = axis.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for position in bold:
         axis.get_yticklabels()[position].set_fontweight("bold")
+    for row, column, _ in framed:
+        axis.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.0))
+    if framed:
+        beside = axis.secondary_yaxis("right")
+        beside.set_yticks([row for row, _, _ in framed], [said for _, _, said in framed], fontsize=8)
+        beside.tick_params(length=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     starts = list(grid.columns)
     axis.xaxis.set_major_formatter(
@@ -95,9 +111,42 @@ def cells(
     size = int(first.window_size)
     axis.set_xlabel("Layer" if size == 1 else f"First layer of the window ({size} layers)")
     said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
-    said += f", {first.corruption}" if "corruption" in data.apart else ", patched"
+    said += f" restored, {_corrupted(str(first.corruption))}" if "corruption" in data.apart else " patched"
     heading = plain(title or said)
-    axis.set_title("\n".join([*textwrap.wrap(heading, int(9 * wide)), about]), fontsize=10)
-    figure.colorbar(image, ax=axis).set_label(data.metrics[name], fontsize=9)
+    lines = [*textwrap.wrap(heading, int(9 * wide)), *textwrap.wrap(plain(about), int(10 * wide))]
+    axis.set_title("\n".join(lines), fontsize=9.5)
+    label = data.metrics[name] + ("" if name in CHANGES else "; white: without a patch")
+    figure.colorbar(image, ax=axis).set_label("\n".join(textwrap.wrap(label, int(11 * high))), fontsize=9)
     plt.close(figure)
     return figure
+
+
+def _before(table: pd.DataFrame, name: str) -> str:
+    """The column that has the same without a patch, or of the corrupted run."""
+    return f"corrupted_{name}" if f"corrupted_{name}" in table else f"base_{name}"
+
+
+def _largest(summary: pd.DataFrame, grid: pd.DataFrame) -> list[tuple[int, int, str]]:
+    """Of every row with a change to speak of, whose interval leaves zero: where it is largest, and what it is."""
+    found = []
+    least = LEAST * summary["mean"].abs().max()
+    for row, piece in enumerate(grid.index):
+        known = summary[(summary.piece == piece) & ((summary.low > 0) | (summary.high < 0))]
+        known = known[known["mean"].abs() >= least]
+        if len(known):
+            best = known.loc[known["mean"].abs().idxmax()]
+            said = f"{best['mean']:z.2f} [{best.low:z.2f}, {best.high:z.2f}]".replace("-", "−")
+            found.append((row, list(grid.columns).index(best.window_start), said))
+    return found
+
+
+def _samples(table: pd.DataFrame) -> str:
+    """How many samples of the noise there are, where there are several."""
+    count = table["sample"].nunique() if "sample" in table else 1
+    return f" and {count} samples of the noise" if count > 1 else ""
+
+
+def _corrupted(corruption: str) -> str:
+    """What has been done to the subject: 'noise of 3 sd on the subject'."""
+    noise = corruption.removeprefix("noise ")
+    return "another subject in its place" if noise == corruption else f"noise of {noise} sd on the subject"

@@ -97,8 +97,8 @@ def cells(
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for position in bold:
         axis.get_yticklabels()[position].set_fontweight("bold")
-    for row, column, _ in framed:
-        axis.add_patch(Rectangle((column - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.0))
+    for row, start, _ in framed:
+        axis.add_patch(Rectangle((start - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.0))
     if framed:
         beside = axis.secondary_yaxis("right")
         beside.set_yticks([row for row, _, _ in framed], [said for _, _, said in framed], fontsize=8)

@@ -14,7 +14,7 @@ from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.hooked import hooked_scores
 from mambalens.interventions.walk import PatchReplay, Prompts, Score, Scores, Spot
 from mambalens.model import LoadedModel
-from mambalens.sweep.checks import LOOKS, Check, Checks, held_against
+from mambalens.sweep.checks import Check, Checks, held_against
 from mambalens.sweep.replay import can_replay
 from mambalens.system.memory import exhausted
 
@@ -86,9 +86,10 @@ class Patcher:
             self.checks.broke(error)
             return None
         length = int(prompts.last[shortest]) + 1
-        noise = None if prompts.noise is None else prompts.noise[shortest, :length].expand(1 + LOOKS, -1, -1)
+        noise = None if prompts.noise is None else prompts.noise[shortest : shortest + 1, :length]
         with noisy_embeddings(self.lens.model, noise):
-            difference, own = held_against(self.lens, prompts.ids[shortest, :length], uncut[0])
+            ids = prompts.ids[shortest, :length]
+            difference, own = held_against(self.lens, ids, uncut[0], prompts.ids.numel())
         rows, again = found.uncut
         if rows:  # rows that patch nothing, held against the base's pass
             apart = float((again[:, -1] - found.base[rows, -1]).abs().max()) / OF_ONE_TOKEN

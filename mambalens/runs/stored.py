@@ -87,7 +87,8 @@ def kind_of(folder: str | Path) -> str:
     found = found or [kind for kind in KINDS if next(folder.rglob(names[kind]), None) is not None]
     if not found:
         raise MambalensError(
-            f"The folder {str(folder)!r} holds no {' and no '.join(KINDS)} (no {', no '.join(names.values())})."
+            f"The folder {str(folder)!r} holds no {', '.join(KINDS[:-1])} or {KINDS[-1]} (no "
+            f"{', no '.join(names.values())})."
         )
     if len(found) > 1:
         held = " and ".join(PLURAL[kind] for kind in found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -120,13 +119,14 @@ def check(lens: LoadedModel, batch: Batch, uncut: Float[Tensor, "batch vocabular
         uncut: logits that a replay without a cut gives.
     """
     shortest = int(batch.last.argmin())
-    held = held_against(lens, batch.ids[shortest, : int(batch.last[shortest]) + 1], uncut[shortest])
+    ids = batch.ids[shortest, : int(batch.last[shortest]) + 1]
+    held = held_against(lens, ids, uncut[shortest], batch.ids.numel())
     return Check(len(batch.last), batch.ids.shape[1], *held)
 
 
 @torch.no_grad()
 def held_against(
-    lens: LoadedModel, ids: Int[Tensor, " time"], uncut: Float[Tensor, " vocabulary"]
+    lens: LoadedModel, ids: Int[Tensor, " time"], uncut: Float[Tensor, " vocabulary"], tokens: int
 ) -> tuple[float, float]:
     """How far a replay of one prompt is from the model, and how far the model is from itself.
 
@@ -139,21 +139,26 @@ def held_against(
         lens: the model.
         ids: the prompt.
         uncut: logits behind it that a replay without a cut gives.
+        tokens: how many a pass may have, if the prompt itself has no more: what fits the memory.
 
     Returns:
         `Check.difference` and `Check.noise`.
     """
-    last = torch.full((1 + LOOKS,), len(ids) - 1)
-    difference, noise = math.inf, 0.0
+
+    def rows(count: int) -> Float[Tensor, "row vocabulary"]:
+        last = torch.full((count,), len(ids) - 1)
+        return lens.last_logits(Batch([], ids.expand(count, -1), last, last)).double().log_softmax(-1)
+
+    own = rows(1)[0]
+    difference = _difference(uncut.to(own.device).double().log_softmax(-1), own)
+    # The head rounds too, at least by this.
+    noise = 2 * _step(lens) * float((own - own.nanmean()).nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt())
+    at_once = min(LOOKS, max(1, tokens // len(ids)))
     for seed in range(ROUNDS):
         with _rounded_otherwise(lens, seed):
-            own = lens.last_logits(Batch([], ids.expand(1 + LOOKS, -1), last, last)).double().log_softmax(-1)
-        if not seed:
-            difference = _difference(uncut.to(own.device).double().log_softmax(-1), own[0])
-            # The head rounds too, at least by this.
-            spread = (own[0] - own[0].nanmean()).nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt()
-            noise = 2 * _step(lens) * float(spread)
-        noise = max(noise, *(_difference(look, own[0]) for look in own[1:]))
+            for begin in range(0, LOOKS, at_once):
+                looks = rows(min(at_once, LOOKS - begin))
+                noise = max(noise, *(_difference(look, own) for look in looks))
         if difference <= MULTIPLE * noise:
             break
     return difference, noise
@@ -171,13 +176,12 @@ def _difference(ours: Float[Tensor, " vocabulary"], theirs: Float[Tensor, " voca
 
 @contextmanager
 def _rounded_otherwise(lens: LoadedModel, seed: int) -> Iterator[None]:
-    """While the block runs, the embeddings of every prompt but a batch's first are moved by a rounding step."""
+    """While the block runs, embeddings are moved by a rounding step."""
     generator = torch.Generator().manual_seed(seed)
     step = _step(lens)
 
     def move(module: Any, args: Any, output: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
         ways = torch.randint(0, 2, output.shape, generator=generator).to(output.device) * 2 - 1
-        ways[0] = 0
         return output + (output.double() * step * ways).to(output.dtype)
 
     handle = lens.model.get_input_embeddings().register_forward_hook(move)

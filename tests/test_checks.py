@@ -137,7 +137,8 @@ def dropped(layer: Any) -> Iterator[None]:
 @pytest.mark.parametrize("depth", [2, 12, 48, 64])
 @pytest.mark.parametrize("kind", ["mamba", "mamba2", "gpt2", "llama"])
 def test_planted_mistakes_are_caught_at_every_depth(kind: str, depth: int) -> None:
-    loaded, batch = Loaded(kind, depth), batch_of([13, 8, 11], depth)
+    # At 64 layers weights of 0.25 amplify rounding so much that in Mamba-1 a thousandth in the last layer is not seen.
+    loaded, batch = Loaded(kind, depth, spread=0.1 if depth > 48 else 0.25), batch_of([13, 8, 11], depth)
     assert checked(loaded, batch).passed
     for number in (0, depth // 2, depth - 1):
         mixer = loaded.hooks.mixers[number]

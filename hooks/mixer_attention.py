@@ -326,40 +326,30 @@ class AttentionMixer(Mixer):
 
     @contextmanager
     def keeping(self, base: Base) -> Iterator[list[Kept]]:
-        kept: list[Kept] = []
-        seen = Probe()
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            given = Captured(args, kwargs, output, None).arguments(module)
-            mask, alibi = given.get("attention_mask"), given.get("alibi")
-            kept.append(_kept(seen.keys, seen.values, mask, alibi, base.to(seen.keys.device)))
-            del seen.keys, seen.values
-            caching.close()  # rows come next
-            handle.remove()
-
-        handle = self.module.register_forward_hook(after, with_kwargs=True)
-        with ExitStack() as caching:
-            caching.enter_context(self._with_cache(seen))
-            try:
-                yield kept
-            finally:
-                handle.remove()
+        with self._seeing(lambda seen: _kept(*seen, base.to(seen.keys.device))) as kept:
+            yield kept
 
     @contextmanager
     def watching(self) -> Iterator[list[Seen]]:
-        found: list[Seen] = []
-        seen = Probe()
+        with self._seeing(lambda seen: seen) as found:
+            yield found
+
+    @contextmanager
+    def _seeing(self, keep: Callable[[SeenPrompts], Any]) -> Iterator[list[Any]]:
+        """Around a pass: what is kept of the keys and values of the module's first call."""
+        found: list[Any] = []
+        probe = Probe()
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             given = Captured(args, kwargs, output, None).arguments(module)
-            found.append(SeenPrompts(seen.keys, seen.values, given.get("attention_mask"), given.get("alibi")))
-            del seen.keys, seen.values
+            found.append(keep(SeenPrompts(probe.keys, probe.values, given.get("attention_mask"), given.get("alibi"))))
+            del probe.keys, probe.values
             caching.close()  # rows come next
             handle.remove()
 
         handle = self.module.register_forward_hook(after, with_kwargs=True)
         with ExitStack() as caching:
-            caching.enter_context(self._with_cache(seen))
+            caching.enter_context(self._with_cache(probe))
             try:
                 yield found
             finally:

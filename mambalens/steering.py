@@ -16,6 +16,7 @@ from mambalens.facts.files import as_facts
 from mambalens.facts.pairs import Pairs
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_fact, read_facts
 from mambalens.facts.roles import check_role
+from mambalens.hooks.behind import hidden_of
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.steering import Addition
 from mambalens.model import LoadedModel
@@ -123,7 +124,7 @@ def _reading(model: LoadedModel, layers: Iterable[int]) -> Iterator[dict[int, Fl
 
     def keep(layer: int) -> Any:
         def hook(module: Any, args: Any, output: Any) -> None:
-            seen[layer] = output[0] if isinstance(output, tuple) else output
+            seen[layer] = hidden_of(output)
 
         return hook
 

@@ -125,6 +125,9 @@ def find_pairs(
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
     words = [wording(fact) for fact in facts]
+    worded: dict[Any, list[int]] = {}
+    for number, key in enumerate(keys):
+        worded.setdefault((key, words[number]), []).append(number)
     alike = _Alike(tokenizer)
     found, left_out = [], []
     for number, fact in enumerate(facts):
@@ -134,24 +137,28 @@ def find_pairs(
             continue
         # A fact's partner is the same whatever other facts are asked about.
         order = random.Random(f"{seed} {fact.id}")
-        others = [facts[i] for i in groups[keys[number]] if i != number]
-        others = [
-            o for o in others if o.subject != fact.subject and o.continuation.strip() != fact.continuation.strip()
-        ]
-        own = [other for other in others if wording(other) == words[number]]
-        subjects = {other.subject for other in own}
-        rest = [other for other in others if other.subject not in subjects]
+        own = _others(fact, facts, worded[keys[number], words[number]])
         order.shuffle(own)
-        order.shuffle(rest)
-        tried = (*own, *(in_words_of(fact, other) for other in rest))
-        partner = next((other for other in tried if alike(fact, other)), None)
+        partner = next((other for other in own if alike(fact, other)), None)
+        if partner is None:
+            subjects = {other.subject for other in own}
+            rest = [o for o in _others(fact, facts, groups[keys[number]]) if o.subject not in subjects]
+            order.shuffle(rest)
+            in_words = (in_words_of(fact, other) for other in rest)
+            partner = next((other for other in in_words if alike(fact, other)), None)
         if partner is None:
             why = "no other fact" + (f" with the same {' and '.join(columns)}" if columns else "")
-            what = " and equally many tokens" if others and tokenizer is not None else ""
+            what = " and equally many tokens" if (own or rest) and tokenizer is not None else ""
             left_out.append(Skip(str(fact.id), "", f"{why} has another subject and another answer{what}"))
         else:
             found.append(Pair(fact, partner))
     return Pairs(found, left_out)
+
+
+def _others(fact: Fact, facts: Sequence[Fact], among: Sequence[int]) -> list[Fact]:
+    """Facts with another subject and another answer."""
+    answer = fact.target.strip()
+    return [facts[i] for i in among if facts[i].subject != fact.subject and facts[i].target.strip() != answer]
 
 
 class _Alike:

@@ -19,13 +19,11 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.flow.slots import slots_of, walks_of
 from mambalens.hooks import Mixer, Values
-from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation
-from mambalens.sweep.checks import Checks
+from mambalens.sweep.checks import BREAKS, Checks
 from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
-from mambalens.system.memory import exhausted
 
 
 class Edge(NamedTuple):
@@ -130,11 +128,7 @@ class ExactCuts:
                 else:
                     values = score(logits, batch.targets.to(logits.device))
                     found += [(prompt, row - 1, values[prompt]) for prompt, of in enumerate(cuts) if row <= len(of)]
-        except MambalensError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            if exhausted(error):
-                raise
+        except BREAKS as error:
             self.checks.broke(error)
             return None
         return found

@@ -9,14 +9,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.hooked import hooked_scores
 from mambalens.interventions.walk import PatchReplay, Prompts, Score, Scores, Spot
 from mambalens.model import LoadedModel
-from mambalens.sweep.checks import Check, Checks, held_against
+from mambalens.sweep.checks import BREAKS, Check, Checks, held_against
 from mambalens.sweep.replay import can_replay
-from mambalens.system.memory import exhausted
 
 OF_ONE_TOKEN = 5.0
 """The log-probability of one token may be so many times farther off than the root mean square of all."""
@@ -78,11 +76,7 @@ class Patcher:
 
         try:
             found = self.engine.scores(prompts, spots, watched)
-        except MambalensError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
-            if exhausted(error):
-                raise
+        except BREAKS as error:
             self.checks.broke(error)
             return None
         length = int(prompts.last[shortest]) + 1

@@ -37,7 +37,7 @@ def hooked_scores(
         MambalensError: for a site that hooks do not reach.
     """
     if site not in HOOKED:
-        raise MambalensError(f"site={site!r} is patched by replay alone, which does not reproduce this model: "
+        raise MambalensError(f"site={site!r} is patched by replay alone, which cannot be used here: "
                              f"{', '.join(map(repr, HOOKED))} are patched by hooks too.")  # fmt: skip
     prompts = prompts.to(hooks.model.get_input_embeddings().weight.device)
     base = _logits(hooks, prompts)

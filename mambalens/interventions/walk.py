@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mambalens.hooks import HookManager, Mixer
-from mambalens.hooks.behind import hidden_of
+from mambalens.hooks.behind import beside_of, hidden_of
 from mambalens.hooks.calls import bound
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.sublayers import sublayers_of
@@ -268,7 +268,7 @@ class _Walk:
                 return
             given = bound(module, args, kwargs)
             names = list(given)
-            self.beside.append(output[1:] if isinstance(output, tuple) else None)
+            self.beside.append(beside_of(output))
             seen = [(mixer, self.seen[mixer].pop()) for mixer in self.hooks.mixers if mixer.layer == number]
             others = {name: given[name] for name in names[2:]}
             for at in range(len(self.sides)):

@@ -12,12 +12,10 @@ from torch import Tensor
 
 from mambalens.facts.prompts import Batch
 from mambalens.hooks import Values
-from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Cutting, Knockout
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation
-from mambalens.sweep.checks import Checks
-from mambalens.system.memory import exhausted
+from mambalens.sweep.checks import BREAKS, Checks
 
 
 class Asked(NamedTuple):
@@ -124,11 +122,7 @@ class Answerer:
         found = ((number - 1, logits) for number, logits in replay.logits(rows))
         try:
             first = next(found)
-        except MambalensError:
-            raise
-        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, LookupError) as error:
-            if exhausted(error):
-                raise
+        except BREAKS as error:
             self.checks.broke(error)
             return None
         return itertools.chain([first], found) if self.checks.passes(batch, first[1]) else None

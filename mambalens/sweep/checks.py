@@ -12,16 +12,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mambalens.facts.prompts import Batch
+from mambalens.hooks.errors import MambalensError
 from mambalens.model import LoadedModel
 from mambalens.system.events import tell
+from mambalens.system.memory import exhausted
 
 if TYPE_CHECKING:
     import pandas as pd
 
 MULTIPLE = 4.0
 """How many times the model's own noise a replay may miss it by. Replays of 360 random models of 2 to 64 layers missed
-by 1.7 times it at most, 480 of the bundled models by 3.1; with one mixer's output a thousandth too large it is 15 to
-1,000 times, but 2 to 4 in a random Mamba-1 of 64 layers whose weights amplify rounding from layer to layer."""
+by 1.7 times it at most, 480 of the bundled models by 3.1; with one mixer's output a thousandth too large it is 6.6 to
+770 times in random models of 2 to 64 layers, but 2 to 4 in a Mamba-1 of 64 layers whose weights amplify rounding from
+layer to layer."""
+BREAKS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
+"""What a model's code raises that does not take a replay's rows; see `Checks.broke`."""
 TRIES = 3
 """Replays that may fail before no other is tried."""
 LOOKS = 3
@@ -40,7 +45,7 @@ class Check(NamedTuple):
     difference: float
     """Root mean square, over the vocabulary, of how the log-probabilities of replay and model differ, in nats."""
     noise: float
-    """The same between the model and itself where its embeddings are rounded otherwise; the largest of a few looks."""
+    """The same between the model and itself rounded otherwise; the largest of a few looks."""
 
     @property
     def passed(self) -> bool:
@@ -94,7 +99,13 @@ class Checks:
         return pd.DataFrame([(self.lens.name, *one, one.passed) for one in new], columns=list(CHECKS))
 
     def broke(self, error: Exception) -> None:
-        """The model's code did not take the replay's rows."""
+        """The model's code did not take the replay's rows.
+
+        Raises:
+            Exception: the error itself, if it says something else: a full memory, or a mistake in what was asked for.
+        """
+        if isinstance(error, MambalensError) or exhausted(error):
+            raise error
         self.refuse(f"cannot be replayed ({type(error).__name__}: {error})")
 
     def refuse(self, why: str) -> None:
@@ -134,8 +145,8 @@ def held_against(
 
     What a model is off by for rounding alone grows with its depth and depends on its weights, so it is measured: the
     embeddings of a prompt are changed by one rounding step up or down at random, which goes through all layers as the
-    rounding of every layer does. (Half precision rounds away small mistakes too; what is below the model's noise
-    cannot be seen.)
+    rounding of every layer does. Where that does not account for the difference, so is what every layer gives. (Half
+    precision rounds away small mistakes too; what is below the model's noise cannot be seen.)
 
     Args:
         lens: the model.

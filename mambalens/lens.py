@@ -499,8 +499,10 @@ class Lens(LoadedModel):
         Args:
             pairs: facts, each with another one (`facts.pairs(tokenizer=lens.tokenizer)`). Prompts of unequal lengths
                 are aligned by pieces (`facts.pairs.aligned`), but not for the site 'state'.
-            site: 'residual' (before the layer), 'mixer', 'mlp', or 'state': what later positions have of a position and
-                those left of it, that is the recurrent state after it and the convolution's inputs, or keys and values.
+            site: 'residual' (before the layer; as one more layer behind the last), 'mixer', 'mlp', 'value' (what the
+                layer's mixers read of a position, as `ablation='resample'` puts it in), or 'state': what later
+                positions have of a position and those left of it, that is the recurrent state after it and the
+                convolution's inputs, or keys and values.
             window: in how many consecutive layers at once (every run of that many), or a list of layer lists.
             positions: 'each' for every position on its own, roles, or positions; several are each on their own. The
                 positions of a role are patched together; its state is that after its last position.
@@ -548,7 +550,7 @@ class Lens(LoadedModel):
                 embeddings of all these facts' subjects; or 'swap': another fact's subject (`facts.pairs`).
             restore: the site, as for `patch`.
             window: in how many consecutive layers at once, or a list of layer lists; by default 10 (or all, in models
-                with fewer) for 'mixer' and 'mlp', else 1.
+                with fewer) for 'mixer', 'mlp' and 'value', else 1.
             positions: as for `patch`.
             samples: of the noise; one where subjects are swapped.
             seed: of the noise, and of the pairs.

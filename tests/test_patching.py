@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambalens.hooks import HookManager
 from mambalens.hooks.sublayers import sublayers_of
-from mambalens.interventions.groups import Prompts, Spot
+from mambalens.interventions.groups import Prompts, Spot, rows_of
 from mambalens.interventions.walk import PatchReplay, Scores
 
 TIME, LAST = 8, (7, 4, 7, 5)
@@ -85,6 +85,23 @@ def test_the_last_position_behind_the_last_layer_is_the_other_answer(name: str) 
             assert (patched - found.base[spot.other]).abs().max() < 1e-9
         else:
             assert torch.equal(patched, found.base[spot.prompt])
+
+
+def test_rows_begin_where_something_changes() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 6, 3, 0]])
+    one, two = {0, 1, 4}, {0}  # windows of layers, in a model of four: 4 is behind the last
+
+    def begin(spot: Spot, site: str = "residual", noise: Tensor | None = None) -> list[Any]:
+        return list(rows_of(Prompts(ids, torch.tensor([3, 2]), noise), [spot], [one, two, {4}], site, 4))
+
+    assert begin(Spot(0, 1, (0,), (0,))) == [(4, (0, 0, None))]
+    assert begin(Spot(0, 1, (1,), (1,))) == [(3, (1, None, None))]  # the same token: nothing before layer 0
+    assert begin(Spot(0, 1, (1,), (1,)), noise=torch.eye(2)[:, None, :].repeat(1, 4, 1)) == [(3, (0, 0, None))]
+    assert begin(Spot(0, 1, (1,), (0,))) == [(3, (0, 0, None))]
+    assert begin(Spot(0, 1, (1, 3), (1, 2))) == [(3, (0, 0, 4))]  # behind the last layer the last position is read
+    assert begin(Spot(0, 1, (1,), (1,)), "value") == [(3, (0, 0, 4))]
+    assert begin(Spot(0, 1, (3,), (3,)), "state") == []
+    assert begin(Spot(1, 1, (2,), (2,))) == [(1, (1, None, 4))]
 
 
 ADDS_THE_STREAM_ITSELF = "bloom"

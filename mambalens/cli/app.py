@@ -149,7 +149,7 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @ONE_MODEL
 @settings("facts", "where", "all_facts", limit=20)
 @option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
-@option("--site", help="residual, mixer, mlp or state.", default=SITE)
+@option("--site", help="residual, mixer, mlp, value or state.", default=SITE)
 @option("--window", help="Consecutive layers that are patched at once.", kind=int, least=1, default=1)
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--seed", help="Of the facts that others are patched from.", kind=int, least=0, default=0)
@@ -192,9 +192,9 @@ def patch(
 @settings("facts", "where", "all_facts", limit=20)
 @option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
 @option("--noise", help="Standard deviations of noise, or swap.", default=f"{NOISE:g}")
-@option("--restore", help="residual, mixer, mlp or state.", default=SITE)
+@option("--restore", help="residual, mixer, mlp, value or state.", default=SITE)
 @option("--window", help="Consecutive layers that are restored at once.", kind=int, least=1,
-        show_default=f"{TRACE_WINDOW} for mixer and mlp, else 1")  # fmt: skip
+        show_default=f"{TRACE_WINDOW} for mixer, mlp and value, else 1")  # fmt: skip
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--samples", help="Of the noise.", kind=int, least=1, default=SAMPLES)
 @option("--seed", help="Of the noise.", kind=int, least=0, default=0)

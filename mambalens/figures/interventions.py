@@ -68,6 +68,7 @@ def cells(
     if fact_id is None and len(facts) == 1 and (table.position != ROLE).all():
         fact_id = str(facts[0])
     first = table.iloc[0]
+    depth = data.n_layers[str(first.model)]
     centre = 0.0 if name in CHANGES else float(table[_before(table, name)].mean())
     if fact_id is None:
         summary = data.where(model=first.model, site=first.site).summary(name)
@@ -75,7 +76,8 @@ def cells(
         counts = summary.groupby("piece", sort=False).n.max()
         labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]
         bold: list[int] = []
-        framed = _largest(summary, grid) if name in CHANGES else []
+        inside = summary[summary.window_start < depth]
+        framed = _largest(inside, grid) if name in CHANGES else []
         about = f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"
         about += "; framed, and at the right with its 95 % interval: the largest of each" if framed else ""
     else:
@@ -110,12 +112,8 @@ def cells(
         lambda at, _: f"{starts[int(at)]}" if at == int(at) and 0 <= at < len(starts) else ""
     )
     size = int(first.window_size)
-    layers = data.n_layers.get(str(first.model))
-    axis.set_xlabel(
-        f"First layer of the window ({size} layers)" if size > 1
-        else f"Layer ({layers}: behind the last)" if layers in starts
-        else "Layer"
-    )  # fmt: skip
+    behind = f" ({depth}: behind the last)" if depth in starts else ""
+    axis.set_xlabel(f"Layer{behind}" if size == 1 else f"First layer of the window ({size} layers)")
     said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
     said += f" restored, {_corrupted(str(first.corruption))}" if "corruption" in data.apart else " patched"
     heading = plain(title or said)

@@ -30,7 +30,7 @@ from mambalens.hooks.values import Written
 from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.groups import Group, Prompts, Spot, fitting, rows_of
 from mambalens.interventions.sites import layers_with
-from mambalens.sweep.replay import SHARES, bytes_of, head_of
+from mambalens.sweep.replay import SHARES, bytes_of, head_of, prompts_at_once
 from mambalens.system.memory import widest
 
 Score = Callable[[Tensor, Tensor], Tensor]
@@ -128,6 +128,16 @@ class PatchReplay:
     def patches(self, window: int, layer: int) -> bool:
         """Whether something is put in at a layer."""
         return window != self.nothing_left and layer in self.windows[window]
+
+
+def prompts_fitting(hooks: HookManager, site: str, time: int, memory: int) -> int:
+    """How many prompts of so many positions a base pass may take."""
+    fitting = prompts_at_once(hooks, time, 1, memory)
+    if site != "value":
+        return fitting
+    # What mixers hand on is known of all layers before the base pass begins.
+    numbers = time * sum(widest([layer]) for layer in hooks.layers)
+    return max(1, min(fitting, memory // SHARES // (numbers * bytes_of(hooks.model))))
 
 
 def values_of(hooks: HookManager, prompts: Prompts, windows: Sequence[Collection[int]]) -> Values:

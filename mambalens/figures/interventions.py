@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SITE_NAMES = {
     "residual": "residual stream before the layer",
+    "value": "values that positions hand on",
     "mixer": "token mixers' output",
     "mlp": "MLPs' output",
     "state": "state after the position",
@@ -109,7 +110,12 @@ def cells(
         lambda at, _: f"{starts[int(at)]}" if at == int(at) and 0 <= at < len(starts) else ""
     )
     size = int(first.window_size)
-    axis.set_xlabel("Layer" if size == 1 else f"First layer of the window ({size} layers)")
+    layers = data.n_layers.get(str(first.model))
+    axis.set_xlabel(
+        f"First layer of the window ({size} layers)" if size > 1
+        else f"Layer ({layers}: behind the last)" if layers in starts
+        else "Layer"
+    )  # fmt: skip
     said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
     said += f" restored, {_corrupted(str(first.corruption))}" if "corruption" in data.apart else " patched"
     heading = plain(title or said)

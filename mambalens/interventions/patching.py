@@ -18,11 +18,11 @@ from mambalens.facts.prompts import Batch, Prompt, Skip, read_facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import PatchData
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import PATCH_MEASURED, PATCHES
-from mambalens.interventions.walk import Prompts, Spot
 from mambalens.measures import Measure, log_odds, measure_of, name_of
 from mambalens.model import LoadedModel
 from mambalens.runs.folder import Part

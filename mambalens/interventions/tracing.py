@@ -18,12 +18,12 @@ from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import TraceData
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.patching import padded
 from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import TRACE_MEASURED, TRACES
-from mambalens.interventions.walk import Prompts, Spot
 from mambalens.measures import Measure, log_odds, measure_of, name_of
 from mambalens.model import BATCH_TOKENS, LoadedModel
 from mambalens.runs.folder import Part
@@ -34,7 +34,7 @@ from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
 
 SWAP = "swap"
-WIDE = ("mixer", "mlp")
+WIDE = ("mixer", "mlp", "value")
 """Sites that are restored in a window of layers where nothing is said, as Meng et al. do."""
 
 

@@ -192,7 +192,7 @@ class Lens(LoadedModel):
                 piece of the prompt: `facts.pieces`) or 'resample' (what stands at the aligned position of `other`).
             other: the fact whose values are put in.
             over: the facts whose mean is put in.
-            keys: put in keys of attention too, not values alone.
+            keys: put in keys of attention too, not values alone (refused where no attention is cut).
         """
         from mambalens.sweep.ablation import Asked, values_for
 
@@ -205,7 +205,9 @@ class Lens(LoadedModel):
             if not found:
                 raise MambalensError(f"The role {role!r} is empty in the prompt {fact.prompt!r}.")
             positions[role] = found
-        instead = values_for(self, prompt, Asked.of(ablation, over, other, keys))
+        asked = Asked.of(ablation, over, other, keys)
+        asked.check([self.hooks.resolve(layers, features, path, mixers)])
+        instead = values_for(self, prompt, asked)
         chosen = Knockout(positions[source], targets, layers, features, path, mixers, instead=instead)
         with self.hooks.apply(chosen) as knockout:
             yield knockout
@@ -300,6 +302,7 @@ class Lens(LoadedModel):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -326,17 +329,19 @@ class Lens(LoadedModel):
             other: for 'resample', pairs of facts (`Facts.pairs`), or one fact for all; by default `facts.pairs()`. A
                 fact without a partner is left out, with the reason.
             over: for 'mean', the facts that are averaged over; by default those that are swept.
+            keys: put in keys of attention too, not values alone; the table calls the ablation 'mean+keys' or
+                'resample+keys' then. Recurrences beside attention keep theirs.
 
         Raises:
-            MambalensError: for a window larger than the model, an unknown role, group, path or measure, or no usable
-                fact.
+            MambalensError: for a window larger than the model, an unknown role, group, path or measure, keys where no
+                attention is cut, or no usable fact.
         """
         from mambalens.sweep.ablation import Asked
         from mambalens.sweep.plan import Plan
         from mambalens.sweep.run import run
 
-        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure, ablation)
-        asked = Asked.of(ablation, over, other)
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure, ablation, keys)
+        asked = Asked.of(ablation, over, other, keys)
         found = run(self, as_facts(facts), plan, batch_size, progress, memory, True, out, block_size, asked)
         return SweepResult.of(found)
 
@@ -352,6 +357,7 @@ class Lens(LoadedModel):
         ablation: str = defaults.ABLATION,
         other: Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> Figure:
         """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps).
 
@@ -359,7 +365,7 @@ class Lens(LoadedModel):
         """
         result = self.sweep(
             [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers,
-            ablation=ablation, other=other, over=over,
+            ablation=ablation, other=other, over=over, keys=keys,
         )  # fmt: skip
         return result.heatmap(result.facts.fact_id[0])
 

@@ -105,6 +105,7 @@ class FlowVerbs(FlowData):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> Self:
         """Cut the strongest edges of every fact, and a random sample of all, each alone, exactly, by replay.
 
@@ -113,8 +114,8 @@ class FlowVerbs(FlowData):
             sample: edges of a fact that are drawn among all, for what is not among the strongest.
             seed: of the sample.
             progress: show a progress bar.
-            ablation, other, over: what stands in the sources' place, as in `Lens.sweep`. What sources erase is cut to
-                nothing all the same. Attributions stay those of edges that are cut to nothing.
+            ablation, other, over, keys: what stands in the sources' place, as in `Lens.sweep`. What sources erase is
+                cut to nothing all the same. Attributions stay those of edges that are cut to nothing.
 
         Returns:
             The same flow with exact numbers where edges were cut, all of one ablation: those of another are left out.
@@ -124,11 +125,11 @@ class FlowVerbs(FlowData):
         from mambalens.runs.folder import below_each_other
         from mambalens.sweep.ablation import Asked
 
-        asked = Asked.of(ablation, over, other)
+        asked = Asked.of(ablation, over, other, keys)
         flow = self
         if ablation != defaults.ABLATION or self.configs[0].ablation != ablation:
             flow = self._with(uncertified(self.table))
-            flow.configs = [replace(self.configs[0], ablation=ablation)]
+            flow.configs = [replace(self.configs[0], ablation=asked.label)]
         counts = self.table.groupby("fact_id", sort=False).size()
         with tqdm(
             desc="certify", unit="edge", total=int(counts.clip(upper=top + sample).sum()), disable=not progress
@@ -255,6 +256,7 @@ class FlowVerbs(FlowData):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> pd.DataFrame:
         """A few edges of every fact that keep a share of the answer with all other edges cut, found greedily.
 
@@ -263,7 +265,7 @@ class FlowVerbs(FlowData):
         Args:
             keep: share of the answer's probability.
             progress: show a progress bar.
-            ablation, other, over: what stands in the place of the edges that are cut, as in `certify`.
+            ablation, other, over, keys: what stands in the place of the edges that are cut, as in `certify`.
 
         Returns:
             One row per fact and edge of its circuit: model, fact_id, layer, mixer, path, source, target, their pieces,
@@ -280,7 +282,8 @@ class FlowVerbs(FlowData):
 
         if not 0 < keep <= 1:
             raise MambalensError(f"keep={keep}: give a share of the answer, more than 0 and at most 1.")
-        work = self._work(ablation=Asked.of(ablation, over, other))
+        asked = Asked.of(ablation, over, other, keys)
+        work = self._work(ablation=asked)
         of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
         tables = []
         columns = ["model", "fact_id", *EDGE, "source_piece", "target_piece", "effect"]
@@ -291,7 +294,7 @@ class FlowVerbs(FlowData):
             found = circuit_of(ablated, rows.effect.to_numpy(float), keep)
             about: dict[str, Any] = {
                 "cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows),
-                "ablation": ablation,
+                "ablation": asked.label,
             }  # fmt: skip
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)

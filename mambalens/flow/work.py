@@ -22,7 +22,7 @@ from mambalens.flow.exact import Edge, ExactCuts
 from mambalens.flow.table import CHOSEN, CHOSEN_FEATURES, EDGES
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.knockout import Features, Paths
+from mambalens.hooks.knockout import Cutting, Features, Paths
 from mambalens.measures import Measure, measure_of, name_of
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation, ablation_of
@@ -162,6 +162,7 @@ class FlowWork:
             asked: what.
             facts: the facts in question.
         """
+        asked.check([Cutting({mixer: None}, path) for mixer, path in self.where])
         self.ablation, without = ablation_of(self.lens, asked, facts, list(self.prompts.values()))
         self.exact.ablation = self.ablation
         left_out = {skip.fact_id for skip in without}

@@ -386,6 +386,10 @@ class Lens(LoadedModel):
         sample: int = 0,
         seed: int = 0,
         block_size: int = defaults.FLOW_BLOCK,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> Flow:
         """What cutting each token-to-token edge alone, of every layer and path, would change: all edges at once.
 
@@ -410,19 +414,24 @@ class Lens(LoadedModel):
             sample: edges of every fact that are cut beside them, drawn among all.
             seed: of the sample.
             block_size: facts of a block.
+            ablation, other, over, keys: what stands in the place of the edges that are cut exactly, as for `sweep`; a
+                fact without a partner is left out. What sources erase is cut to nothing all the same.
 
         Raises:
-            MambalensError: for an unknown path, group, measure or method, or no usable fact.
+            MambalensError: for an unknown path, group, measure or method, an ablation where no edge is cut, or no
+                usable fact.
         """
         from mambalens.flow.run import run
         from mambalens.flow.work import Flowing
+        from mambalens.sweep.ablation import Asked
 
         if target != defaults.TARGET:
             raise MambalensError(f"target={target!r}: a flow ends where the answer is read, at {defaults.TARGET!r}.")
         asked = as_facts(facts)
-        flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed)
+        put_in = Asked.of(ablation, over, other, keys)
+        flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed, put_in)
         found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
-        return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
+        return Flow.with_verbs(found).of(self, asked, flowing.attributed, memory)
 
     def logits_by_layer(
         self, facts: FactLike, k: int = 5, batch_size: int | None = None, progress: bool = False
@@ -618,6 +627,10 @@ class Lens(LoadedModel):
         batch_size: int | None = None,
         memory: int | str | None = None,
         progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> CausalFeatures:
         """Knock out every feature alone, in its layer alone, and see what the target's probability loses.
 
@@ -628,14 +641,16 @@ class Lens(LoadedModel):
             block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
             path: 'main', 'conv', 'erase' or 'both'; mixers that do not have it are left out.
             batch_size, memory, progress: as for `sweep`.
+            ablation, other, over, keys: what stands in the place of what is knocked out, as for `sweep`.
 
         Returns:
             A table with the features' measures beside their cost, rank correlations and a scatter plot.
         """
         from mambalens.features.causal import causal_features
+        from mambalens.sweep.ablation import Asked
 
-        given = as_facts(facts)
-        found = causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress)
+        given, put_in = as_facts(facts), Asked.of(ablation, over, other, keys)
+        found = causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress, put_in)
         return CausalFeatures.of(found)
 
     def diagnose(

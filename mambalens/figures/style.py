@@ -46,6 +46,11 @@ def style(role: str, index: int = 0) -> tuple[str, str]:
     return STYLES.get(role, (_SPARE[index % len(_SPARE)], "osD^vP"[index % 6]))
 
 
+def put_in(ablation: str) -> str:
+    """What stands in the place of what is cut, behind other words; '' where that is nothing."""
+    return f", {INSTEAD[ablation]}" if ablation in INSTEAD else ""
+
+
 def main_path(result: SweepData | FlowData) -> str:
     """What the main path is in these models: 'scan', 'attention', or 'scan or attention' ('main path' if not known)."""
     has = {kind for config in result.configs for kind in config.kinds} - WITHOUT_MAIN

@@ -74,6 +74,8 @@ class Mixer(ABC):
     """What its features are, in one word."""
     paths: ClassVar[Paths] = Paths.MAIN
     """The ways by which it carries information between positions."""
+    has_keys: ClassVar[bool] = False
+    """Whether keys can stand in with its values (`Written.keys`)."""
     decays: bool = False
     """Whether what features carry decays with time, so that they have a decay norm."""
     tested: ClassVar[frozenset[str]] = frozenset()

@@ -12,6 +12,7 @@ base pass of their own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.behind import beside_of, hidden_of
 from mambalens.hooks.calls import bound
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base
 from mambalens.hooks.sublayers import sublayers_of
+from mambalens.hooks.uniting import UNCUT, Pair, United, rows_of
 from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.sites import layers_with
 from mambalens.sweep.replay import SHARES, bytes_of, head_of
@@ -197,6 +199,8 @@ class _Side(NamedTuple):
     """Prompt that it is taken from."""
     given: Int[Tensor, " put"]
     """Position that it is taken from."""
+    around: dict[Mixer, tuple[Base, list[Pair]]]
+    """What running knockouts cut of every row, by mixer, where they do."""
 
     def put(
         self,
@@ -216,6 +220,7 @@ class _Walk:
 
     def __init__(self, replay: PatchReplay, prompts: Prompts, spots: Sequence[Spot], groups: Sequence[_Group]) -> None:
         self.replay, self.prompts, self.hooks = replay, prompts, replay.hooks
+        self.around = self.hooks.cuts_around(prompts.last, prompts.ids.shape[1])
         self.sides = [self._side(group, spots) for group in groups]
         self.hidden: list[Tensor | None] = [None] * len(groups)
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
@@ -239,9 +244,13 @@ class _Walk:
             for position, there in zip(spot.positions, spot.others, strict=True)
         ]
         spot_of, offset, giver, given = torch.tensor(puts, device=device).T
-        return _Side(
-            group, Base.uncut(first, group.length, ids.shape[1]), prompts, others, spot_of, offset, giver, given
-        )
+        base = Base.uncut(first, group.length, ids.shape[1])
+        around = {}
+        for mixer, cuts in self.around.items():
+            united = United(base, [cut.of_prompts(prompts) for cut in cuts])
+            pairs = united.pairs(UNCUT)
+            around[mixer] = (united.base(), pairs)
+        return _Side(group, base, prompts, others, spot_of, offset, giver, given, around)
 
     def run(self) -> None:
         """Walk through the layers."""
@@ -250,7 +259,7 @@ class _Walk:
             mixer.expect(sum(side.group.rows * side.group.length for side in self.sides) // 2)
         with ExitStack() as stack:
             for mixer in hooks.mixers:
-                self.seen[mixer] = stack.enter_context(mixer.watching())
+                self.seen[mixer] = stack.enter_context(mixer.watching(self.around.get(mixer, ())))
             for number, layer in enumerate(hooks.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
             if self.replay.site in ("mixer", "mlp"):
@@ -349,7 +358,11 @@ class _Walk:
         """Rows through a layer, as many at a time as fit."""
         spots, count, length = hidden.shape[:3]
         base = side.base.to(hidden.device)
-        kept = [of_layer.kept(base, resumed) for _, of_layer in seen]
+        inside = [side.around.get(mixer, (base, [])) for mixer, _ in seen]
+        kept = [
+            of_layer.kept(under.to(hidden.device), resumed)
+            for (_, of_layer), (under, _) in zip(seen, inside, strict=True)
+        ]
         per_row = 4 * (widest([layer]) + hidden.shape[-1]) * spots * length * bytes_of(self.hooks.model)
         size = max(1, self.replay.memory // SHARES // per_row)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
@@ -364,8 +377,10 @@ class _Walk:
             self.in_rows = (side, [row - begin for row in here if begin <= row < begin + rows], rows)
             try:
                 with ExitStack() as stack:
-                    for (mixer, _), of_layer in zip(seen, kept, strict=True):
-                        stack.enter_context(mixer.resuming(of_layer, base, Rows.uncut(rows)))
+                    stack.enter_context(self.hooks.rows(functools.partial(_at_rows, base, prompts, batch, rows)))
+                    for (mixer, _), of_layer, (under, pairs) in zip(seen, kept, inside, strict=True):
+                        cut = rows_of([pairs] * rows, mixer.n_features)
+                        stack.enter_context(mixer.resuming(of_layer, under, cut))
                     found = hidden_of(layer(part.flatten(1, 2), **given))
             finally:
                 self.in_rows = None
@@ -389,6 +404,11 @@ class _Walk:
             logits = head_of(self.hooks, self.beside, hidden[begin : begin + at_once, None])
             parts.append(score(logits, of[begin : begin + at_once].to(logits.device)).double().cpu())
         return torch.cat(parts)
+
+
+def _at_rows(base: Base, prompts: Int[Tensor, " spot"], batch: int, rows: int, value: Any) -> Any:
+    """What belongs to positions of all prompts, for the rows of spots."""
+    return base.at_rows(_of_prompts(value, prompts, batch, base.sources.shape[2]), rows)
 
 
 def _of_prompts(value: Any, prompts: Int[Tensor, " spot"], batch: int, time: int) -> Any:

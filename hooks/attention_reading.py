@@ -82,7 +82,7 @@ class Beside(NamedTuple):
             parts.append(torch.where(other.entries & ~taken, mask, low))
             taken = taken | other.entries
         parts.append(torch.where(taken, low, mask))
-        return cls(tuple(others), torch.cat(parts[::-1], -1))
+        return cls(tuple(others), torch.cat(torch.broadcast_tensors(*parts[::-1]), -1))  # some of heads, some of all
 
     def joined(
         self, keys: Float[Tensor, "batch group key width"], values: Float[Tensor, "batch group key value_width"]

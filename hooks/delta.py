@@ -25,7 +25,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.hooks.recurrence import Index, side_by_side
+from mambalens.hooks.recurrence import Index, Other, side_by_side
 from mambalens.hooks.values import kept_values
 
 CHUNK = {True: 64, False: 16}
@@ -211,26 +211,38 @@ def delta_states(
     inputs: DeltaInputs,
     chunks: list[Chunk],
     sources: Bool[Tensor, "set batch time"],
-    instead: Float[Tensor, "batch time feature width"] | None = None,
+    others: Sequence[Other] = (),
 ) -> Callable[[int, int], Left]:
     """States after the last position without what some source set writes and another erases, by their numbers.
 
     `delta_writes` is computed once, and once more for each set of erasures that is asked for. Where something stands
     in the place of what is not written, it is as many positions more, with the same keys.
+
+    Args:
+        inputs: as in the recurrence.
+        chunks: the same in chunks.
+        sources: what each set does without.
+        others: values that stand in the place of some positions', set by set.
     """
-    values = rearrange(inputs.x, "batch time feature width -> batch feature time width")
-    stays = ~sources
-    writes = {0: delta_writes(chunks)}
-    if instead is not None:
-        others = rearrange(instead.to(values.dtype), "batch time feature width -> batch feature time width")
-        values, stays = torch.cat([values, others], 2), torch.cat([stays, sources], 2)
-        writes = {0: torch.cat([writes[0], writes[0]], 3)}
+
+    def by_head(x: Float[Tensor, "batch time feature width"]) -> Float[Tensor, "batch feature time width"]:
+        return rearrange(x.to(inputs.x.dtype), "batch time feature width -> batch feature time width")
+
+    values, stays = by_head(inputs.x), ~sources
+    for other in others:
+        stays = stays & ~other.sources
+    values = torch.cat([values, *(by_head(other.values) for other in others)], 2) if others else values
+    stays = torch.cat([stays, *(other.sources for other in others)], 2) if others else stays
+
+    def positions(writes: Float[Tensor, "batch feature key time"]) -> Float[Tensor, "batch feature key all_time"]:
+        return torch.cat([writes] * (1 + len(others)), 3) if others else writes
+
+    writes = {0: positions(delta_writes(chunks))}
     found: dict[tuple[int, int], Left] = {}
 
     def state(written: int, erased: int) -> Left:
         if erased not in writes:
-            of_set = delta_writes(inputs.cut(None, ~sources[erased][..., None]))
-            writes[erased] = of_set if instead is None else torch.cat([of_set, of_set], 3)
+            writes[erased] = positions(delta_writes(inputs.cut(None, ~sources[erased][..., None])))
         if (written, erased) not in found:
             found[written, erased] = Left(writes[erased], stays[written], values)
         return found[written, erased]

@@ -20,7 +20,7 @@ from transformers.activations import ACT2FN
 from mambalens.hooks import delta
 from mambalens.hooks.delta import DeltaInputs
 from mambalens.hooks.knockout import Paths
-from mambalens.hooks.recurrence import State, States
+from mambalens.hooks.recurrence import Other, State, States
 from mambalens.hooks.recurrent import RecurrentMixer
 
 EPSILON = 1e-6
@@ -108,9 +108,9 @@ class DeltaMixer(RecurrentMixer):
         inputs: DeltaInputs,
         moving: Bool[Tensor, "batch time"],
         sources: Bool[Tensor, "set batch time"],
-        instead: Float[Tensor, "batch time feature width"],
+        others: Sequence[Other],
     ) -> States:
-        return delta.delta_states(inputs, delta.in_chunks(inputs), sources, instead)
+        return delta.delta_states(inputs, delta.in_chunks(inputs), sources, others)
 
     def resume_scan(
         self, inputs: DeltaInputs, states: Sequence[State], number: Int[Tensor, " row"]

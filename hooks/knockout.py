@@ -127,6 +127,21 @@ class Knockout:
         if edges.ndim not in (2, 3) or edges.shape[-1] != edges.shape[-2]:
             raise MambalensError(f"edges is a mask of shape {list(edges.shape)}: give [T, T] or [batch, T, T].")
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether it says something of its own of every prompt of a batch."""
+        edges = self.edges is not None and self.edges.ndim == 3
+        instead = self.instead is not None and self.instead.shape[0] > 1
+        return edges or instead or told_by_prompt(self.sources) or told_by_prompt(self.targets)
+
+
+def told_by_prompt(positions: Positions | None) -> bool:
+    """Whether positions are told prompt by prompt."""
+    if isinstance(positions, Tensor):
+        return positions.ndim == 2
+    listed = isinstance(positions, Sequence) and not isinstance(positions, str | range)
+    return listed and any(isinstance(one, Sequence | Tensor) for one in positions)  # type: ignore[union-attr]
+
 
 @dataclass(frozen=True, eq=False)
 class Cutting:

@@ -142,6 +142,11 @@ class HookManager:
         return bool(self._blocks)
 
     @property
+    def depth(self) -> int:
+        """How many knockout blocks are running."""
+        return len(self._blocks)
+
+    @property
     def steering(self) -> bool:
         """Whether a block that adds vectors is running."""
         return bool(self._steering)
@@ -292,9 +297,31 @@ class HookManager:
         told = [(block.knockout.sources, block.knockout.targets) for block in self._blocks]
         return counts_back(told) or any(counts_back(steering.addition.positions) for steering in self._steering)
 
+    @property
+    def by_prompt(self) -> bool:
+        """Whether a running block says something of its own of every prompt, so that batches are as they must be."""
+        return any(block.knockout.by_prompt for block in self._blocks) or any(
+            steering.by_prompt for steering in self._steering
+        )
+
+    def cuts_around(self, last: Int[Tensor, " batch"], time: int) -> dict[Mixer, list[Cut]]:
+        """What the running knockouts cut in a pass of right-padded prompts, the outermost first.
+
+        Args:
+            last: last position of every prompt; nothing is cut behind it.
+            time: columns.
+        """
+        if not self._blocks:
+            return {}
+        inside = torch.arange(time) <= last.cpu()[:, None]
+        found = self._cuts(len(last), Pass(time, 0, time))[0]
+        return {mixer: [replace(cut, code=cut.code * inside) for cut in cuts] for mixer, cuts in found.items()}
+
     @contextmanager
     def rows(self, at_rows: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """While the block runs, layers take rows of a replay: what is added is added at the rows' positions.
+
+        What running knockouts cut of them is among what their mixers are told (see `Mixer.resuming`).
 
         Args:
             at_rows: picks what belongs to positions [batch, T, ...] for the rows [batch, cuts x length, ...].
@@ -302,6 +329,9 @@ class HookManager:
         with ExitStack() as stack:
             for steering in self._steering:
                 stack.enter_context(steering.rows(at_rows))
+            if self._pass is not None:
+                stack.callback(setattr, self, "_pass", self._pass)
+                self._pass = replace(self._pass, cuts={}, keep_history=False)
             yield
 
     @contextmanager
@@ -400,24 +430,36 @@ class HookManager:
         if cache is not None and not past and _holds_tokens(cache):
             raise MambalensError("The cache was filled before the block began: run the prompt inside the block.")
         running = Pass(prompt, past, past + time)
-        keep_history = False
-        cuts: dict[Mixer, list[Cut]] = {}
         whole = kwargs.get("use_cache") is False and cache is None
         for steering in self._steering:
             _reach(steering, steering.begin(batch, running), running, whole)
+        cuts, later, generated = self._cuts(batch, running)
+        for block, beyond in zip(self._blocks, later, strict=True):
+            _reach(block, beyond, running, whole)
+        self._pass = replace(running, keep_history=generated, cuts=cuts)
+
+    def _cuts(self, batch: int, running: Pass) -> tuple[dict[Mixer, list[Cut]], list[list[int]], bool]:
+        """What the running knockouts cut in a pass.
+
+        Returns:
+            The cuts of every mixer that is cut, the outermost first; for every block the positions behind the pass; and
+            whether any target is generated.
+        """
+        cuts: dict[Mixer, list[Cut]] = {}
+        beyond, keep_history = [], False
         for block in self._blocks:
             cut, later, generated = block.masks(batch, running)
-            _reach(block, later, running, whole)
+            beyond.append(later)
             keep_history |= generated
             instead = block.knockout.instead
-            if instead is not None and not past:
-                _check_columns(instead, batch, time)
+            if instead is not None and not running.past:
+                _check_columns(instead, batch, running.prompt)
             for mixer, features in block.cutting.features.items():
                 paths = block.cutting.paths & mixer.paths
                 if paths and (features is None or features.any()):
                     written = None if instead is None else _written(instead, mixer, batch, running)
                     cuts.setdefault(mixer, []).append(replace(cut, features=features, paths=paths, instead=written))
-        self._pass = replace(running, keep_history=keep_history, cuts=cuts)
+        return cuts, beyond, keep_history
 
     def _after_pass(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if self._aside:

@@ -64,6 +64,19 @@ class Cut:
     def __contains__(self, path: Paths) -> bool:
         return bool(self.paths & path)
 
+    def until(self, time: int) -> Cut:
+        """The same over the first columns alone."""
+        if time == self.code.shape[1]:
+            return self
+        instead = None if self.instead is None else self.instead.each(lambda part: part[:, :time])
+        return Cut(self.code[:, :time], self.rows[..., :time], self.features, self.paths, instead)
+
+    def of_prompts(self, prompts: Int[Tensor, " some"]) -> Cut:
+        """The same of these prompts, which may be named several times."""
+        instead = None if self.instead is None else self.instead.each(lambda part: part[prompts.to(part.device)])
+        at = prompts.to(self.code.device)
+        return Cut(self.code[at], self.rows[:, at], self.features, self.paths, instead)
+
     def to(self, device: torch.device) -> Cut:
         """The same cut on a device."""
         features = None if self.features is None else self.features.to(device)

@@ -138,17 +138,21 @@ class Mixer(ABC):
         nobody reads what it gives from there on.
 
         Args:
-            base: which positions are replayed, and the source sets. Prompts have no padding on the left.
+            base: which positions are replayed, the source sets, and what running knockouts cut of the pass. Prompts
+                have no padding on the left.
 
         Returns:
             What is kept: anything with `most_cuts`, how many cuts may resume from it at once.
         """
 
     @abstractmethod
-    def watching(self) -> AbstractContextManager[list[Seen]]:
+    def watching(self, around: Sequence[Cut] = ()) -> AbstractContextManager[list[Seen]]:
         """Around a base pass of whole prompts; after the module's call the list has, at its end, what it has seen.
 
         Unlike `keeping`, the module's output holds at every position, and rows may begin at any.
+
+        Args:
+            around: what running knockouts cut of the mixer in the pass.
         """
 
     @abstractmethod

@@ -35,7 +35,7 @@ from mambalens.hooks.fixed_scales import FixedScales
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut, blocked_entries, on
 from mambalens.hooks.mixer import Captured, Mixer, Pass, replace_forward
-from mambalens.hooks.resume import Base, Rows, Seen
+from mambalens.hooks.resume import Base, Replaced, Rows, Seen
 from mambalens.hooks.summands import Summands
 from mambalens.hooks.token_mixing import TokenMixing
 from mambalens.hooks.values import Written
@@ -331,7 +331,7 @@ class AttentionMixer(Mixer):
             yield kept
 
     @contextmanager
-    def watching(self) -> Iterator[list[Seen]]:
+    def watching(self, around: Sequence[Cut] = ()) -> Iterator[list[Seen]]:
         with self._seeing(lambda seen: seen) as found:
             yield found
 
@@ -362,11 +362,13 @@ class AttentionMixer(Mixer):
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
-        if here.instead is not None and cuts.main.any():
-            with self._resuming_beside(kept, here, cuts):
+        others = [other for other in here.instead if other.sources[cuts.main].any()]
+        free, silent = _free_of_rows(kept, here, cuts)
+        if others:
+            with self._resuming_beside(kept, here, cuts, others, free), self._silencing(silent):
                 yield
             return
-        mask, silent = _mask_of_rows(kept, here, cuts)
+        mask = _over_keys(free, here)
         if kept.bias is not None or not self._takes_booleans:
             low = torch.finfo(kept.keys.dtype).min
             added = mask.new_zeros((), dtype=kept.keys.dtype) if kept.bias is None else kept.bias
@@ -375,26 +377,44 @@ class AttentionMixer(Mixer):
         arguments = {"attention_mask": mask}
         if kept.alibi is not None:
             arguments["alibi"] = _alibi_of_rows(kept.alibi, here, len(rows))
+        with self._with_cache(_RowCache(kept), **arguments), self._silencing(silent):
+            yield
+
+    @contextmanager
+    def _silencing(self, silent: Bool[Tensor, " batch #feature row_time"]) -> Iterator[None]:
+        """While the block runs, what the heads read is zero at some positions."""
+        if not silent.any():
+            yield
+            return
 
         def silence(module: nn.Module, args: tuple[Any, ...]) -> Any:
             return (self._silenced(args[0], silent), *args[1:])
 
         projection = _output_projection(self.module)
         assert projection is not None
-        handle = projection.register_forward_pre_hook(silence) if silent.any() else None
+        handle = projection.register_forward_pre_hook(silence)
         try:
-            with self._with_cache(_RowCache(kept), **arguments):
-                yield
+            yield
         finally:
-            if handle is not None:
-                handle.remove()
+            handle.remove()
 
     @contextmanager
-    def _resuming_beside(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
-        """`resuming` where other values stand in the place of the sources'."""
-        assert base.instead is not None and base.instead.main is not None
-        entries = _over_keys(_blocked_of_rows(base, rows), base)
-        allowed = _over_keys(kept.allowed[:, :, None].expand(-1, -1, len(rows), -1, -1), base)
+    def _resuming_beside(
+        self,
+        kept: Kept,
+        base: Base,
+        rows: Rows,
+        others: Sequence[Replaced],
+        free: Bool[Tensor, " batch #feature row length time"],
+    ) -> Iterator[None]:
+        """`resuming` where other values stand in the place of some sources'.
+
+        Args:
+            kept, base, rows: as there.
+            others: these values.
+            free: which positions of the prompt the rows may read.
+        """
+        allowed = _over_keys(free, base)
         own = _added(allowed, kept.keys.dtype)
         if kept.bias is not None:
             bias = _with_own_keys(kept.bias, base, len(rows)).repeat(1, 1, len(rows), 1)
@@ -405,14 +425,19 @@ class AttentionMixer(Mixer):
             own = base.own_columns(values).repeat(1, len(rows), 1, 1)
             return torch.cat([values[:, : kept.keys.shape[2]], own], 1).transpose(1, 2)
 
-        keys = None if base.instead.keys is None else of_keys(base.instead.keys)
-        beside = Beside.of([Other(keys, of_keys(base.instead.main), entries)], own)
+        found = []
+        for written, sources in others:
+            assert written.main is not None
+            keys = None if written.keys is None else of_keys(written.keys)
+            entries = _over_keys(_blocked_of_rows(base, rows, sources), base)
+            found.append(Other(keys, of_keys(written.main), entries))
+        beside = Beside.of(found, own)
         cache: Any = _RowCache(kept)
         arguments: dict[str, Any] = {"attention_mask": own}
         if not reads_by_function(self.module):
             cache, arguments["attention_mask"] = BesideCache(cache, beside), beside.mask
             if kept.alibi is not None:
-                arguments["alibi"] = torch.cat([_alibi_of_rows(kept.alibi, base, len(rows))] * 2, -1)
+                arguments["alibi"] = torch.cat([_alibi_of_rows(kept.alibi, base, len(rows))] * (1 + len(found)), -1)
         with self._with_cache(cache, **arguments), self._reading_beside(beside):
             yield
 
@@ -572,31 +597,30 @@ class _RowCache:
         return torch.cat([self.kept.keys, keys], 2), torch.cat([self.kept.values, values], 2)
 
 
-def _mask_of_rows(
+def _free_of_rows(
     kept: Kept, base: Base, rows: Rows
-) -> tuple[Bool[Tensor, " batch #feature row_time key"], Bool[Tensor, " batch #feature row_time"]]:
-    """Which keys the rows may read: the base's left of the replayed positions, and their own.
+) -> tuple[Bool[Tensor, " batch #feature row length time"], Bool[Tensor, " batch #feature row_time"]]:
+    """Which positions of the prompt the rows may read, where something else may stand.
 
     Returns:
-        Mask over the base's T keys and those of the rows, and the positions that their cut leaves without any source;
-        their mask is as without the cut.
+        These, and the positions that their cut leaves without any source; their mask is as without the cut.
     """
     allowed = kept.allowed[:, :, None]  # [B, 1 or H, 1, L, T]
-    free = allowed & ~_blocked_of_rows(base, rows)
+    free = allowed & ~_blocked_of_rows(base, rows, base.sources)
     silent = ~free.any(-1)  # [B, 1 or H, R, L]
-    free = torch.where(silent[..., None], allowed, free)
-    return _over_keys(free, base), silent.flatten(2, 3)
+    return torch.where(silent[..., None], allowed, free), silent.flatten(2, 3)
 
 
-def _blocked_of_rows(base: Base, rows: Rows) -> Bool[Tensor, " batch #feature row length time"]:
-    """Which positions of the prompt the rows are cut from."""
+def _blocked_of_rows(
+    base: Base, rows: Rows, sources: Bool[Tensor, "sourceset batch time"]
+) -> Bool[Tensor, " batch #feature row length time"]:
+    """Which positions of the prompt the rows are cut from by source sets."""
     blocked = torch.zeros((), dtype=torch.bool, device=base.first.device)
-    for source, target in zip(rows.on(Paths.MAIN), rows.target, strict=True):
-        read = base.sources[source].transpose(0, 1)  # [B, R, T]
+    for number, (source, target) in enumerate(zip(rows.on(Paths.MAIN), rows.target, strict=True)):
+        read = sources[source].transpose(0, 1)  # [B, R, T]
         at = base.targets[target].transpose(0, 1)  # [B, R, L]
-        blocked = blocked | (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]
-    if rows.features is not None:
-        blocked = blocked & rows.features.T[None, :, :, None, None]
+        pair = (at[..., None] & read[:, :, None])[:, None]  # [B, 1, R, L, T]
+        blocked = blocked | (pair if rows.features is None else pair & rows.features[number].T[None, :, :, None, None])
     return blocked
 
 

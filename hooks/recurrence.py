@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from mambalens.hooks import scan
 from mambalens.hooks.calls import recurrent_state
 from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
@@ -82,6 +83,14 @@ State = Any
 """State of a prompt's features [batch, ...], as an adapter keeps it."""
 States = Callable[[int, int], State]
 """State without the values of one source set and the erasures of another, by their numbers; 0 leaves out nothing."""
+
+
+class Other(NamedTuple):
+    """Values that stand in the place of some positions'."""
+
+    values: Float[Tensor, "batch time feature width"]
+    sources: Bool[Tensor, "set batch time"]
+    """Which positions, set by set."""
 
 
 class Recurrence(Mixer):
@@ -205,9 +214,9 @@ class Recurrence(Mixer):
         inputs: Any,
         moving: Bool[Tensor, "batch time"],
         sources: Bool[Tensor, "set batch time"],
-        instead: Float[Tensor, "batch time feature width"],
+        others: Sequence[Other],
     ) -> States:
-        """States after the last position with other values in each of the source sets.
+        """States after the last position without each of the source sets, with other values at some positions.
 
         Equation: Ablation
             h_t = sum_{s<=t} (decay from s to t) dt_s B_s x_s + sum_{s in S} (decay from s to t) dt_s B_s (x~_s - x_s)
@@ -217,12 +226,38 @@ class Recurrence(Mixer):
         Args:
             inputs: as for `scan`; frozen outside `moving`.
             moving: positions that do something to the state.
-            sources: as for `states`.
-            instead: what stands in the place of the sources' values.
+            sources: as for `states`: what each set does without.
+            others: values that stand in the place of some positions', set by set.
         """
-        change = inputs.with_values(instead.to(inputs.x.dtype) - inputs.x).frozen(moving)
-        whole, of_change = self.states(inputs, sources[:1]), self.states(change, ~sources)
-        return lambda written, erased: added(whole(0, 0), of_change(written, 0))
+        same = not bool(sources.any())
+        whole = self.states(inputs, sources[:1] if same else sources)
+        changes = []
+        for other in others:
+            change = inputs.with_values(other.values.to(inputs.x.dtype) - inputs.x).frozen(moving)
+            changes.append(self.states(change, ~other.sources))
+
+        def state(written: int, erased: int) -> State:
+            found = whole(*((0, 0) if same else (written, erased)))
+            for change in changes:
+                found = added(found, change(written, 0))
+            return found
+
+        return state
+
+    @abstractmethod
+    def under(
+        self,
+        hidden: Float[Tensor, "batch time given"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[Float[Tensor, "batch time hidden"], tuple[Any, Float[Tensor, "batch time channel"]]]:
+        """The mixer's output under cuts, at every position, the recurrence's inputs and those of the convolution.
+
+        Args:
+            hidden: the mixer's input, as `told` gives it.
+            padding: 1 for tokens, 0 for padding.
+            cuts: over these T columns.
+        """
 
     @abstractmethod
     def resume_scan(

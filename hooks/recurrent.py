@@ -93,6 +93,16 @@ class RecurrentMixer(Recurrence):
         y, state = self.mix(inputs, cuts, base=bool(on(Paths.CONV, cuts)))
         return self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype), state
 
+    def under(
+        self,
+        hidden: Float[Tensor, "batch time given"],
+        padding: Shaped[Tensor, "batch time"] | None,
+        cuts: Sequence[Cut],
+    ) -> tuple[Float[Tensor, "batch time hidden"], tuple[Any, Float[Tensor, "batch time channel"]]]:
+        inputs, projected = self.inputs(hidden, padding, cuts)
+        y, _ = self.mix(inputs, cuts, base=True)
+        return self.finish(self.with_skip(y, inputs), projected.gate, hidden.dtype), (inputs, projected.inner)
+
     def mix(
         self, inputs: Any, cuts: Sequence[Cut], base: bool, explicit: bool | None = None
     ) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, " batch *state"] | None]:
@@ -244,13 +254,13 @@ class RecurrentMixer(Recurrence):
             restore()
 
     @contextmanager
-    def watching(self) -> Iterator[list[Seen]]:
+    def watching(self, around: Sequence[Cut] = ()) -> Iterator[list[Seen]]:
         seen: list[Seen] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, _ = self.told(bound(self.module, args, kwargs))
             with weights_at_hand(self.module):
-                out, of_layer = see(self, hidden)
+                out, of_layer = see(self, hidden, [cut.to(hidden.device) for cut in around])
             seen.append(of_layer)
             return out if self.alone else (out, None)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
-from mambalens.hooks.masks import by_feature
-from mambalens.hooks.recurrence import Inputs, Instead, Recurrence, States, side_by_side
+from mambalens.hooks.masks import Cut, by_feature
+from mambalens.hooks.recurrence import Inputs, Instead, Other, Recurrence, States, side_by_side
 from mambalens.hooks.resume import Base, Rows
 
 
@@ -41,6 +42,8 @@ def keep(
         hidden: the mixer's input, as `told` gives it.
     """
     batch, time = len(base.first), base.reach
+    if base.around:
+        return _keep_cut(mixer, base, hidden)
     count = len(base.tokens[0])
     # Where all is replayed there is none: one goes through then that nobody reads, since modules reshape with -1.
     tokens = base.tokens if count else (base.first[:1] * 0, base.first[:1] * 0)
@@ -49,16 +52,44 @@ def keep(
     beside = None if beside is None else _spread(beside[:, :count], base.tokens, batch, time)
     inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
     # What is replayed leaves the states alone; nobody reads what it reads here.
-    before, sources = base.before[:, :time], base.sources[..., :time]
-    if base.instead is None or base.instead.main is None:
-        y, states = mixer.scan_and_states(inputs.frozen(before), sources)
-    else:
+    before = base.before[:, :time]
+    if any(other.written.main is not None for other in base.instead):
         frozen = inputs.frozen(before)
-        y, states = mixer.scan(frozen)[0], mixer.replaced_states(frozen, before, sources, base.instead.main[:, :time])
+        y, states = mixer.scan(frozen)[0], _states(mixer, frozen, before, base)
+    else:
+        y, states = mixer.scan_and_states(inputs.frozen(before), base.sources[..., :time])
     window = _window(inner, base, mixer.kernel - 1)
     y = mixer.with_skip(y, inputs)[tokens][None]
     out = mixer.finish(y, gate, hidden.dtype)[:, :count]
     return _spread(out, base.tokens, *hidden.shape[:2]), Kept(states, window, sys.maxsize)
+
+
+def _keep_cut(
+    mixer: Recurrence, base: Base, hidden: Float[Tensor, "batch time given"]
+) -> tuple[Float[Tensor, "batch time hidden"], Kept]:
+    """`keep` where something is cut of the base pass itself."""
+    out, seen = mixer.under(hidden[:, : base.reach], None, [cut.until(base.reach) for cut in base.around])
+    kept = SeenPrompts(mixer, *seen).kept(base, torch.arange(len(hidden), device=hidden.device))
+    return F.pad(out, (0, 0, 0, hidden.shape[1] - base.reach)), kept
+
+
+def _states(mixer: Recurrence, inputs: Inputs, moving: Bool[Tensor, "batch time"], base: Base) -> States:
+    """States before the first replayed position without what each of the source sets writes or erases.
+
+    Args:
+        mixer: the mixer.
+        inputs: of the columns left of the last such position; frozen outside `moving`.
+        moving: positions left of the first that is replayed.
+        base: with the source sets.
+    """
+    time = moving.shape[1]
+    others = [
+        Other(other.written.main[:, :time], other.sources[..., :time])
+        for other in base.instead
+        if other.written.main is not None
+    ]
+    sources = base.sources[..., :time]
+    return mixer.replaced_states(inputs, moving, sources, others) if others else mixer.states(inputs, sources)
 
 
 class SeenPrompts(NamedTuple):
@@ -73,20 +104,25 @@ class SeenPrompts(NamedTuple):
         """What rows resume from: the state and the convolution's inputs before their first position."""
         base, prompts = base.to(self.inner.device), prompts.to(self.inner.device)
         reach = torch.arange(base.reach, device=prompts.device)
-        inputs = self.inputs.of(prompts).of((slice(None), reach)).frozen(base.before[:, : base.reach])
-        states = self.mixer.states(inputs, base.sources[..., : base.reach])
+        before = base.before[:, : base.reach]
+        inputs = self.inputs.of(prompts).of((slice(None), reach)).frozen(before)
+        states = _states(self.mixer, inputs, before, base)
         return Kept(states, _window(self.inner[prompts], base, self.mixer.kernel - 1), sys.maxsize)
 
 
 def see(
-    mixer: Recurrence, hidden: Float[Tensor, "batch time given"]
+    mixer: Recurrence, hidden: Float[Tensor, "batch time given"], around: Sequence[Cut] = ()
 ) -> tuple[Float[Tensor, "batch time hidden"], SeenPrompts]:
     """The mixer's output for whole prompts, and what it has seen of them.
 
     Args:
         mixer: the mixer.
         hidden: the mixer's input, as `told` gives it.
+        around: what is cut of the pass.
     """
+    if around:
+        out, seen = mixer.under(hidden, None, around)
+        return out, SeenPrompts(mixer, *seen)
     gate, inner, beside = mixer.project(hidden)
     inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
     y = mixer.with_skip(mixer.scan(inputs)[0], inputs)
@@ -105,8 +141,7 @@ def resume(
     """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)
     inner = side_by_side(projected.inner, len(rows))
-    keep = kept_taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else None
-    others = [] if keep is None else _other_inputs(base, keep, mixer.kernel)
+    keep, others = taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else (None, [])
     convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None], others))
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
     inputs = mixer.scan_inputs(convolved, projected.beside)
@@ -120,66 +155,100 @@ def _cut_rows(
 ) -> Float[Tensor, "batch row time feature width"]:
     """What rows read: each target set does without what its source set writes, or erases."""
     pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
-    instead = None  # [B, 1, L, F, P]
-    if base.instead is not None and base.instead.main is not None:
-        instead = base.own_columns(base.instead.main)[:, None]
 
     def without(
         inputs: Inputs, written: Int[Tensor, " some"], erased: Int[Tensor, " some"]
     ) -> Float[Tensor, "batch some time feature width"]:
         """Every position of some rows without their source sets."""
-        cut = []
-        for number in (written, erased):
-            stays = ~base.own_sources[number].transpose(0, 1)[..., None]  # [B, some, L, 1]
-            cut.append(None if stays.all() else stays)
+        values, instead = _values_of_rows(base, written)
+        erasures = ~base.own_sources[erased].transpose(0, 1)[..., None]  # [B, some, L, 1]
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         before = base.sources_before.to(written.device)
         codes = written * before[written] * len(base.sources) + erased * before[erased]
         codes, state = codes.unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
-        values, erasures = cut
-        return mixer.resume_scan(inputs.cut(values, erasures, instead), states, state)
+        cut = inputs.cut(values, None if erasures.all() else erasures, instead)
+        return mixer.resume_scan(cut, states, state)
 
     written, erased, _ = pairs[0]
     some = (written > 0) | (erased > 0)  # set 0 only fills up
     if len(pairs) == 1 and rows.features is None and (base.all_targets or not some.any()):
         return without(inputs, written, erased)
     y = without(inputs, torch.zeros_like(written), torch.zeros_like(written))
-    for written, erased, target in pairs:
+    for number, (written, erased, target) in enumerate(pairs):
         here = ((written > 0) | (erased > 0)).nonzero().flatten()  # one row in many, where edges are cut one by one
         if len(here):
             cut = base.targets[target[here]].transpose(0, 1)[..., None]  # [B, some, L, 1]
             if rows.features is not None:
-                cut = cut & rows.features[here][None, :, None]
+                cut = cut & rows.features[number, here][None, :, None]
             of_cut = without(inputs.of((slice(None), here)), written[here], erased[here])
             y[:, here] = torch.where(cut[..., None], of_cut, y[:, here])
     return y
 
 
-def kept_taps_of_rows(base: Base, rows: Rows, kernel: int) -> list[Bool[Tensor, "batch cut length feature"]]:
-    """For every distance k, 1 where the tap from t-k to t stays, of every feature or of all."""
-    keep = []
+def _values_of_rows(
+    base: Base, written: Int[Tensor, " some"]
+) -> tuple[Bool[Tensor, " batch some length 1"] | None, Float[Tensor, " batch #some length feature width"] | None]:
+    """Which of their own values rows read without what source sets write, and what they read for the others.
+
+    None: all of them, and nothing.
+    """
+    gone = base.own_sources[written].transpose(0, 1)[..., None]  # [B, some, L, 1]
+    instead = None
+    for other in base.instead:
+        if other.written.main is not None:
+            here = base.own(other.sources)[written].transpose(0, 1)[..., None]
+            value = base.own_columns(other.written.main)[:, None]  # [B, 1, L, F, P]
+            if instead is not None or len(base.instead) > 1 or gone.any():
+                value = value * here[..., None] if instead is None else torch.where(here[..., None], value, instead)
+            instead, gone = value, gone | here
+    return (~gone, instead) if gone.any() else (None, None)
+
+
+def taps_of_rows(
+    base: Base, rows: Rows, kernel: int
+) -> tuple[list[Bool[Tensor, "batch cut length feature"]], list[Instead]]:
+    """For every distance k, 1 where the tap from t-k to t stays, of every feature or of all; what others read."""
+    gone = _taps_from(base.sources, base, rows, kernel)
+    others = []
+    for other in base.instead:
+        if other.written.conv is not None:
+            taps = _taps_from(other.sources, base, rows, kernel)
+            others.append(_other_inputs(other.written.conv, base, taps, kernel))
+            gone = [one | two for one, two in zip(gone, taps, strict=True)]
+    return [~taps for taps in gone], others
+
+
+def _taps_from(
+    sources: Bool[Tensor, "sourceset batch time"], base: Base, rows: Rows, kernel: int
+) -> list[Bool[Tensor, "batch cut length feature"]]:
+    """For every distance k, 1 where the tap from t-k to t comes from the source set of a row's pair."""
+    found = []
     for k in range(kernel):
         columns = base.columns - k  # [B, L]
-        reached = base.sources.gather(2, columns.clamp_min(0).expand(len(base.sources), -1, -1)) & (columns >= 0)
-        cut = torch.zeros((), dtype=torch.bool, device=columns.device)
-        for source, target in zip(rows.conv, rows.target, strict=True):
-            cut = cut | (reached[source] & base.targets[target])  # [R, B, L]; set 0 is empty
-        cut = cut.transpose(0, 1)
-        keep.append(~by_feature(cut, None if rows.features is None else rows.features[None, :, None]))
-    return keep
+        reached = sources.gather(2, columns.clamp_min(0).expand(len(sources), -1, -1)) & (columns >= 0)
+        taps = torch.zeros((), dtype=torch.bool, device=columns.device)
+        for number, (source, target) in enumerate(zip(rows.conv, rows.target, strict=True)):
+            cut = (reached[source] & base.targets[target]).transpose(0, 1)  # [B, R, L]; set 0 is empty
+            features = None if rows.features is None else rows.features[number][None, :, None]
+            taps = taps | by_feature(cut, features)
+        found.append(taps)
+    return found
 
 
-def _other_inputs(base: Base, keep: list[Bool[Tensor, "batch cut length feature"]], kernel: int) -> list[Instead]:
-    """What the convolution of rows reads where taps are cut; nothing where nothing stands there."""
-    if base.instead is None or base.instead.conv is None:
-        return []
-    inner, past = base.instead.conv, kernel - 1
+def _other_inputs(
+    inner: Float[Tensor, "batch time channel"],
+    base: Base,
+    taps: list[Bool[Tensor, "batch cut length feature"]],
+    kernel: int,
+) -> Instead:
+    """What the convolution of rows reads through some taps."""
+    past = kernel - 1
     columns = base.columns[:, :1] + torch.arange(-past, base.length, device=inner.device)  # from before the first
     prompts = torch.arange(len(inner), device=inner.device)[:, None]
     found = inner[prompts, columns.clamp_min(0)] * (columns >= 0)[..., None]
-    found = found[:, None].expand(-1, keep[0].shape[1], -1, -1)  # [B, R, past + L, C]
-    return [Instead([~taps for taps in keep], found[:, :, past:], found[:, :, :past])]
+    found = found[:, None].expand(-1, taps[0].shape[1], -1, -1)  # [B, R, past + L, C]
+    return Instead(taps, found[:, :, past:], found[:, :, :past])
 
 
 def _spread(

@@ -8,31 +8,46 @@ attention layer reads the prompt's keys for all of its rows at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
+from mambalens.hooks.masks import Cut
 from mambalens.hooks.values import Written
+
+
+class Replaced(NamedTuple):
+    """What stands in the place of what some sources hand on in one mixer."""
+
+    written: Written
+    """Over the prompts' columns [batch, T, ...]."""
+    sources: Bool[Tensor, "sourceset batch time"]
+    """Where it is read, source set by source set."""
+
+    def to(self, device: torch.device) -> Replaced:
+        """The same on a device."""
+        return Replaced(self.written.each(lambda part: part.to(device)), self.sources.to(device))
 
 
 @dataclass(frozen=True)
 class Base:
-    """What a base pass of right-padded prompts has in common for all layers."""
+    """What a base pass of right-padded prompts has in common: for all layers, or as one mixer has to know it."""
 
     first: Int[Tensor, " batch"]
     """First position that is replayed, of every prompt."""
     targets: Bool[Tensor, "targetset batch length"]
     """Which of the replayed positions are targets, target set by target set."""
     sources: Bool[Tensor, "sourceset batch time"]
-    """Source sets; set 0 is empty."""
-    instead: Written | None = None
-    """What one mixer's rows read in the place of what source sets hand on [batch, T, ...]; None for nothing."""
+    """Source sets: what is read as nothing. Set 0 is empty."""
+    instead: tuple[Replaced, ...] = ()
+    """What is read in the place of other sources of the same sets. No source of a set is named twice."""
+    around: tuple[Cut, ...] = ()
+    """What is cut of the base pass itself, left of what is replayed. Rows have it among their own cuts."""
 
     @classmethod
     def uncut(cls, first: Int[Tensor, " batch"], length: int, time: int) -> Base:
@@ -70,7 +85,7 @@ class Base:
     @cached_property
     def own_sources(self) -> Bool[Tensor, "sourceset batch length"]:
         """Which of the replayed positions are sources."""
-        return self.sources.gather(2, self.columns.expand(len(self.sources), -1, -1))
+        return self.own(self.sources)
 
     @cached_property
     def sources_before(self) -> Bool[Tensor, " sourceset"]:
@@ -100,21 +115,25 @@ class Base:
         """What belongs to positions, of those that are replayed."""
         return values[torch.arange(len(values), device=values.device)[:, None], self.columns]
 
-    def only(self, sources: Sequence[int], targets: Sequence[int], instead: Written | None = None) -> Base:
-        """The same with some of its source sets and target sets, numbered in this order, for one mixer.
+    @cached_property
+    def any_instead(self) -> Bool[Tensor, "sourceset batch time"]:
+        """Sources in whose place something is read."""
+        found = torch.zeros_like(self.sources)
+        for other in self.instead:
+            found = found | other.sources
+        return found
 
-        Args:
-            sources, targets: their numbers.
-            instead: what the mixer's rows read in the place of what sources hand on.
-        """
-        return Base(self.first, self.targets[list(targets)], self.sources[list(sources)], instead)
+    def own(self, sources: Bool[Tensor, "sourceset batch time"]) -> Bool[Tensor, "sourceset batch length"]:
+        """Source sets, of the replayed positions."""
+        return sources.gather(2, self.columns.expand(len(sources), -1, -1))
 
     def to(self, device: torch.device) -> Base:
         """The same on a device."""
         if device == self.first.device:
             return self
-        instead = None if self.instead is None else self.instead.each(lambda part: part.to(device))
-        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device), instead)
+        instead = tuple(other.to(device) for other in self.instead)
+        around = tuple(cut.to(device) for cut in self.around)
+        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device), instead, around)
 
 
 class Seen(Protocol):
@@ -134,7 +153,7 @@ class Rows:
     """The cuts of rows in one layer; every cut has a row for every prompt.
 
     A row loses what one or several source sets hand to a target set each, path by path: sources x targets is one such
-    pair, edges are as many as they have different rows.
+    pair, edges are as many as they have different rows. No two pairs of a row have a target and a feature in common.
     """
 
     main: Int[Tensor, "pair cut"]
@@ -145,21 +164,8 @@ class Rows:
     """Source set that removes nothing from the state."""
     target: Int[Tensor, "pair cut"]
     """Target set of every pair."""
-    features: Bool[Tensor, "cut feature"] | None
+    features: Bool[Tensor, "pair cut feature"] | None
     """Which features are cut; None for all."""
-
-    @classmethod
-    def uncut(cls, count: int) -> Rows:
-        """Rows that nothing is cut from."""
-        none = torch.zeros(1, count, dtype=torch.long)
-        return cls(none, none, none, none, None)
-
-    @classmethod
-    def without_first(cls, count: int, path: Paths) -> Rows:
-        """Rows whose positions all do without what source set 1 hands on by one path."""
-        none, one = torch.zeros(1, count, dtype=torch.long), torch.ones(1, count, dtype=torch.long)
-        main, conv, erase = (one if path is way else none for way in (Paths.MAIN, Paths.CONV, Paths.ERASE))
-        return cls(main, conv, erase, none, None)
 
     def __len__(self) -> int:
         return self.target.shape[1]

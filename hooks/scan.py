@@ -251,12 +251,14 @@ def ssd_step(
     decay = torch.exp(dt * A)[..., None]
     for index in number.unique().tolist():
         rows: Any = (number == index).nonzero().flatten() if (number != index).any() else slice(None)
-        state = states[index]
-        if state.shape[1] != groups:  # a state for each head, where each has its own C
+        state, own = states[index], C[:, rows]
+        if state.shape[1] < groups:  # a state for each head, where each has its own C
             state = ssd_heads(state, features)
-        carried = rearrange(C[:, rows], "batch row group state -> batch group row state") @ state  # [B, G, R, lanes]
+        elif state.shape[1] > groups:  # each had its own B before, where taps were cut for some of them
+            own = own.repeat_interleave(features // groups, 2)
+        carried = rearrange(own, "batch row group state -> batch group row state") @ state  # [B, G, R, lanes]
         by_head = "batch group row (head width) -> batch row (group head) width"
-        y[:, rows] += rearrange(carried, by_head, head=features // groups) * decay[:, rows]
+        y[:, rows] += rearrange(carried, by_head, head=features // state.shape[1]) * decay[:, rows]
     return y
 
 

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from mambalens.hooks.errors import MambalensError
-from mambalens.hooks.knockout import Positions, position_mask
+from mambalens.hooks.knockout import Positions, position_mask, told_by_prompt
 from mambalens.hooks.mixer import Pass
 
 SHAPES = "[hidden], [layers, hidden], [batch, hidden] or [layers, batch, hidden]"
@@ -80,6 +80,14 @@ class Steering:
         self.reached = self.wanted = 0
         self._at: Bool[Tensor, "batch time 1"] | None = None  # of the running pass; None: every position
         self._in_pass = self._paused = False
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether it says something of its own of every prompt of a batch."""
+        vector = self.addition.vector
+        rows = vector.shape[-2] if vector.ndim > 1 else 1
+        of_prompts = rows > 1 and (vector.ndim == 3 or rows != len(self.layers))
+        return of_prompts or told_by_prompt(self.addition.positions)
 
     def begin(self, batch: int, running: Pass) -> list[int]:
         """Hear of a pass; positions that it does not reach come back.

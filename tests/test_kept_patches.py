@@ -146,7 +146,6 @@ def test_inside_a_knockout_it_is_another_run(tmp_path: Path) -> None:
     patched(tmp_path)
     with (
         lens.knockout(ONE, "subject"),
-        pytest.warns(UserWarning, match="while a knockout"),
         pytest.raises(MambalensError, match="running blocks"),
     ):
         patched(tmp_path)

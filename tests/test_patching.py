@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mambalens.hooks import HookManager
 from mambalens.hooks.sublayers import sublayers_of
-from mambalens.interventions.groups import Prompts, Spot, rows_of
+from mambalens.interventions.groups import Prompts, Spot, begins_of
 from mambalens.interventions.walk import PatchReplay, Scores
 
 TIME, LAST = 8, (7, 4, 7, 5)
@@ -92,7 +92,7 @@ def test_rows_begin_where_something_changes() -> None:
     one, two = {0, 1, 4}, {0}  # windows of layers, in a model of four: 4 is behind the last
 
     def begin(spot: Spot, site: str = "residual", noise: Tensor | None = None) -> list[Any]:
-        return list(rows_of(Prompts(ids, torch.tensor([3, 2]), noise), [spot], [one, two, {4}], site, 4))
+        return list(begins_of(Prompts(ids, torch.tensor([3, 2]), noise), [spot], [one, two, {4}], site, 4))
 
     assert begin(Spot(0, 1, (0,), (0,))) == [(4, (0, 0, None))]
     assert begin(Spot(0, 1, (1,), (1,))) == [(3, (1, None, None))]  # the same token: nothing before layer 0

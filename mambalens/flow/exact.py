@@ -23,7 +23,7 @@ from mambalens.hooks.knockout import Cutting, Path, Paths
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation
 from mambalens.sweep.checks import BREAKS, Checks
-from mambalens.sweep.replay import UNCUT, Replay, Row, can_replay
+from mambalens.sweep.replay import UNCUT, Replay, Row
 
 
 class Edge(NamedTuple):
@@ -65,7 +65,7 @@ class ExactCuts:
     ) -> None:
         self.lens, self.memory, self.ablation = lens, memory, ablation
         self.features = features or dict.fromkeys(lens.hooks.mixers)
-        self.checks = Checks(lens, can_replay(lens.hooks), "cut")
+        self.checks = Checks.inside(lens, True, "cut")
 
     def scores(
         self, batch: Batch, cuts: Sequence[Sequence[Cut]], score: Score, done: Callable[[int], Any] = lambda _: None

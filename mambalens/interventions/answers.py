@@ -9,13 +9,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.hooked import hooked_scores
 from mambalens.interventions.walk import PatchReplay, Score, Scores
 from mambalens.model import LoadedModel
 from mambalens.sweep.checks import BREAKS, Check, Checks, held_against
-from mambalens.sweep.replay import can_replay
 
 OF_ONE_TOKEN = 5.0
 """The log-probability of one token may be so many times farther off than the root mean square of all."""
@@ -37,10 +37,7 @@ class Patcher:
     ) -> None:
         self.lens, self.site, self.windows = lens, site, windows
         self.engine = PatchReplay(lens.hooks, site, windows, memory)
-        # Rows of patches do not know of vectors that are added behind layers.
-        self.checks = Checks(lens, replay and can_replay(lens.hooks) and not lens.hooks.steering, "patch")
-        if replay and not self.checks.works:
-            self.checks.refuse("is patched while a knockout or a steering is running")
+        self.checks = Checks.inside(lens, replay, "patch")
 
     def scores(
         self, prompts: Prompts, spots: Sequence[Spot], score: Score, done: Callable[[int], Any] = lambda _: None
@@ -52,7 +49,13 @@ class Patcher:
             spots: where to patch, each in every window.
             score: of logits [row, vocabulary] and the prompts [row] that they belong to: numbers of each.
             done: told how many patches more are answered.
+
+        Raises:
+            MambalensError: for values inside a knockout.
         """
+        if self.site == "value" and self.lens.hooks.cutting:
+            raise MambalensError("site='value' puts in what positions hand on, and so may the running knockout: "
+                                 "leave its block, or knock out with ablation='resample'.")  # fmt: skip
         found = self._replayed(prompts, spots, score) if self.checks.works else None
         if found is None:
             found = hooked_scores(self.lens.hooks, self.site, self.windows, prompts, spots, score, done)
@@ -80,11 +83,10 @@ class Patcher:
         except BREAKS as error:
             self.checks.broke(error)
             return None
-        length = int(prompts.last[shortest]) + 1
-        noise = None if prompts.noise is None else prompts.noise[shortest : shortest + 1, :length]
+        noise = None if prompts.noise is None else prompts.noise[shortest : shortest + 1]
+        last = int(prompts.last[shortest])
         with noisy_embeddings(self.lens.model, noise):
-            ids = prompts.ids[shortest, :length]
-            difference, own = held_against(self.lens, ids, uncut[0], prompts.ids.numel())
+            difference, own = held_against(self.lens, prompts.ids[shortest], last, uncut[0], prompts.ids.numel())
         rows, again = found.uncut
         if rows:  # rows that patch nothing, held against the base's pass
             apart = float((again[:, -1] - found.base[rows, -1]).abs().max()) / OF_ONE_TOKEN

@@ -18,7 +18,7 @@ def noisy_embeddings(model: Any, noise: Float[Tensor, "batch time hidden"] | Non
         return
 
     def add(module: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        return output + noise.to(output)
+        return output + noise[:, : output.shape[1]].to(output)  # of the columns that there are
 
     handle = model.get_input_embeddings().register_forward_hook(add)
     try:

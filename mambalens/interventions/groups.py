@@ -57,7 +57,7 @@ class Group(NamedTuple):
         return len(self.spots) * len(self.windows)
 
 
-def rows_of(
+def begins_of(
     prompts: Prompts, spots: Sequence[Spot], windows: Sequence[set[int]], site: str, behind: int
 ) -> dict[tuple[int, tuple[int | None, ...]], list[int]]:
     """Numbers of the spots whose rows are alike, by the rows' length and by where those of every window begin.

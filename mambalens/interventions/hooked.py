@@ -41,9 +41,6 @@ def hooked_scores(
     if site not in HOOKED:
         raise MambalensError(f"site={site!r} is patched by replay alone, which cannot be used here: "
                              f"{', '.join(map(repr, HOOKED))} are patched by hooks too.")  # fmt: skip
-    if site == "value" and hooks.cutting:
-        raise MambalensError("site='value' puts in what positions hand on, and so may the knockout that is running: "
-                             "leave its block, or knock out with ablation='resample'.")  # fmt: skip
     prompts = prompts.to(hooks.model.get_input_embeddings().weight.device)
     values = values_of(hooks, prompts, windows) if site == "value" else None
     base = _logits(hooks, prompts)

@@ -12,6 +12,7 @@ base pass of their own.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
@@ -24,11 +25,12 @@ from torch import Tensor, nn
 from mambalens.hooks import HookManager, Mixer, Values
 from mambalens.hooks.behind import beside_of, hidden_of
 from mambalens.hooks.calls import bound
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base
 from mambalens.hooks.sublayers import sublayers_of
+from mambalens.hooks.uniting import UNCUT, WAYS, Pair, RowCut, United, rows_of
 from mambalens.hooks.values import Written
 from mambalens.interventions.embeddings import noisy_embeddings
-from mambalens.interventions.groups import Group, Prompts, Spot, fitting, rows_of
+from mambalens.interventions.groups import Group, Prompts, Spot, begins_of, fitting
 from mambalens.interventions.sites import layers_with
 from mambalens.sweep.replay import SHARES, bytes_of, head_of, prompts_at_once
 from mambalens.system.memory import widest
@@ -74,7 +76,7 @@ class PatchReplay:
             score: what is made of logits.
         """
         prompts = prompts.to(self.hooks.model.get_input_embeddings().weight.device)
-        alike = rows_of(prompts, spots, self.windows, self.site, self.hooks.n_layers)
+        alike = begins_of(prompts, spots, self.windows, self.site, self.hooks.n_layers)
         values = values_of(self.hooks, prompts, self.windows) if alike and self.site == "value" else None
         checked = list(alike)[len(alike) // 2] if alike else None
         groups = [
@@ -161,12 +163,15 @@ class _Side(NamedTuple):
     """Prompt that it is taken from."""
     given: Int[Tensor, " put"]
     """Position that it is taken from."""
+    around: dict[Mixer, tuple[Base, list[Pair]]]
+    """What running knockouts cut of every row, by mixer, where they do."""
 
-    def reading(self, values: Written) -> Base:
-        """Rows that read the other prompts' values where something is put in, as source set 1.
+    def reading(self, mixer: Mixer, values: Written) -> tuple[Base, list[Pair]]:
+        """Rows that read the other prompts' values where something is put in.
 
         Args:
-            values: what one mixer hands on in the base pass.
+            mixer: the mixer that reads.
+            values: what it hands on in the base pass.
         """
         base, time = self.base, self.base.sources.shape[2]
         giver = self.prompts[:, None].expand(-1, time).clone()
@@ -176,7 +181,9 @@ class _Side(NamedTuple):
         sources = base.sources.new_zeros(2, *given.shape)
         sources[1][at] = True
         instead = values.each(lambda part: part[giver.to(part.device), given.to(part.device)])
-        return Base(base.first, torch.ones_like(base.targets), sources, instead)
+        united = United(Base(base.first, torch.ones_like(base.targets), sources), (), instead)
+        pairs = united.pairs(RowCut((Pair(*(int(mixer.value_path is way) for way in WAYS), 0),)))
+        return united.base(), pairs
 
     def put(
         self,
@@ -203,6 +210,7 @@ class _Walk:
         values: Values | None,
     ) -> None:
         self.replay, self.prompts, self.hooks, self.values = replay, prompts, replay.hooks, values
+        self.around = self.hooks.cuts_around(prompts.last, prompts.ids.shape[1])
         self.sides = [self._side(group, spots) for group in groups]
         self.hidden: list[Tensor | None] = [None] * len(groups)
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
@@ -226,9 +234,13 @@ class _Walk:
             for position, there in zip(spot.positions, spot.others, strict=True)
         ]
         spot_of, offset, giver, given = torch.tensor(puts, device=device).T
-        return _Side(
-            group, Base.uncut(first, group.length, ids.shape[1]), prompts, others, spot_of, offset, giver, given
-        )
+        base = Base.uncut(first, group.length, ids.shape[1])
+        around = {}
+        for mixer, cuts in self.around.items():
+            united = United(base, [cut.of_prompts(prompts) for cut in cuts])
+            pairs = united.pairs(UNCUT)
+            around[mixer] = (united.base(), pairs)
+        return _Side(group, base, prompts, others, spot_of, offset, giver, given, around)
 
     def run(self) -> None:
         """Walk through the layers."""
@@ -237,7 +249,7 @@ class _Walk:
             mixer.expect(sum(side.group.rows * side.group.length for side in self.sides) // 2)
         with ExitStack() as stack:
             for mixer in hooks.mixers:
-                self.seen[mixer] = stack.enter_context(mixer.watching())
+                self.seen[mixer] = stack.enter_context(mixer.watching(self.around.get(mixer, ())))
             for number, layer in enumerate(hooks.layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
             if self.replay.site in ("mixer", "mlp"):
@@ -362,9 +374,15 @@ class _Walk:
         spots, count, length = hidden.shape[:3]
         base = side.base.to(hidden.device)
         resumed = side.others if put and self.replay.site == "state" else side.prompts
-        kept = [of_layer.kept(base, resumed) for _, of_layer in seen]
         values = self.values if put else None
-        bases = [base if values is None else side.reading(values.of[mixer]).to(hidden.device) for mixer, _ in seen]
+        inside = [
+            side.around.get(mixer, (base, [])) if values is None else side.reading(mixer, values.of[mixer])
+            for mixer, _ in seen
+        ]
+        kept = [
+            of_layer.kept((base if values is not None else under).to(hidden.device), resumed)
+            for (_, of_layer), (under, _) in zip(seen, inside, strict=True)
+        ]
         per_row = 4 * (widest([layer]) + hidden.shape[-1]) * spots * length * bytes_of(self.hooks.model)
         size = max(1, self.replay.memory // SHARES // per_row)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
@@ -379,9 +397,10 @@ class _Walk:
             self.in_rows = (side, [row - begin for row in here if begin <= row < begin + rows], rows)
             try:
                 with ExitStack() as stack:
-                    for (mixer, _), of_layer, of_mixer in zip(seen, kept, bases, strict=True):
-                        cut = Rows.uncut(rows) if values is None else Rows.without_first(rows, mixer.value_path)
-                        stack.enter_context(mixer.resuming(of_layer, of_mixer, cut))
+                    stack.enter_context(self.hooks.rows(functools.partial(_at_rows, base, prompts, batch, rows)))
+                    for (mixer, _), of_layer, (under, pairs) in zip(seen, kept, inside, strict=True):
+                        cut = rows_of([pairs] * rows, mixer.n_features)
+                        stack.enter_context(mixer.resuming(of_layer, under.to(hidden.device), cut))
                     found = hidden_of(layer(part.flatten(1, 2), **given))
             finally:
                 self.in_rows = None
@@ -405,6 +424,11 @@ class _Walk:
             logits = head_of(self.hooks, self.beside, hidden[begin : begin + at_once, None])
             parts.append(score(logits, of[begin : begin + at_once].to(logits.device)).double().cpu())
         return torch.cat(parts)
+
+
+def _at_rows(base: Base, prompts: Int[Tensor, " spot"], batch: int, rows: int, value: Any) -> Any:
+    """What belongs to positions of all prompts, for the rows of spots."""
+    return base.at_rows(_of_prompts(value, prompts, batch, base.sources.shape[2]), rows)
 
 
 def _of_prompts(value: Any, prompts: Int[Tensor, " spot"], batch: int, time: int) -> Any:

@@ -47,12 +47,8 @@ class Answerer:
     """
 
     def __init__(self, lens: LoadedModel, memory: int, replay: bool = True, ablation: Ablation | None = None) -> None:
-        from mambalens.sweep.replay import can_replay
-
         self.lens, self.memory, self.ablation = lens, memory, ablation
-        self.checks = Checks(lens, replay and can_replay(lens.hooks), "knockout")
-        if replay and not self.checks.works:
-            self.checks.refuse("is swept while a knockout is running")
+        self.checks = Checks.inside(lens, replay, "knockout")
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""

@@ -74,6 +74,17 @@ class Checks:
         self.found: list[Check] = []
         self._warned, self._told = False, 0
 
+    @classmethod
+    def inside(cls, lens: LoadedModel, replay: bool, what: str) -> Checks:
+        """Of replays under the blocks that run, if they are to be tried; if they cannot, that is said."""
+        checks = cls(lens, replay and not lens.hooks.by_prompt, what)
+        if replay and not checks.works:
+            checks.refuse(
+                "is asked inside a block whose positions, edges, values or vectors are told prompt by prompt, for the "
+                "prompts of one batch"
+            )
+        return checks
+
     def passes(self, batch: Batch, uncut: Float[Tensor, "batch vocabulary"]) -> bool:
         """Whether a batch's replay gives what the model gives; if not, it is said, once."""
         return self.hear(check(self.lens, batch, uncut))
@@ -111,6 +122,7 @@ class Checks:
     def refuse(self, why: str) -> None:
         """No replay is to be tried."""
         self.works = False
+        tell("no replay", model=self.lens.name, why=why)
         self._say(why, self.what)
 
     def _say(self, why: str, whose: str) -> None:
@@ -132,14 +144,13 @@ def check(lens: LoadedModel, batch: Batch, uncut: Float[Tensor, "batch vocabular
         uncut: logits that a replay without a cut gives.
     """
     shortest = int(batch.last.argmin())
-    ids = batch.ids[shortest, : int(batch.last[shortest]) + 1]
-    held = held_against(lens, ids, uncut[shortest], batch.ids.numel())
+    held = held_against(lens, batch.ids[shortest], int(batch.last[shortest]), uncut[shortest], batch.ids.numel())
     return Check(len(batch.last), batch.ids.shape[1], *held)
 
 
 @torch.no_grad()
 def held_against(
-    lens: LoadedModel, ids: Int[Tensor, " time"], uncut: Float[Tensor, " vocabulary"], tokens: int
+    lens: LoadedModel, ids: Int[Tensor, " time"], last: int, uncut: Float[Tensor, " vocabulary"], tokens: int
 ) -> tuple[float, float]:
     """How far a replay of one prompt is from the model, and how far the model is from itself.
 
@@ -150,17 +161,20 @@ def held_against(
 
     Args:
         lens: the model.
-        ids: the prompt.
+        ids: the prompt, and what fills it up.
+        last: its last position.
         uncut: logits behind it that a replay without a cut gives.
         tokens: how many a pass may have, if the prompt itself has no more: what fits the memory.
 
     Returns:
         `Check.difference` and `Check.noise`.
     """
+    # What is cut or added by a running block may lie behind a prompt's end: the model then gets the batch's columns.
+    ids = ids if lens.hooks.cutting or lens.hooks.steering else ids[: last + 1]
 
     def rows(count: int) -> Float[Tensor, "row vocabulary"]:
-        last = torch.full((count,), len(ids) - 1)
-        return lens.last_logits(Batch([], ids.expand(count, -1), last, last)).double().log_softmax(-1)
+        at = torch.full((count,), last)
+        return lens.last_logits(Batch([], ids.expand(count, -1), at, at)).double().log_softmax(-1)
 
     own = rows(1)[0]
     difference = _difference(uncut.to(own.device).double().log_softmax(-1), own)

@@ -6,6 +6,9 @@ layer l, a copy of that row joins for every knockout whose window starts there; 
 layer in one call and resume from what the base has just left there. The layers' norms, MLPs and residuals stay the
 model's own code; what mixers keep and how rows resume is the adapters' part (`Mixer.keeping`, `Mixer.resuming`).
 
+Knockouts and additions that run around a replay are the base's too: the base pass is of the model under them, and rows
+do without what they cut as well as without their own (`hooks.uniting`).
+
 Memory is bounded: of the base only the running layer is kept, rows go through a layer and through the head in tiles,
 and where even their hidden states are too many, a few knockouts at a time get a base pass of their own.
 """
@@ -26,7 +29,9 @@ from mambalens.hooks.behind import Beside, beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
-from mambalens.hooks.resume import Base, Rows
+from mambalens.hooks.resume import Base
+from mambalens.hooks.uniting import UNCUT as NOTHING
+from mambalens.hooks.uniting import Pair, RowCut, United, rows_of
 from mambalens.hooks.values import Written
 from mambalens.system.memory import widest
 
@@ -97,6 +102,8 @@ class Replay:
         targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
         instead: what stands in the place of what sources hand on; nothing by default. What they erase is not replaced.
+
+    What the hook manager's running blocks cut and add is cut and added under every knockout.
     """
 
     def __init__(
@@ -118,6 +125,7 @@ class Replay:
         if targets is None:
             targets = every == self.last[:, None]
         targets = targets.to(device) & (every <= self.last[:, None])
+        self.around = hooks.cuts_around(self.last, time)
         targets = targets[None] if targets.ndim == 2 else targets
         first = torch.where(targets.any(0), every, time).amin(1).minimum(self.last)
         length = int((self.last - first).max()) + 1
@@ -150,7 +158,10 @@ class Replay:
         time, mixers = self.ids.shape[1], self.hooks.mixers
         per_set = max(mixer.kept_numbers(time, 2) - mixer.kept_numbers(time, 1) for mixer in mixers)
         room = self.memory // SHARES // (max(1, per_set) * len(self.last) * bytes_of(self.model))
-        sets = max(1, room - 1)  # the untouched state is one more
+        # The untouched state is one more, and a set is united with what runs around in several ways.
+        sets = max(
+            1, room // max((1 + sum(len(cut.rows) - 1 for cut in of) for of in self.around.values()), default=1) - 1
+        )
         group: list[int] = []
         inside: dict[Mixer, set[int]] = {}
         of = [cut.sources for cut in cuts]
@@ -187,9 +198,7 @@ class _Walk:
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
         instead = {} if replay.instead is None else replay.instead.of
-        self.of_mixer = {
-            mixer: _Sets.of(self.base, self.cuts, mixer, instead.get(mixer)) for mixer in replay.hooks.mixers
-        }
+        self.of_mixer = {mixer: self._in(mixer, instead.get(mixer)) for mixer in replay.hooks.mixers}
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -197,6 +206,13 @@ class _Walk:
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
         self.kept: dict[Mixer, list[Any]] = {}
         self.in_rows = False
+
+    def _in(self, mixer: Mixer, instead: Written | None) -> _InMixer:
+        """The cuts in one mixer, united with what runs around."""
+        around = self.replay.around.get(mixer, [])
+        united = United(self.base, around, instead)
+        pairs = [united.pairs(_own(cut, mixer)) for cut in self.cuts]
+        return _InMixer(united.base(), pairs)
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "batch cut hidden"]:
@@ -235,97 +251,77 @@ class _Walk:
         return hook
 
     def _through(
-        self, number: int, layer: nn.Module, base: Float[Tensor, "batch time hidden"], kwargs: dict[str, Any]
+        self, number: int, layer: nn.Module, whole: Float[Tensor, "batch time hidden"], kwargs: dict[str, Any]
     ) -> None:
         """Rows join before a layer, and go through it."""
         joined = [cut for cut in self.cuts if cut.start <= number]
         new = sum(cut.start == number for cut in joined)
         length = self.base.length
         if self.hidden is None:
-            hidden = self.base.to(base.device).at_rows(base, new)  # [B, new L, W]
+            hidden = self.base.to(whole.device).at_rows(whole, new)  # [B, new L, W]
         else:
-            hidden = self.hidden.to(base.device)
+            hidden = self.hidden.to(whole.device)
             hidden = torch.cat([hidden, hidden[:, :length].repeat(1, new, 1)], 1) if new else hidden
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         kept = [self.kept[mixer].pop() for mixer in here]
-        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(base) * length * bytes_of(self.model)
+        per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(whole) * length * bytes_of(self.model)
         size = max(1, self.replay.memory // SHARES // per_cut)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
         parts = []
-        of_base = self.base.to(base.device)
+        of_base = self.base.to(whole.device)
         for begin in range(0, len(joined), size):
             cuts = joined[begin : begin + size]
             given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
             with ExitStack() as stack:
                 stack.enter_context(self.replay.hooks.rows(functools.partial(of_base.at_rows, cuts=len(cuts))))
                 for mixer, of_layer in zip(here, kept, strict=True):
-                    sets = self.of_mixer[mixer]
-                    stack.enter_context(mixer.resuming(of_layer, sets.base, _rows(cuts, mixer, sets)))
+                    base, pairs = self.of_mixer[mixer]
+                    rows = rows_of(pairs[begin : begin + len(cuts)], mixer.n_features)
+                    stack.enter_context(mixer.resuming(of_layer, base, rows))
                 part = hidden[:, begin * length : (begin + len(cuts)) * length]
                 parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
 
-class _Sets(NamedTuple):
-    """The source sets and target sets that cuts have in one mixer: what it keeps grows with them."""
+class _InMixer(NamedTuple):
+    """The cuts of a walk in one mixer: what it keeps grows with their source sets."""
 
     base: Base
-    source: dict[int, int]
-    """Number of a source set in the mixer's base, by its number in the replay."""
-    target: dict[int, int]
-
-    @staticmethod
-    def of(base: Base, cuts: Sequence[Row], mixer: Mixer, instead: Written | None) -> _Sets:
-        """Those of some cuts."""
-        pairs = [pair for cut in cuts for part in cut.parts if mixer in part.cutting.features for pair in part.pairs]
-        sources = sorted({0} | {source for source, _ in pairs})
-        targets = sorted({target for _, target in pairs} or {0})
-        numbers = ({old: new for new, old in enumerate(sets)} for sets in (sources, targets))
-        return _Sets(base.only(sources, targets, instead if len(sources) > 1 else None), *numbers)
+    pairs: list[list[Pair]]
+    """Of every row, in the order in which they join."""
 
 
-def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:
-    """What is cut of each row in one mixer."""
-    listed: list[list[tuple[int, ...]]] = []
-    masks: list[Bool[Tensor, " feature"] | None] = []
-    for cut in cuts:
-        here = [part for part in cut.parts if mixer in part.cutting.features]
-        of_target: dict[int, dict[Paths, int]] = {}
-        for part in here:
-            for pair in part.pairs:
-                source, target = sets.source[pair[0]], sets.target[pair[1]]
-                ways_cut = of_target.setdefault(target, {})
-                for path in part.cutting.paths & mixer.paths:
-                    assert ways_cut.setdefault(path, source) == source, "two source sets of one target set"
-        ways = (Paths.MAIN, Paths.CONV, Paths.ERASE)
-        listed.append([(*(of.get(path, 0) for path in ways), target) for target, of in of_target.items()])
-        masks.append(here[0].cutting.features[mixer] if here else None)
-    most = max(1, *map(len, listed))
-    pairs = torch.tensor([of + [(0, 0, 0, 0)] * (most - len(of)) for of in listed])  # [cuts, pairs, 4]
-    main, conv, erase, target = pairs.permute(2, 1, 0)
-    features = None
-    if any(mask is not None for mask in masks):
-        everything = torch.ones(mixer.n_features, dtype=torch.bool)
-        features = torch.stack([everything if mask is None else mask.cpu() for mask in masks])
-    return Rows(main, conv, erase, target, features)
+def _own(cut: Row, mixer: Mixer) -> RowCut:
+    """What a row's own cut is in one mixer."""
+    here = [part for part in cut.parts if mixer in part.cutting.features]
+    if not here:
+        return NOTHING
+    of_target: dict[int, dict[Paths, int]] = {}
+    for part in here:
+        for source, target in part.pairs:
+            ways_cut = of_target.setdefault(target, {})
+            for path in part.cutting.paths & mixer.paths:
+                assert ways_cut.setdefault(path, source) == source, "two source sets of one target set"
+    features = here[0].cutting.features[mixer]
+    main, conv, erase = Paths.MAIN, Paths.CONV, Paths.ERASE
+    return RowCut(
+        tuple(
+            Pair(of.get(main, 0), of.get(conv, 0), of.get(erase, 0), target, features)
+            for target, of in of_target.items()
+            if any(of.values())
+        )
+    )
 
 
 def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> int:
     """How many prompts of so many positions, with so many source sets, a base pass may take."""
     model = hooks.model
     width = model.get_input_embeddings().weight.shape[1]
+    sets *= 1 + hooks.depth  # each united with what runs around
     numbers = 4 * time * (widest(hooks.layers) + width) + max(
         mixer.kept_numbers(time, 1 + sets) for mixer in hooks.mixers
     )
     return max(1, memory // SHARES // (numbers * bytes_of(model)))
-
-
-def can_replay(hooks: HookManager) -> bool:
-    """Whether the engine can walk the model: no knockout is running, without which rows would resume.
-
-    What a running `HookManager.add` adds is added to base and rows alike.
-    """
-    return not hooks.cutting
 
 
 @torch.no_grad()

@@ -25,8 +25,9 @@ from mambalens.cli.app import app as command_line
 from mambalens.explore import answers as answers_module
 from mambalens.explore.answers import Answers
 from mambalens.explore.line import Line
+from mambalens.explore.questions import Questions
 from mambalens.explore.security import LARGEST
-from mambalens.explore.server import WRONG, application
+from mambalens.explore.server import WRONG, Loading, application
 from mambalens.explore.state import Cut, Loaded, State
 
 PORT, TOKEN = 4321, "a-token-that-nobody-can-guess"
@@ -44,9 +45,15 @@ def lenses() -> dict[str, Lens]:
     return {name: Lens.load(name) for name in MODELS}
 
 
+def served(lenses: dict[str, Lens], facts: Facts | None = None) -> Any:
+    loading = Loading(lambda says: pytest.fail("nothing is loaded here"))
+    loading.questions = Questions(Answers(lenses, facts or Facts([])), Loaded({name: name for name in MODELS}))
+    return application(loading, TOKEN, PORT)
+
+
 @pytest.fixture(scope="module")
 def server(lenses: dict[str, Lens]) -> Any:
-    return application(Answers(lenses, load_facts("atlas")), Loaded({name: name for name in MODELS}), TOKEN, PORT)
+    return served(lenses, load_facts("atlas"))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +63,7 @@ def client(server: Any) -> Iterator[TestClient]:
 
 
 def post(client: TestClient, verb: str, **told: Any) -> dict[str, Any]:
-    return client.post(f"/{TOKEN}/{verb}", json=told).json()
+    return client.post(f"/{TOKEN}/ask", json={"verb": verb, **told}).json()
 
 
 def ask(client: TestClient, reading: str, state: State, model: str = MODELS[0], **more: Any) -> dict[str, Any]:
@@ -136,7 +143,10 @@ def test_heatmap_flow_and_layers_are_the_lenss_own(
         )
         assert told["effect"] == pytest.approx(row.effect, rel=1e-5)
     assert sum(edge["exact"] is not None for edge in flow["edges"]) >= 20 and flow["of"] == 324
-    assert [row["prob"] for row in layers["layers"]] == last["prob"].tolist() and len(layers["layers"]) == 13
+    assert [row[-1] for row in layers["prob"]] == last["prob"].tolist() and len(layers["prob"]) == 13
+    assert [row[-1] for row in layers["top"]] == last["top_token"].tolist() and {len(row) for row in layers["top"]} == {
+        6
+    }
 
 
 def test_an_edge_of_the_flow_that_is_cut_gives_the_flows_exact_number(client: TestClient) -> None:
@@ -148,8 +158,19 @@ def test_an_edge_of_the_flow_that_is_cut_gives_the_flows_exact_number(client: Te
 
 
 def test_copied_python_and_command_give_the_same_numbers(client: TestClient) -> None:
-    for state in (replace(PERU, cuts=CUTS), PERU, replace(ODD, cuts=(Cut((0, 1), (5,), (0, 1, 2)),))):
+    slow = (replace(CUTS[0], features="slow"), replace(CUTS[1], features="3"))
+    states = [
+        replace(PERU, cuts=CUTS),
+        PERU,
+        replace(ODD, cuts=(Cut((0, 1), (5,), (0, 1, 2)),)),
+        replace(PERU, cuts=slow),
+        replace(PERU, cuts=CUTS, ablation="mean"),
+        replace(PERU, cuts=CUTS, ablation="resample", other="The capital of Kenya is", other_subject="Kenya"),
+    ]
+    told = []
+    for state in states:
         answer = ask(client, "predict", state)["answer"]
+        told.append(answer["prob"])
         code = post(client, "code", state=state.json)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -159,6 +180,7 @@ def test_copied_python_and_command_give_the_same_numbers(client: TestClient) -> 
         program, *arguments = shlex.split(code["command"])
         found = CliRunner().invoke(command_line, arguments)
         assert program == "mambalens" and found.exit_code == 0 and found.stdout == line
+    assert len(set(told)) == len(states)
 
 
 def test_a_link_brings_its_state_back(client: TestClient) -> None:
@@ -189,8 +211,7 @@ def test_facts_are_searched_and_examples_teach(client: TestClient, lenses: dict[
 
 def test_models_with_other_tokens_or_layers_say_that_the_cuts_do_not_fit(lenses: dict[str, Lens]) -> None:
     other = Lens(lenses[MODELS[0]].model, _Split(lenses[MODELS[0]].tokenizer), "split")
-    found = Answers({**lenses, "split": other}, Facts([]))
-    with TestClient(application(found, Loaded({}), TOKEN, PORT), base_url=HOME) as client:
+    with TestClient(served({**lenses, "split": other}), base_url=HOME) as client:
         state = replace(PERU, models=(*MODELS, "split"), cuts=CUTS[1:])
         assert (
             "split has other tokens in this prompt than atlas-mamba1" in ask(client, "predict", state, "split")["error"]
@@ -244,7 +265,7 @@ def test_cuts_that_are_none_are_refused() -> None:
 def _answered(models: list[str]) -> Iterator[str]:
     from mambalens.explore.programs import answered
 
-    return answered(models, PERU.json, Lens.load)
+    return answered(models, PERU.json, lambda: Facts([]), Lens.load)
 
 
 # --- who may ask
@@ -256,18 +277,18 @@ def _answered(models: list[str]) -> Iterator[str]:
         (f"/{TOKEN}/", {"host": "evil.example"}, 403),
         (f"/{TOKEN}/", {"host": f"evil.example:{PORT}"}, 403),
         (f"/{TOKEN}/", {"host": "127.0.0.1:80"}, 403),
-        (f"/{TOKEN}/about", {"origin": "http://evil.example"}, 403),
-        (f"/{TOKEN}/about", {"origin": "null"}, 403),
-        (f"/{TOKEN}/about", {"origin": f"http://localhost:{PORT}"}, 403),
-        (f"/{TOKEN}/about", {"sec-fetch-site": "cross-site"}, 403),
-        (f"/{TOKEN}/about", {"content-type": "text/plain"}, 415),
-        ("/about", {}, 403),
+        (f"/{TOKEN}/ask", {"origin": "http://evil.example"}, 403),
+        (f"/{TOKEN}/ask", {"origin": "null"}, 403),
+        (f"/{TOKEN}/ask", {"origin": f"http://localhost:{PORT}"}, 403),
+        (f"/{TOKEN}/ask", {"sec-fetch-site": "cross-site"}, 403),
+        (f"/{TOKEN}/ask", {"content-type": "text/plain"}, 415),
+        ("/ask", {}, 403),
         ("/", {}, 403),
-        (f"/{TOKEN}x/about", {}, 403),
-        (f"/{TOKEN[:-1]}/about", {}, 403),
-        (f"//{TOKEN}/about", {}, 403),
+        (f"/{TOKEN}x/ask", {}, 403),
+        (f"/{TOKEN[:-1]}/ask", {}, 403),
+        (f"//{TOKEN}/ask", {}, 403),
         (f"/{TOKEN}", {}, 404),
-        ("/é/about", {}, 403),
+        ("/é/ask", {}, 403),
     ],
 )
 def test_a_foreign_host_origin_or_token_is_refused(
@@ -280,7 +301,7 @@ def test_a_foreign_host_origin_or_token_is_refused(
 
 def test_the_page_is_carried_and_has_no_script_or_style_of_its_own(client: TestClient) -> None:
     page = client.get(f"/{TOKEN}/")
-    assert page.status_code == 200 and '<script type="module" src="explore.js">' in page.text
+    assert page.status_code == 200 and '<script type="module" src="page.js">' in page.text
     assert "style=" not in page.text and page.text.count("<script") == 1 and " on" + "click" not in page.text
     policy = page.headers["content-security-policy"]
     assert "script-src 'self'" in policy and "unsafe" not in policy and "http" not in policy
@@ -289,17 +310,21 @@ def test_the_page_is_carried_and_has_no_script_or_style_of_its_own(client: TestC
     for name in ("../state.py", "..%2fstate.py", "%2e%2e/state.py", "__init__.py", "nothing.js", "a/b.js"):
         assert client.get(f"/{TOKEN}/{name}").status_code in (403, 404), name
     scripts = [
-        client.get(f"/{TOKEN}/{name}").text for name in ("explore.js", "ask.js", "dom.js", "readings.js", "explore.css")
+        client.get(f"/{TOKEN}/{name}").text
+        for name in ("explore.js", "page.js", "dom.js", "figures.js", "readings.js", "explore.css", "page.css")
     ]
-    assert all(text and "innerHTML" not in text and "http" not in text for text in scripts)
+    assert all(
+        text and "innerHTML" not in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")
+        for text in scripts
+    )
 
 
 def test_a_question_of_a_megabyte_is_refused_whether_it_says_so_or_not(client: TestClient) -> None:
     headers = {"content-type": "application/json"}
-    large = json.dumps({"state": {"prompt": "x" * 1_000_000}}).encode()
-    assert client.post(f"/{TOKEN}/code", content=large, headers=headers).status_code == 413
+    large = json.dumps({"verb": "code", "state": {"prompt": "x" * 1_000_000}}).encode()
+    assert client.post(f"/{TOKEN}/ask", content=large, headers=headers).status_code == 413
     chunks = (large[i : i + 1000] for i in range(0, len(large), 1000))
-    assert client.post(f"/{TOKEN}/code", content=chunks, headers=headers).status_code == 413
+    assert client.post(f"/{TOKEN}/ask", content=chunks, headers=headers).status_code == 413
     told = post(client, "code", state={"prompt": "x" * (LARGEST // 2)})
     assert "at most 4,000" in told["error"] and len(told["error"]) < 200
 
@@ -311,18 +336,18 @@ def test_five_hundred_odd_questions_are_answered_or_refused_in_a_sentence(client
         [0], [3, 4], [5], ["5"], [True], [1.0], list(range(3000)), {"a": 1}, "atlas-mamba1", "predict", "../..", ["atlas-mamba1"],
     ]  # fmt: skip
     for _ in range(500):
+        verb = draw.choice(["ask", "ask", "code", "open", "search"])
         state: Any = replace(PERU, cuts=CUTS[: draw.randint(0, 2)]).json
-        told: dict[str, Any] = {"reading": "predict", "page": "fuzz", "model": MODELS[0], "state": state, "words": "peru",
+        told: dict[str, Any] = {"verb": verb, "reading": "predict", "page": "fuzz", "model": MODELS[0], "state": state, "words": "peru",
                                 "link": PERU.link, "window": 11, "path": "main"}  # fmt: skip
         for _ in range(draw.randint(1, 3)):
             place = draw.choice([told, state, *state["cuts"]] if isinstance(state.get("cuts"), list) else [told, state])
             if isinstance(place, dict):
                 place[draw.choice([*place])] = draw.choice(values)
-        verb = draw.choice(["ask", "ask", "code", "open", "search"])
         body = json.dumps(told).encode()
         if draw.random() < 0.1:
             body = body[: draw.randint(0, len(body))] + bytes([draw.randint(128, 255)])
-        response = client.post(f"/{TOKEN}/{verb}", content=body, headers={"content-type": "application/json"})
+        response = client.post(f"/{TOKEN}/ask", content=body, headers={"content-type": "application/json"})
         assert response.status_code in (200, 400), (verb, told, response.text)
         found = response.json()
         if "error" in found:
@@ -333,11 +358,12 @@ def test_five_hundred_odd_questions_are_answered_or_refused_in_a_sentence(client
 
 def test_facts_with_scripts_in_every_field_come_back_as_they_are(lenses: dict[str, Lens]) -> None:
     fact = Fact(ODD.prompt, ODD.subject, ODD.target, "<script>odd</script>", "<script>odd</script>")
-    with TestClient(application(Answers(lenses, Facts([fact])), Loaded({}), TOKEN, PORT), base_url=HOME) as client:
+    with TestClient(served(lenses, Facts([fact])), base_url=HOME) as client:
         (found,) = post(client, "search", words="script")["facts"]
         assert State.read({**found, "models": [MODELS[0]]}) == ODD
         answer = client.post(
-            f"/{TOKEN}/ask", json={"reading": "predict", "page": "p", "model": MODELS[0], "state": ODD.json}
+            f"/{TOKEN}/ask",
+            json={"verb": "ask", "reading": "predict", "page": "p", "model": MODELS[0], "state": ODD.json},
         )
         assert answer.headers["content-type"] == "application/json"
         assert "".join(answer.json()["tokens"]) == ODD.prompt
@@ -353,7 +379,8 @@ def test_a_model_that_raises_gives_a_neutral_sentence_and_the_server_goes_on(
     handle = lenses[MODELS[0]].model.register_forward_pre_hook(broken)
     try:
         response = client.post(
-            f"/{TOKEN}/ask", json={"reading": "predict", "page": "p", "model": MODELS[0], "state": state.json}
+            f"/{TOKEN}/ask",
+            json={"verb": "ask", "reading": "predict", "page": "p", "model": MODELS[0], "state": state.json},
         )
     finally:
         handle.remove()
@@ -375,12 +402,12 @@ def test_of_a_burst_of_questions_the_first_that_began_and_the_last_are_run(lense
     handle = lens.model.register_forward_pre_hook(begin)
 
     async def burst() -> list[dict[str, Any]]:
-        server = application(Answers(lenses, Facts([])), Loaded({}), TOKEN, PORT)
+        server = served(lenses)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(server), base_url=HOME) as client:
 
             async def one(number: int) -> dict[str, Any]:
                 state = replace(PERU, prompt=f"Peru {number}: the capital of Peru is")
-                told = {"reading": "predict", "page": "p", "model": MODELS[0], "state": state.json}
+                told = {"verb": "ask", "reading": "predict", "page": "p", "model": MODELS[0], "state": state.json}
                 sent = asyncio.ensure_future(client.post(f"/{TOKEN}/ask", json=told))
                 arrived.append(number)
                 if len(arrived) == 200:

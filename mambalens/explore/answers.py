@@ -1,4 +1,4 @@
-"""What a page is told: predictions before and after cuts, heatmap, flow, logit lens; the lens's own numbers."""
+"""What a page is told: predictions before and after cuts, and readings of them; all numbers are the lens's own."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
-from mambalens.explore.state import PATHS, PROMPT, Cut, State
+from mambalens.defaults import ABLATION
+from mambalens.explore.line import Dropped
+from mambalens.explore.state import AVERAGED, GROUPS, PATHS, PROMPT, Cut, State
 from mambalens.facts.fact import Fact
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.lens import Lens
+from mambalens.sweep.ablation import Asked, values_for
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from mambalens.facts.prompts import Batch
+    from mambalens.hooks import Values
 
 TOP = 5
 """Tokens that each prediction lists."""
-TOKENS, GRID, EDGES = 512, 128, 40
-"""Tokens of a prompt that is predicted, and of one whose heatmap or flow is asked for; edges that are told."""
+TOKENS, GRID, EDGES, ROUTES = 512, 128, 40, 3
+"""Tokens of a prompt that is predicted, and of one that is looked at closely; edges and routes that are told."""
 REMEMBERED = 64
-"""Predictions without cuts that are kept."""
+"""Predictions without cuts that are kept, and values that stand in for what is cut."""
 FOUND = 20
 """Facts that a search tells."""
-
-
-class Dropped(Exception):
-    """Nobody waits for this answer any more."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,15 @@ class Answers:
 
     def __init__(self, lenses: Mapping[str, Lens], facts: Facts) -> None:
         self.lenses, self.facts = dict(lenses), facts
-        self._base: OrderedDict[tuple[str, Fact], Tensor] = OrderedDict()
+        self._base: OrderedDict[tuple[str, str], Tensor] = OrderedDict()
+        self._values: OrderedDict[tuple[Any, ...], Values | None] = OrderedDict()
+
+    def warm_up(self) -> None:
+        """Run every model once: what the first pass sets up, no click waits for."""
+        for name, lens in self.lenses.items():
+            self._says(name, Fact("The", "The", "."))
+            with lens.hooks.knockout([0], [0]):
+                lens.predict("The", 1)
 
     def about(self) -> dict[str, Any]:
         """The models, and three examples to begin with."""
@@ -67,6 +76,8 @@ class Answers:
                 "n_layers": lens.n_layers,
                 "kinds": lens.hooks.kinds,
                 "paths": list(lens.hooks.paths.choices),
+                "features": max(mixer.n_features for mixer in lens.hooks.mixers),
+                "decays": any(mixer.kind != "attention" for mixer in lens.hooks.mixers),
             }
             for name, lens in self.lenses.items()
         ]
@@ -83,9 +94,11 @@ class Answers:
         late = every[-max(1, lens.n_layers // 4) :]
         cuts = [Cut(tuple(subject), (last,), layers, path) for layers in (every, late)]
         return [
-            {"title": "A prompt and its answer", "says": plain.prompt, "state": plain.json},
-            {"title": "Cut the subject off", "says": "in every layer", "state": replace(plain, cuts=(cuts[0],)).json},
-            {"title": "Cut it off late", "says": f"in layers {late[0]} to {late[-1]} alone",
+            {"title": "Read an answer", "says": f"“{plain.prompt}”: what does the model say, and how surely?",
+             "state": plain.json},
+            {"title": "Cut the subject off", "says": "The last token gets nothing from “Peru”: is the answer lost?",
+             "state": replace(plain, cuts=(cuts[0],)).json},
+            {"title": "Cut it off late", "says": f"The same in layers {late[0]} to {late[-1]} alone. Does it matter?",
              "state": replace(plain, cuts=(cuts[1],)).json},
         ]  # fmt: skip
 
@@ -142,37 +155,100 @@ class Answers:
     def heatmap(self, asked: Question, window: int, path: str) -> dict[str, Any]:
         """What every token as the source costs in every window of layers, in % of the answer's probability."""
         lens, fact, batch = self._read(asked, GRID)
+        given = self._asked(asked.state)
         with self._within(asked):
-            table = lens.sweep([fact], "each", window=window, paths=path, progress=False).table
+            table = lens.sweep(
+                [fact], "each", window=window, paths=path, progress=False, ablation=given.name, over=given.over,
+                other=given.other,
+            ).table  # fmt: skip
         grid = table.pivot(index="position", columns="window_start", values=["prob", "change_pct"]).sort_index()
-        return _plain({
-            "model": asked.model, "tokens": batch.prompts[0].tokens, "window": window, "path": path,
-            "starts": grid["prob"].columns.to_numpy(), "positions": grid.index.to_numpy(),
-            "base_prob": float(table.base_prob.iloc[0]), "prob": grid["prob"].to_numpy(float),
-            "change_pct": grid["change_pct"].to_numpy(float),
+        return self._reading(asked, batch, {
+            "window": window, "path": path, "starts": grid["prob"].columns.to_numpy(),
+            "positions": grid.index.to_numpy(), "base_prob": float(table.base_prob.iloc[0]),
+            "prob": grid["prob"].to_numpy(float), "change_pct": grid["change_pct"].to_numpy(float),
         })  # fmt: skip
 
     def flow(self, asked: Question) -> dict[str, Any]:
-        """The strongest edges of all layers and paths; half of those that are told are cut exactly."""
+        """The strongest edges of all layers and paths, half of those that are told cut exactly, and routes."""
         lens, fact, batch = self._read(asked, GRID)
+        given = self._asked(asked.state)
         with self._within(asked):
-            found = lens.flow([fact], progress=False, certify=EDGES // 2)
+            found = lens.flow([fact], progress=False)
+            found = found.certify(
+                EDGES // 2, 0, progress=False, ablation=given.name, over=given.over, other=given.other
+            )
         columns = ["layer", "path", "source", "target", "attributed", "exact", "effect"]
         strongest = found.strongest(EDGES)[columns]
-        return _plain({
-            "model": asked.model, "tokens": batch.prompts[0].tokens, "edges": strongest.to_dict("records"),
-            "of": len(found.table), "measure": "log_odds",
-        })  # fmt: skip
+        return self._reading(asked, batch, {"edges": strongest.to_dict("records"), "of": len(found.table)})
+
+    def routes(self, asked: Question) -> dict[str, Any]:
+        """The strongest chains of tokens from the subject to the last one, scored by exact cuts."""
+        lens, fact, batch = self._read(asked, GRID)
+        if not asked.state.subject:
+            raise MambalensError("Routes begin at the subject: name it beside the prompt.")
+        with self._within(asked):
+            table = lens.flow([fact], progress=False).routes(k=ROUTES, progress=False)
+        rows = table[["rank", "relays", "relay_tokens", "carried_pct", "joint_pct", "edges"]].to_dict("records")
+        return self._reading(asked, batch, {"routes": rows})
 
     def layers(self, asked: Question) -> dict[str, Any]:
-        """The logit lens at the last token: what each layer would answer were it the last."""
-        lens, fact, _ = self._read(asked, TOKENS)
+        """The logit lens: what each layer would answer were it the last, at every position."""
+        lens, fact, batch = self._read(asked, GRID)
         with self._within(asked):
-            rows = lens.logits_by_layer(fact).at_last()
-        return _plain({
-            "model": asked.model,
-            "layers": rows[["layer", "prob", "rank", "top_token"]].to_dict("records"),
+            table = lens.logits_by_layer(fact, k=1).table
+        grid = table.pivot(index="layer", columns="position", values=["prob", "rank", "top_token"]).sort_index()
+        return self._reading(asked, batch, {
+            "prob": grid["prob"].to_numpy(float), "rank": grid["rank"].to_numpy(int),
+            "top": grid["top_token"].to_numpy(), "layers": grid.index.to_numpy(),
         })  # fmt: skip
+
+    def contributions(self, asked: Question) -> dict[str, Any]:
+        """What each layer's mixer adds to the answer's log-odds from every token, and what MLPs and the rest add."""
+        if asked.state.cuts:
+            raise MambalensError("Contributions are of the model as it is: clear the cuts first.")
+        lens, fact, batch = self._read(asked, GRID)
+        with self._until_gone(asked):
+            found = lens.contributions(fact)
+        table, n = found.table, len(batch.prompts[0].ids)
+        mixer = np.zeros((lens.n_layers, n))
+        others = np.zeros(lens.n_layers)
+        of_mixer = (table.part == "mixer") & (table.source >= 0)
+        for layer, source, value in table[of_mixer][["layer", "source", "contribution"]].to_numpy(float):
+            mixer[int(layer), int(source)] += value
+        inside = ~of_mixer & table.layer.between(0, lens.n_layers - 1)
+        for layer, value in table[inside][["layer", "contribution"]].to_numpy(float):
+            others[int(layer)] += value
+        outside = float(table[~of_mixer & ~inside].contribution.sum())
+        return self._reading(asked, batch, {
+            "mixer": mixer, "others": others, "outside": outside, "score": float(found.scores.score.iloc[0]),
+        })  # fmt: skip
+
+    def attention(self, asked: Question, layer: int, features: str) -> dict[str, Any]:
+        """A layer's effective attention: the mean magnitude over a group of features, or a single one as it is."""
+        lens, _, batch = self._read(asked, GRID)
+        if layer >= lens.n_layers:
+            raise MambalensError(f"{asked.model} has no layer {layer}: it has layers 0 to {lens.n_layers - 1}.")
+        kinds = [mixer.kind for mixer in lens.hooks.mixers_of(layer)]
+        if not kinds:
+            raise MambalensError(f"Layer {layer} of {asked.model} has no token mixer: choose another.")
+        single = int(features) if features.isdecimal() else None
+        with self._within(asked):
+            alpha = lens.hooks.effective_attention(
+                batch.ids.to(lens.device), layer, features=features if single is None else single,
+                reduce="mean_abs" if single is None else None, mixers=kinds[0],
+            )  # fmt: skip
+        grid = alpha[0] if single is None else alpha[0, 0]
+        return self._reading(asked, batch, {
+            "layer": layer, "features": features, "kind": kinds[0], "alpha": grid.float().cpu().numpy(),
+        })  # fmt: skip
+
+    @staticmethod
+    def _reading(asked: Question, batch: Batch, found: Mapping[str, Any]) -> dict[str, Any]:
+        prompt = batch.prompts[0]
+        about = {"model": asked.model, "tokens": prompt.tokens, "target": prompt.fact.continuation}
+        subject = prompt.positions("subject") if asked.state.subject else []
+        told: dict[str, Any] = _plain({**about, "subject": subject, **found})
+        return told
 
     def _read(self, asked: Question, most: int) -> tuple[Lens, Fact, Batch]:
         """The lens, the fact with the answer that is watched, and its prompt as a batch of one.
@@ -184,11 +260,8 @@ class Answers:
             if name not in self.lenses:
                 raise MambalensError(f"The model {name[:80]!r} is not loaded: {choose(name[:80], self.lenses)}.")
         lens, fact = self.lenses[asked.model], asked.state.fact
-        named = asked.state.target != ""
-        # The first model's answer is watched where none is named; a target of its own reads the prompt until then.
-        if not named:
-            first = self.lenses[next(iter(asked.state.models), asked.model)]
-            fact = replace(fact, target=first.predict(fact.prompt, 1).token[0])
+        if not asked.state.target:  # the first model's answer is watched
+            fact = replace(fact, target=self._says(next(iter(asked.state.models), asked.model), fact))
         prompt = lens.prompt(fact)
         if len(prompt.ids) > most:
             raise MambalensError(
@@ -222,24 +295,39 @@ class Answers:
                     f"The cut {cut.text!r} is not in {asked.model}, which has layers 0 to {n_layers - 1}."
                 )
 
+    def _says(self, name: str, fact: Fact) -> str:
+        """What a model without cuts says next."""
+        lens = self.lenses[name]
+        (batch,) = lens.batches([lens.prompt(replace(fact, target="."))])
+        return str(lens.tokenizer.decode([int(self._without_cuts(name, lens, fact, batch).argmax())]))
+
     def _without_cuts(self, name: str, lens: Lens, fact: Fact, batch: Batch) -> Tensor:
         """Probabilities of all next tokens in the model as it is."""
-        key = name, replace(fact, subject="", target="")
-        if key not in self._base:
-            self._base[key] = lens.last_logits(batch)[0].softmax(-1)
-            while len(self._base) > REMEMBERED:
-                self._base.popitem(last=False)
-        self._base.move_to_end(key)
-        return self._base[key]
+        return _remembered(self._base, (name, fact.prompt), lambda: lens.last_logits(batch)[0].softmax(-1))
+
+    def _asked(self, state: State) -> Asked:
+        """What stands in for what is cut, as the verbs of the lens are told it."""
+        over = self.facts.sample(AVERAGED) if state.ablation == "mean" else None
+        return Asked.of(state.ablation, over=over, other=state.stands_in)
+
+    def _instead(self, asked: Question) -> Values | None:
+        """What stands in for what is cut."""
+        state, lens = asked.state, self.lenses[asked.model]
+        if state.ablation == ABLATION:
+            return None
+        key = asked.model, state.prompt, state.subject, state.ablation, state.other, state.other_subject
+        with torch.no_grad():
+            prompt = lens.prompt(replace(state.fact, target=state.target or "."))
+            return _remembered(self._values, key, lambda: values_for(lens, prompt, self._asked(state)))
 
     @contextmanager
     def _within(self, asked: Question) -> Iterator[None]:
         """The state's cuts are made, in a run that ends when nobody waits any more."""
         lens = self.lenses[asked.model]
         with self._until_gone(asked), ExitStack() as stack:
+            instead = self._instead(asked) if asked.state.cuts else None
             for cut in asked.state.cuts:
-                knockout = lens.hooks.knockout([*cut.sources], [*cut.targets], [*cut.layers], path=_path(cut.path))
-                stack.enter_context(knockout)
+                stack.enter_context(lens.hooks.knockout(**cut.knockout, instead=instead))
             yield
 
     @contextmanager
@@ -261,7 +349,10 @@ READINGS: Mapping[str, Callable[..., dict[str, Any]]] = {
     "predict": Answers.predict,
     "heatmap": Answers.heatmap,
     "flow": Answers.flow,
+    "routes": Answers.routes,
     "layers": Answers.layers,
+    "contributions": Answers.contributions,
+    "attention": Answers.attention,
 }
 """What a page can ask of a model, by name."""
 
@@ -270,14 +361,33 @@ def options(reading: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What a reading is told beside the state.
 
     Raises:
-        MambalensError: for a window or path that is none.
+        MambalensError: for a window, layer, path or group that is none.
     """
-    if reading != "heatmap":
-        return {}
-    window, path = told.get("window", 1), told.get("path", "main")
-    if type(window) is not int or not 1 <= window <= 1000:
-        raise MambalensError(f"window={str(window)[:40]!r} is no number of layers: give 1 or more.")
-    return {"window": window, "path": _path(path)}
+    if reading == "heatmap":
+        return {"window": _number(told, "window", 1), "path": _path(told.get("path", "main"))}
+    if reading == "attention":
+        features = told.get("features", "all")
+        if features not in GROUPS and not (isinstance(features, str) and features.isdecimal() and len(features) < 7):
+            raise MambalensError(f"features={str(features)[:40]!r} is no group: {choose(str(features)[:40], GROUPS)}.")
+        return {"layer": _number(told, "layer", 0), "features": features}
+    return {}
+
+
+def _number(told: Mapping[str, Any], name: str, least: int) -> int:
+    value = told.get(name, least)
+    if type(value) is not int or not least <= value <= 1000:
+        raise MambalensError(f"{name}={str(value)[:40]!r} is none: give a whole number from {least}.")
+    return value
+
+
+def _remembered(kept: OrderedDict[Any, Any], key: Any, make: Callable[[], Any]) -> Any:
+    """What was made for a key, made now if it is not among those that are kept."""
+    if key not in kept:
+        kept[key] = make()
+        while len(kept) > REMEMBERED:
+            kept.popitem(last=False)
+    kept.move_to_end(key)
+    return kept[key]
 
 
 def _path(path: Any) -> Any:
@@ -290,7 +400,7 @@ def _plain(value: Any) -> Any:
     """The same in what JSON knows; what is no finite number is nothing."""
     if isinstance(value, dict):
         return {name: _plain(one) for name, one in value.items()}
-    if isinstance(value, np.ndarray | list):
+    if isinstance(value, np.ndarray | list | tuple):
         return [_plain(one) for one in value]
     if isinstance(value, np.generic):
         value = value.item()

@@ -8,13 +8,16 @@ from collections.abc import Awaitable, Callable, Hashable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from mambalens.explore.answers import Dropped
 from mambalens.hooks.errors import MambalensError
 
 LONGEST = 64
 """Questions that may wait."""
 LOOK = 0.2
 """Seconds between two looks whether anybody waits."""
+
+
+class Dropped(Exception):
+    """Nobody waits for this answer any more."""
 
 
 class _Place(NamedTuple):

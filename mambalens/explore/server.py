@@ -1,15 +1,17 @@
-"""The server behind the page: files of the page, questions to the models."""
+"""The server behind the page: its files, and questions to models that may still be loading."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
+import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from importlib.resources import files
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -17,25 +19,57 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from mambalens.explore.answers import READINGS, Answers, Dropped, Question, options
-from mambalens.explore.line import Line
+from mambalens.explore.line import Dropped, Line
 from mambalens.explore.security import Guard, new_token
-from mambalens.explore.state import WORDS, Loaded, State
 from mambalens.hooks.errors import MambalensError
+
+if TYPE_CHECKING:
+    from mambalens.explore.questions import Questions
 
 HOST = "127.0.0.1"
 WRONG = "Something went wrong here. The terminal that runs mambalens explore says what; ask something else."
 """What a page is told of an error that is not the person's."""
+GRACE = 1.5
+"""Seconds in which a page may still hear why models did not load."""
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 _log = logging.getLogger(__name__)
 
 
-def application(answers: Answers, loaded: Loaded, token: str, port: int) -> ASGIApp:
+class Loading:
+    """Models that are loaded in a thread of their own, so that the page is up before them.
+
+    Args:
+        load: loads them; it is given who hears what it does.
+    """
+
+    def __init__(self, load: Callable[[Callable[[str], None]], Questions]) -> None:
+        self.does = "starting"
+        self.questions: Questions | None = None
+        self.error: BaseException | None = None
+        self.failed: Callable[[], None] = lambda: None
+        """Called when they cannot be loaded."""
+        self._load = load
+
+    def begin(self) -> None:
+        """Load, in the background: a thread that the process does not wait for."""
+        threading.Thread(target=self._run, name="loading", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.questions = self._load(self._says)
+        except BaseException as error:
+            self.error = error
+            self.failed()
+
+    def _says(self, what: str) -> None:
+        self.does = what
+
+
+def application(loading: Loading, token: str, port: int) -> ASGIApp:
     """The page's files and what it asks, behind its guard.
 
     Args:
-        answers: who answers.
-        loaded: how the models were asked for.
+        loading: who answers, now or soon.
         token: the first part of every path.
         port: where the server listens.
     """
@@ -50,59 +84,26 @@ def application(answers: Answers, loaded: Loaded, token: str, port: int) -> ASGI
             return Response("There is nothing here.", 404, media_type="text/plain")
         return Response(known[name].read_bytes(), media_type=kind)
 
-    async def about(told: Mapping[str, Any], request: Request) -> Any:
-        return answers.about()
+    async def answer(told: Mapping[str, Any], request: Request) -> dict[str, Any]:
+        if loading.error is not None:
+            raise loading.error if isinstance(loading.error, MambalensError) else MambalensError(WRONG)
+        if loading.questions is None:
+            return {"loading": loading.does}
+        asking, page = loading.questions.understand(told), told.get("page", "")
+        if asking.model is None:
+            return asking.run(threading.Event())
+        if not isinstance(page, str) or len(page) > 64:
+            raise MambalensError("A question names its page.")
+        return await line.ask((page, asking.reading, asking.model), asking.run, request.is_disconnected)
 
-    async def search(told: Mapping[str, Any], request: Request) -> Any:
-        words = told.get("words", "")
-        if not isinstance(words, str) or len(words) > WORDS:
-            raise MambalensError(f"A search has at most {WORDS} characters.")
-        return {"facts": answers.search(words)}
-
-    async def opened(told: Mapping[str, Any], request: Request) -> Any:
-        return {"state": State.of_link(told.get("link")).json}
-
-    async def code(told: Mapping[str, Any], request: Request) -> Any:
-        state = State.read(told.get("state"))
-        return {"python": loaded.python(state), "command": loaded.command(state), "link": state.link}
-
-    async def ask(told: Mapping[str, Any], request: Request) -> Any:
-        reading, model, page = (told.get(name) for name in ("reading", "model", "page"))
-        if not isinstance(reading, str) or reading not in READINGS:
-            raise MambalensError(f"{str(reading)[:40]!r} is nothing that can be asked.")
-        if not isinstance(model, str) or not isinstance(page, str) or len(page) > 64:
-            raise MambalensError("A question names its model and its page.")
-        state, more = State.read(told.get("state")), options(reading, told)
-        return await line.ask(
-            (page, reading, model),
-            lambda gone: READINGS[reading](answers, Question(state, model, gone), **more),
-            request.is_disconnected,
-        )
-
-    @asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        yield
-        line.close()
-
-    verbs = {"about": about, "search": search, "open": opened, "code": code, "ask": ask}
-    routes = [Route(f"/{name}", _answered(verb), methods=["POST"]) for name, verb in verbs.items()]
-    pages = [Route("/", file, methods=["GET"]), Route("/{name}", file, methods=["GET"])]
-    return Guard(Starlette(routes=[*routes, *pages], lifespan=lifespan), token, port)
-
-
-def _answered(verb: Callable[[Mapping[str, Any], Request], Any]) -> Callable[[Request], Any]:
-    """A verb whose errors are sentences.
-
-    They come with status 200: they are answers to a person, and a browser writes every other status to its console.
-    """
-
-    async def endpoint(request: Request) -> Response:
+    async def ask(request: Request) -> Response:
+        """Errors of a person come with status 200: a browser writes every other one to its console."""
         body = await request.body()
         try:
             told = json.loads(body)
             if not isinstance(told, dict):
                 raise MambalensError("A question is a JSON object.")
-            return JSONResponse(await verb(told, request))
+            return JSONResponse(await answer(told, request))
         except Dropped:
             return JSONResponse({"dropped": True})
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
@@ -113,24 +114,28 @@ def _answered(verb: Callable[[Mapping[str, Any], Request], Any]) -> Callable[[Re
             _log.exception("A question was not answered.")
             return JSONResponse({"error": WRONG}, 500)
 
-    return endpoint
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        line.close()
+
+    pages = [Route("/", file, methods=["GET"]), Route("/{name}", file, methods=["GET"])]
+    routes = [Route("/ask", ask, methods=["POST"]), *pages]
+    return Guard(Starlette(routes=routes, lifespan=lifespan), token, port)
 
 
-def serve(
-    answers: Answers, loaded: Loaded, state: State | None, port: int, browser: bool, say: Callable[[str], None]
-) -> None:
+def serve(loading: Loading, begin_with: str, port: int, browser: bool, say: Callable[[str], None]) -> None:
     """Serve the page until the process is interrupted.
 
     Args:
-        answers: who answers.
-        loaded: how the models were asked for.
-        state: what the page shows first.
+        loading: the models.
+        begin_with: link of the state that the page shows first, or ''.
         port: where to listen; 0: any free port.
         browser: open the page in a browser.
         say: hears the page's address.
 
     Raises:
-        MambalensError: if the port is taken.
+        MambalensError: if the port is taken, or what loading raises.
     """
     import uvicorn
 
@@ -143,12 +148,29 @@ def serve(
         # A browser that is quicker than the server waits in the socket.
         listening.listen()
         bound = listening.getsockname()[1]
-        address = f"http://{HOST}:{bound}/{token}/" + (f"#{state.link}" if state is not None else "")
+        address = f"http://{HOST}:{bound}/{token}/" + (f"#{begin_with}" if begin_with else "")
         say(f"The page: {address}\nCtrl+C ends it.")
+        config = uvicorn.Config(
+            application(loading, token, bound), log_level="warning", server_header=False, limit_concurrency=200,
+            timeout_graceful_shutdown=2, ws="none",
+        )  # fmt: skip
+        server = uvicorn.Server(config)
+
+        async def run() -> None:
+            loop = asyncio.get_running_loop()
+
+            def end() -> None:
+                server.should_exit = True
+
+            def failed() -> None:
+                loop.call_soon_threadsafe(loop.call_later, GRACE, end)
+
+            loading.failed = failed
+            loading.begin()
+            await server.serve(sockets=[listening])
+
         if browser:
             webbrowser.open(address)
-        config = uvicorn.Config(
-            application(answers, loaded, token, bound), log_level="warning", server_header=False,
-            limit_concurrency=200, timeout_graceful_shutdown=2,
-        )  # fmt: skip
-        uvicorn.Server(config).run(sockets=[listening])
+        asyncio.run(run())
+    if loading.error is not None:
+        raise loading.error

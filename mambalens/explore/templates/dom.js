@@ -1,5 +1,4 @@
 // Elements, numbers and files. Texts from prompts only ever become text nodes.
-export const $ = (id) => document.getElementById(id);
 
 export function el(tag, options = {}, ...children) {
   const { className, text, on = {}, data = {}, aria = {}, ...properties } = options;
@@ -14,7 +13,16 @@ export function el(tag, options = {}, ...children) {
   return element;
 }
 
+export function svg(tag, attributes = {}, ...children) {
+  const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
 export const visible = (token) => token.replace(/\n/g, "⏎").replace(/\t/g, "⇥").replace(/ /g, "·");
+export const short = (text, most) => ([...text].length > most ? `${[...text].slice(0, most - 1).join("")}…` : text);
+export const all = (n, from = 0) => Array.from({ length: Math.max(n - from, 0) }, (_, i) => i + from);
 
 export function percent(value) {
   if (value === null) return "–";
@@ -24,7 +32,8 @@ export function percent(value) {
   return `${hundredfold >= 99.95 && hundredfold < 100 ? hundredfold.toFixed(2) : Number(hundredfold.toPrecision(3))} %`;
 }
 
-export const signed = (value, digits = 2) => (value === null ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`);
+export const signed = (value, digits = 2) =>
+  (value === null ? "–" : `${value < 0 ? "−" : "+"}${Math.abs(value).toFixed(digits)}`.replace(/^[+−](0(\.0*)?)$/, "$1"));
 
 // Numbers as '0, 2–3'.
 export function ranges(numbers) {
@@ -37,31 +46,38 @@ export function ranges(numbers) {
   return runs.map((run) => (run.length === 1 ? run[0] : `${run[0]}–${run.at(-1)}`)).join(", ");
 }
 
-export function save(name, rows) {
+export function csv(rows) {
   const cell = (value) => {
     const text = String(value ?? "");
     return /[",\n\r]/.test(text) ? `"${text.replace(/"/g, '""')}"` : text;
   };
-  const blob = new Blob([rows.map((row) => row.map(cell).join(",")).join("\n") + "\n"], { type: "text/csv" });
-  const link = el("a", { href: URL.createObjectURL(blob), download: name });
-  link.click();
-  URL.revokeObjectURL(link.href);
+  return new Blob([rows.map((row) => row.map(cell).join(",")).join("\n") + "\n"], { type: "text/csv" });
 }
 
-// Arrow keys walk among the buttons of a box of which one is in the order of Tab.
-export function walk(box, columns) {
-  const buttons = [...box.querySelectorAll("button")];
-  buttons.forEach((button, i) => { button.tabIndex = i === 0 ? 0 : -1; });
-  const go = (from, to) => {
-    if (!buttons[to]) return;
-    buttons[from].tabIndex = -1;
-    buttons[to].tabIndex = 0;
-    buttons[to].focus();
-  };
-  buttons.forEach((button, i) => button.addEventListener("keydown", (event) => {
-    const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -i, End: buttons.length - 1 - i };
-    if (!(event.key in steps)) return;
-    event.preventDefault();
-    go(buttons.findIndex((one) => one === document.activeElement), i + steps[event.key]);
-  }));
+export function download(name, blob) {
+  const link = el("a", { href: URL.createObjectURL(blob), download: name });
+  link.click();
+  // The browser has begun to read it by then.
+  setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
+}
+
+// Arrow keys walk among the marks of a box, of which one is in the order of Tab; Enter and space press a mark.
+export function walk(box, marks, columns) {
+  marks.forEach((mark, i) => mark.setAttribute("tabindex", i === 0 ? 0 : -1));
+  marks.forEach((mark, i) => {
+    mark.addEventListener("focus", () => {
+      for (const other of marks) if (other !== mark && other.getAttribute("tabindex") === "0") other.setAttribute("tabindex", -1);
+      mark.setAttribute("tabindex", 0);
+    });
+    mark.addEventListener("keydown", (event) => {
+      const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -i, End: marks.length - 1 - i };
+      if (event.key in steps) {
+        event.preventDefault();
+        marks[i + steps[event.key]]?.focus();
+      } else if ((event.key === "Enter" || event.key === " ") && mark.tagName !== "BUTTON") {
+        event.preventDefault();
+        mark.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+      }
+    });
+  });
 }

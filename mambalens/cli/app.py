@@ -298,6 +298,42 @@ def heatmap(
     click.echo(f"{lens.predict(fact).to_string(index=False)}\n\nFigure: {out}")
 
 
+@app.command(short_help="Play with a prompt in the browser.")
+@MODELS
+@option("--prompt", help="Text to begin with.", default="", show_default=False)
+@option("--subject", help="Its subject, as spelled there.", default="", show_default=False)
+@option("--target", help="The answer that is watched; by default the model's own.", default="", show_default=False)
+@option("--cut", "cuts", help="SOURCES>TARGETS:LAYERS:PATH[:FEATURES], such as '3-4>7:0-8:main'.", many=True)
+@option("--ablation", help="What stands in for what is cut: zero, mean, resample.", default=ABLATION)
+@option("--other", help="The prompt whose values resample puts in.", default="", show_default=False)
+@option("--other-subject", help="Its subject.", default="", show_default=False)
+@settings("facts")
+@option("--print", "printed", help="Print the answer's probability before and after, and stop.", kind=bool)
+@option("--no-browser", help="Say the page's address alone.", kind=bool)
+@option("--port", help="Port of the page; 0 takes a free one.", kind=int, least=0, default=0)
+@settings("dtype", "tokenizer")
+def explore(
+    models: tuple[str, ...], cuts: tuple[str, ...], facts: str, printed: bool, no_browser: bool, port: int, dtype: str,
+    tokenizer: str | None, **told: Any,
+) -> None:  # fmt: skip
+    """Open a page on this machine: choose tokens of a prompt, cut between them, and see what the model loses.
+
+    Example: mambalens explore atlas-mamba1 atlas-gpt-neox
+    """
+    from mambalens.explore.programs import answered, opened
+    from mambalens.explore.state import Cut, Loaded
+
+    state = {**told, "cuts": [Cut.parse(text).json for text in cuts]}
+    load = functools.partial(asked.lens, dtype=dtype, tokenizer=tokenizer)
+    read = functools.partial(asked.facts, facts, ())
+    if printed:
+        for line in answered(models, state, read, load):
+            click.echo(line)
+        return
+    loaded = Loaded({}, dtype, tokenizer, facts)
+    opened(models, state, read, load, loaded, port, not no_browser, _say(silent=False))
+
+
 @app.command(short_help="Measure what each feature carries.")
 @ONE_MODEL
 @option("--out", help="Folder for tables and figures.", kind=Path, required=True)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from mambalens.defaults import ABLATION
 from mambalens.facts.prompts import Skip, none_usable, read_facts
@@ -99,6 +98,8 @@ def _rank_correlation(
     measure: Float[np.ndarray, " block"], effects: Float[np.ndarray, "row block"]
 ) -> Float[np.ndarray, " row"]:
     """Spearman's rho of a measure with each row of effects; NaN where one of them does not vary."""
+    from scipy import stats  # takes as long to import as a model takes to load
+
     if measure.size < 2:
         return np.full(len(effects), np.nan)
     x, y = stats.rankdata(measure), stats.rankdata(effects, axis=1)

@@ -72,7 +72,7 @@ def _every_edge(batch: int, time: int, reach: int | None) -> tuple[torch.Tensor,
 
 
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(data=st.data())
 def test_attribution_equals_hooked_cuts(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)

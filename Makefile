@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # from the others. `make test WORKERS=0` runs the tests in one process.
 pytest = OMP_NUM_THREADS=1 $(1)/python -m pytest --dist worksteal --numprocesses $(or $(WORKERS),$$($(1)/python tests/workers.py))
 
-.PHONY: demo test test-newest test-oldest notebooks pretrained docs lint atlas checkpoints clean
+.PHONY: demo test test-newest test-oldest notebooks pretrained peers docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
@@ -46,6 +46,13 @@ pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(call pytest,$(BIN)) -m pretrained
 	$(call pytest,$(BIN)) --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb notebooks/11_*.ipynb
 
+# The same knockouts by TransformerLens and nnsight, in an environment of their own.
+peers:
+	test -d $(VENV)-peers || $(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformer-lens==4.3.0 nnsight==0.8.1 \
+		--editable .
+	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python tests/benchmarks/peers.py
+
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
@@ -78,4 +85,4 @@ $(VENV)/installed-%: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest build *.egg-info runs
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-peers build *.egg-info runs

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import io
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyArrowPatch, Patch, Rectangle
+from PIL import Image
 
 from mambalens import Fact, Lens, load_facts
 from mambalens.experiments.comparison import compare
@@ -633,7 +638,45 @@ def contributions() -> Figure:
     return Lens.load("atlas-mamba1").contributions(far()).plot()
 
 
-PICTURES: dict[str, Callable[[], Figure]] = {
+def explore() -> bytes:
+    """The page of `mambalens explore`: two models, a subject that is cut off, and a flow. Needs Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    options = [
+        "--prompt",
+        "The capital of Peru is",
+        "--subject",
+        "Peru",
+        "--target",
+        "Lima",
+        "--cut",
+        "3-4>5:0-11:main",
+    ]
+    command = [sys.executable, "-m", "mambalens", "explore", "--no-browser", *options, "atlas-mamba1", "atlas-gpt-neox"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
+        assert server.stderr is not None
+        address = server.stderr.readline().split()[-1]
+        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 1180, "height": 1060})
+        tab.goto(address)
+        tab.wait_for_selector(".card[data-model=atlas-gpt-neox] .big", timeout=120_000)
+        tab.click("[data-reading=flow]")
+        tab.wait_for_selector(".reading[data-shows=flow] svg", timeout=120_000)
+        tab.evaluate("scrollTo(0, 0)")
+        taken = tab.screenshot()
+        browser.close()
+        server.terminate()
+    return few_colours(taken)
+
+
+def few_colours(png: bytes) -> bytes:
+    """A screenshot in 128 colours, a third of the size."""
+    small = io.BytesIO()
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    return small.getvalue()
+
+
+PICTURES: dict[str, Callable[[], Figure | bytes]] = {
     function.__name__: function
     for function in (
         roles,
@@ -652,6 +695,7 @@ PICTURES: dict[str, Callable[[], Figure]] = {
         edges_by_piece,
         edges_certified,
         contributions,
+        explore,
     )
 }
 
@@ -665,8 +709,11 @@ def main() -> None:
     plt.rcParams["hatch.linewidth"] = 0.7
     for name in chosen:
         figure = PICTURES[name]()
-        figure.savefig(OUT / f"{name}.png", dpi=150, facecolor="white")
-        plt.close(figure)
+        if isinstance(figure, bytes):
+            (OUT / f"{name}.png").write_bytes(figure)
+        else:
+            figure.savefig(OUT / f"{name}.png", dpi=150, facecolor="white")
+            plt.close(figure)
         print(OUT / f"{name}.png")
 
 

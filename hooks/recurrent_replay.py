@@ -163,7 +163,9 @@ def _cut_rows(
         values, instead = _values_of_rows(base, written)
         erasures = ~base.own_sources[erased].transpose(0, 1)[..., None]  # [B, some, L, 1]
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
-        codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
+        before = base.sources_before.to(written.device)
+        codes = written * before[written] * len(base.sources) + erased * before[erased]
+        codes, state = codes.unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
         cut = inputs.cut(values, None if erasures.all() else erasures, instead)
         return mixer.resume_scan(cut, states, state)

@@ -88,6 +88,11 @@ class Base:
         return self.own(self.sources)
 
     @cached_property
+    def sources_before(self) -> Bool[Tensor, " sourceset"]:
+        """Which source sets have a position left of what is replayed: a state that does without them is another."""
+        return (self.sources & self.before).flatten(1).any(1)
+
+    @cached_property
     def all_targets(self) -> bool:
         """Whether every replayed position is a target in every target set."""
         return bool(self.targets.all())
@@ -161,12 +166,6 @@ class Rows:
     """Target set of every pair."""
     features: Bool[Tensor, "pair cut feature"] | None
     """Which features are cut; None for all."""
-
-    @classmethod
-    def uncut(cls, count: int) -> Rows:
-        """Rows that nothing is cut from."""
-        none = torch.zeros(1, count, dtype=torch.long)
-        return cls(none, none, none, none, None)
 
     def __len__(self) -> int:
         return self.target.shape[1]

@@ -16,7 +16,7 @@ from mambalens.cli.app import app
 from mambalens.data import checkpoints
 
 MODEL = "atlas-gpt-neox" if "atlas-gpt-neox" in checkpoints() else next(iter(checkpoints()))
-VERBS = ("sweep", "flow", "patch", "trace", "evaluate", "heatmap", "features", "attention", "logits", "contributions",
+VERBS = ("sweep", "flow", "patch", "trace", "evaluate", "heatmap", "explore", "features", "attention", "logits", "contributions",
          "diagnose", "steer", "plot", "report", "reproduce", "models", "facts")  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-FACES = ("lens", "result", "figures", "report", "experiments", "cli")
+FACES = ("lens", "result", "figures", "report", "experiments", "explore", "cli")
 BODIES = ("model", "facts", "loading", "runs", "sweep", "flow", "interventions", "features", "system", "html")
 
 

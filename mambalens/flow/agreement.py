@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from mambalens.defaults import TOP
 from mambalens.flow.data import FlowData
@@ -23,6 +22,8 @@ def agreement(flow: FlowData) -> pd.DataFrame:
         effect_top (the exact effects' absolute values added up over the strongest), effect_rest (the same over all
         others, estimated from those drawn), share_rest (effect_rest / (effect_top + effect_rest)).
     """
+    from scipy import stats  # takes as long to import as a model takes to load
+
     rows = []
     for (model, fact_id), edges in flow.table.groupby(["model", "fact_id"], sort=False, observed=True):
         strong = edges[edges.chosen == "top"]

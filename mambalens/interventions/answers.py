@@ -9,9 +9,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.embeddings import noisy_embeddings
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.hooked import hooked_scores
-from mambalens.interventions.walk import PatchReplay, Prompts, Score, Scores, Spot
+from mambalens.interventions.walk import PatchReplay, Score, Scores
 from mambalens.model import LoadedModel
 from mambalens.sweep.checks import BREAKS, Check, Checks, held_against
 
@@ -47,7 +49,13 @@ class Patcher:
             spots: where to patch, each in every window.
             score: of logits [row, vocabulary] and the prompts [row] that they belong to: numbers of each.
             done: told how many patches more are answered.
+
+        Raises:
+            MambalensError: for values inside a knockout.
         """
+        if self.site == "value" and self.lens.hooks.cutting:
+            raise MambalensError("site='value' puts in what positions hand on, and so may the running knockout: "
+                                 "leave its block, or knock out with ablation='resample'.")  # fmt: skip
         found = self._replayed(prompts, spots, score) if self.checks.works else None
         if found is None:
             found = hooked_scores(self.lens.hooks, self.site, self.windows, prompts, spots, score, done)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 INTERVALS = ("bootstrap", "t", "sem")
 RESAMPLES = 2000
@@ -38,12 +37,19 @@ def mean_intervals(
             if interval == "bootstrap":
                 low, high = _percentiles(values, seed)
             else:
-                reach = error * (1.0 if interval == "sem" else stats.t.ppf(0.5 + LEVEL / 2, n - 1))
+                reach = error * (1.0 if interval == "sem" else _t(n))
                 low, high = mean - reach, mean + reach
             low, high = np.where(error == 0.0, mean, low), np.where(error == 0.0, mean, high)
         for number, *three in zip(numbers, mean, low, high, strict=True):
             found[number] = tuple(float(value) for value in three)  # type: ignore[assignment]
     return found
+
+
+def _t(n: int) -> float:
+    """How many standard errors a mean of n values may be off."""
+    from scipy import stats  # takes as long to import as a model takes to load
+
+    return float(stats.t.ppf(0.5 + LEVEL / 2, n - 1))
 
 
 def _percentiles(

@@ -174,13 +174,17 @@ class Mixer(ABC):
 
     @abstractmethod
     def attributing(
-        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+        self,
+        weakened: Weakened | None = None,
+        features: Bool[Tensor, " feature"] | None = None,
+        around: Sequence[Cut] = (),
     ) -> AbstractContextManager[list[Arrivals]]:
         """Around a differentiable pass; after the module's call the list has, at its end, what arrived over its edges.
 
         Args:
             weakened: edges that are cut in part.
             features: which features edges are cut for; None for every one.
+            around: what running knockouts cut of the mixer in the pass, which stays cut.
         """
 
     @abstractmethod

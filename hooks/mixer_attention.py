@@ -443,8 +443,16 @@ class AttentionMixer(Mixer):
 
     @contextmanager
     def attributing(
-        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+        self,
+        weakened: Weakened | None = None,
+        features: Bool[Tensor, " feature"] | None = None,
+        around: Sequence[Cut] = (),
     ) -> Iterator[list[Arrivals]]:
+        if any(cut.instead is not None for cut in around):
+            raise MambalensError(
+                f"layer {self.layer} is attention inside a knockout that has instead=..., and edges are not attributed "
+                "by gradients there: ask outside the block, or knock out to zero."
+            )
         found: list[Arrivals] = []
         projection = _output_projection(self.module)
         assert projection is not None
@@ -473,7 +481,8 @@ class AttentionMixer(Mixer):
                     read = rearrange(given[0], "batch time (head width) -> batch time head width", head=self.n_features)
                     return (arrive(weights, probe.values, read).flatten(2), *given[1:])
 
-                handle = projection.register_forward_pre_hook(before_projection)
+                # Before what silences targets without any source, whose weights are those without the cut.
+                handle = projection.register_forward_pre_hook(before_projection, prepend=True)
                 try:
                     return original(*args, **kwargs)
                 finally:

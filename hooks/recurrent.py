@@ -289,14 +289,18 @@ class RecurrentMixer(Recurrence):
 
     @contextmanager
     def attributing(
-        self, weakened: Weakened | None = None, features: Bool[Tensor, " feature"] | None = None
+        self,
+        weakened: Weakened | None = None,
+        features: Bool[Tensor, " feature"] | None = None,
+        around: Sequence[Cut] = (),
     ) -> Iterator[list[Arrivals]]:
         found: list[Arrivals] = []
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             hidden, padding = self.told(bound(self.module, args, kwargs))
             with weights_at_hand(self.module):
-                arrivals = RecurrentArrivals(self, hidden, padding, weakened, features)
+                cuts = [cut.to(hidden.device) for cut in around]
+                arrivals = RecurrentArrivals(self, hidden, padding, weakened, features, cuts)
             found.append(arrivals)
             return arrivals.output if self.alone else (arrivals.output, None)
 

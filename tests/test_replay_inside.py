@@ -15,6 +15,7 @@ from models import ARCHITECTURES, CONFIGS, TRANSFORMERS, VOCABULARY, architectur
 from replays import Replayed, replayed
 from torch import Tensor
 
+from mambalens import Lens, load_facts
 from mambalens.hooks import HookManager
 from mambalens.hooks.knockout import Knockout, Paths
 from mambalens.interventions.hooked import HOOKED, hooked_scores
@@ -150,7 +151,7 @@ def test_replay_equals_the_eager_hooks(name: str, attention: str, data: st.DataO
 
 
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=8)
 @given(data=st.data())
 def test_replay_equals_the_eager_hooks_in_every_architecture(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)
@@ -191,16 +192,56 @@ def patches_miss(hooks: HookManager, draw: Draw) -> float:
 
 
 @pytest.mark.parametrize(("name", "attention"), MODELS)
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=10)
 @given(data=st.data())
 def test_patches_equal_hooked_patches(name: str, attention: str, data: st.DataObject) -> None:
     assert patches_miss(configured(name, attention), data.draw) < TOLERANCE
 
 
 @pytest.mark.parametrize("model_type", list(ARCHITECTURES))
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(data=st.data())
 def test_patches_equal_hooked_patches_in_every_architecture(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)
     with in_double(hooks.model):
         assert patches_miss(hooks, data.draw) < IN_DOUBLE
+
+
+def test_what_is_told_prompt_by_prompt_goes_by_hooks_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    lens = Lens.load("atlas-mamba1")
+    facts = load_facts("atlas")[:2]
+    width = lens.model.config.hidden_size
+    mask = torch.zeros(2, max(len(lens.prompt(fact).ids) for fact in facts), dtype=torch.bool)
+    mask[0, 1] = mask[1, 2] = True
+    told: list[tuple[str, dict[str, Any]]] = []
+    monkeypatch.setattr("mambalens.sweep.checks.tell", lambda event, **more: told.append((event, more)))
+    for block in (
+        lens.hooks.knockout(mask, [4], layers=[2]),
+        lens.hooks.knockout([[1], [2]], [4], layers=[2]),
+        lens.hooks.add(torch.randn(2, width), [2]),
+    ):
+        told.clear()
+        with block, pytest.warns(UserWarning, match="told prompt by prompt"):
+            swept = lens.sweep(facts, "subject", window=[[3, 4]], progress=False)
+        assert len(swept.table) == 2 and not len(swept.checks)
+        assert told[0][0] == "no replay"
+
+
+def test_a_sweep_inside_a_knockout_is_checked_against_the_cut_model() -> None:
+    lens = Lens.load("atlas-mamba1")
+    fact = load_facts("atlas")[0]
+    prompt = lens.prompt(fact)
+    last = len(prompt.ids) - 1
+
+    def probability() -> float:
+        with torch.no_grad():
+            return float(lens.model(torch.tensor([prompt.ids])).logits[0, -1].softmax(-1)[prompt.target_id])
+
+    plain = probability()
+    with lens.hooks.knockout(range(last), [last], path="both"):
+        found = lens.sweep([fact], "each", window=6, progress=False)
+        cut = probability()
+    assert len(found.checks) == 1
+    assert bool(found.checks.passed.all())
+    assert abs(cut - plain) > 0.5
+    assert found.table.base_prob.to_numpy() == pytest.approx(cut, rel=1e-4, abs=1e-8)

@@ -362,9 +362,11 @@ def test_a_sweep_of_a_steered_model_is_what_hooked_passes_give(lens: Lens, facts
 
 
 def test_a_sweep_inside_a_knockout_is_what_hooked_passes_give(lens: Lens, facts: Any) -> None:
-    """By hooked passes, which is said; positions from the end are every prompt's own."""
-    with lens.hooks.knockout([0, 1], [-1], layers=[0, 1, 2], path="main"), pytest.warns(match="knockout is running"):
-        table = lens.sweep(facts, **OPTIONS).table
+    """By replay; positions from the end are every prompt's own."""
+    with lens.hooks.knockout([0, 1], [-1], layers=[0, 1, 2], path="main"):
+        swept = lens.sweep(facts, **OPTIONS)
+    table = swept.table
+    assert len(swept.checks) and bool(swept.checks.passed.all())
     assert tuple(table.columns) == COLUMNS
     for row in random.Random(0).sample(list(table.itertuples()), 12):
         fact = next(fact for fact in facts if fact.id == row.fact_id)

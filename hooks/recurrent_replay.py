@@ -105,7 +105,7 @@ def resume(
     """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)
     inner = side_by_side(projected.inner, len(rows))
-    keep = kept_taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else None
+    keep = kept_taps_of_rows(base, rows, mixer.kernel) if rows.known.conv.any() else None
     others = [] if keep is None else _other_inputs(base, keep, mixer.kernel)
     convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None], others))
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
@@ -119,7 +119,8 @@ def _cut_rows(
     mixer: Recurrence, inputs: Inputs, kept: Kept, base: Base, rows: Rows
 ) -> Float[Tensor, "batch row time feature width"]:
     """What rows read: each target set does without what its source set writes, or erases."""
-    pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
+    known, device = rows.known, base.first.device
+    pairs = list(zip(known.on(Paths.MAIN), known.on(Paths.ERASE), known.target, strict=True))
     instead = None  # [B, 1, L, F, P]
     if base.instead is not None and base.instead.main is not None:
         instead = base.own_columns(base.instead.main)[:, None]
@@ -127,11 +128,14 @@ def _cut_rows(
     def without(
         inputs: Inputs, written: Int[Tensor, " some"], erased: Int[Tensor, " some"]
     ) -> Float[Tensor, "batch some time feature width"]:
-        """Every position of some rows without their source sets."""
-        cut = []
+        """Every position of some rows without their source sets, whose numbers are on the CPU."""
+        cut: list[Tensor | None] = []
         for number in (written, erased):
-            stays = ~base.own_sources[number].transpose(0, 1)[..., None]  # [B, some, L, 1]
-            cut.append(None if stays.all() else stays)
+            if base.known.own_sources[number].any():
+                own = base.own_sources[number.to(device, non_blocking=True)]
+                cut.append(~own.transpose(0, 1)[..., None])  # [B, some, L, 1]
+            else:
+                cut.append(None)
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
@@ -146,11 +150,12 @@ def _cut_rows(
     for written, erased, target in pairs:
         here = ((written > 0) | (erased > 0)).nonzero().flatten()  # one row in many, where edges are cut one by one
         if len(here):
-            cut = base.targets[target[here]].transpose(0, 1)[..., None]  # [B, some, L, 1]
+            there = here.to(device, non_blocking=True)
+            cut = base.targets[target[here].to(device, non_blocking=True)].transpose(0, 1)[..., None]  # [B, some, L, 1]
             if rows.features is not None:
-                cut = cut & rows.features[here][None, :, None]
-            of_cut = without(inputs.of((slice(None), here)), written[here], erased[here])
-            y[:, here] = torch.where(cut[..., None], of_cut, y[:, here])
+                cut = cut & rows.features[there][None, :, None]
+            of_cut = without(inputs.of((slice(None), there)), written[here], erased[here])
+            y[:, there] = torch.where(cut[..., None], of_cut, y[:, there])
     return y
 
 

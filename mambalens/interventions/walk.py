@@ -98,8 +98,8 @@ class PatchReplay:
             spots: where to patch, each in every window.
             score: what is made of logits.
         """
-        prompts = prompts.to(self.hooks.model.get_input_embeddings().weight.device)
         last = prompts.last.tolist()
+        prompts = prompts.to(self.hooks.model.get_input_embeddings().weight.device)
         # Behind the last position nobody reads a state.
         lengths = [last[s.prompt] - (max(s.positions) if self.site == "state" else min(s.positions) - 1) for s in spots]
         by_length: dict[int, list[int]] = {}
@@ -112,7 +112,7 @@ class PatchReplay:
         base: Tensor | None = None
         patched: Tensor | None = None
         for walked in self._together(groups):
-            walk = _Walk(self, prompts, spots, walked)
+            walk = _Walk(self, prompts, last, spots, walked)
             walk.run()
             if base is None:
                 base = walk.scored(walk.base_hidden, list(range(len(last))), score)
@@ -214,8 +214,15 @@ class _Side(NamedTuple):
 class _Walk:
     """One base pass with some groups of rows beside it."""
 
-    def __init__(self, replay: PatchReplay, prompts: Prompts, spots: Sequence[Spot], groups: Sequence[_Group]) -> None:
-        self.replay, self.prompts, self.hooks = replay, prompts, replay.hooks
+    def __init__(
+        self,
+        replay: PatchReplay,
+        prompts: Prompts,
+        last: Sequence[int],
+        spots: Sequence[Spot],
+        groups: Sequence[_Group],
+    ) -> None:
+        self.replay, self.prompts, self.last, self.hooks = replay, prompts, last, replay.hooks
         self.sides = [self._side(group, spots) for group in groups]
         self.hidden: list[Tensor | None] = [None] * len(groups)
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
@@ -229,19 +236,15 @@ class _Walk:
     def _side(self, group: _Group, spots: Sequence[Spot]) -> _Side:
         device, ids = self.prompts.ids.device, self.prompts.ids
         of = [spots[number] for number in group.spots]
-        prompts = torch.tensor([spot.prompt for spot in of], device=device)
-        others = torch.tensor([spot.other for spot in of], device=device)
-        first = self.prompts.last[prompts] + 1 - group.length
-        begins = first.tolist()
+        begins = [self.last[spot.prompt] + 1 - group.length for spot in of]
         puts = [
             (number, position - begins[number], spot.other, there)
             for number, spot in enumerate(of)
             for position, there in zip(spot.positions, spot.others, strict=True)
         ]
-        spot_of, offset, giver, given = torch.tensor(puts, device=device).T
-        return _Side(
-            group, Base.uncut(first, group.length, ids.shape[1]), prompts, others, spot_of, offset, giver, given
-        )
+        whose = torch.tensor([(spot.prompt, spot.other) for spot in of]).to(device, non_blocking=True).T
+        where = torch.tensor(puts).to(device, non_blocking=True).T
+        return _Side(group, Base.uncut(torch.tensor(begins), group.length, ids.shape[1]), *whose, *where)
 
     def run(self) -> None:
         """Walk through the layers."""
@@ -318,7 +321,7 @@ class _Walk:
         new = joined - (0 if before is None else before.shape[1])
         hidden = None if before is None else before.to(base.device)  # [G, R, L, W]
         if new:
-            columns, prompts = side.base.columns.to(base.device), side.prompts.to(base.device)
+            columns, prompts = side.base.to(base.device).columns, side.prompts.to(base.device)
             own = base[prompts[:, None], columns][:, None].expand(-1, new, -1, -1)
             hidden = own.clone() if hidden is None else torch.cat([hidden, own], 1)
         assert hidden is not None
@@ -330,10 +333,12 @@ class _Walk:
             return
         theirs = set(here)
         own_rows = [row for row in range(joined) if row not in theirs]
-        after = torch.empty_like(hidden)
+        after: Tensor | None = None
         for rows, prompts in ((own_rows, side.prompts), (here, side.others)):
             if rows:
-                after[:, rows] = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, prompts)
+                found = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, prompts)
+                after = found.new_empty(hidden.shape) if after is None else after  # where the layer is
+                after[:, rows] = found
         self.hidden[at] = after
 
     def _in_tiles(

@@ -112,17 +112,17 @@ class Replay:
         self.hooks, self.model, self.memory, self.instead = hooks, hooks.model, memory, instead
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
-        self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
+        self.ids, self.last, self.sources = ids.to(device, non_blocking=True), last.cpu(), sources.cpu()
         time = ids.shape[1]
-        every = torch.arange(time, device=device)
+        every = torch.arange(time)
         if targets is None:
             targets = every == self.last[:, None]
-        targets = targets.to(device) & (every <= self.last[:, None])
+        targets = targets.cpu() & (every <= self.last[:, None])
         targets = targets[None] if targets.ndim == 2 else targets
         first = torch.where(targets.any(0), every, time).amin(1).minimum(self.last)
         length = int((self.last - first).max()) + 1
         self.first = first.clamp_max(time - length)  # rows of equal length, none of them past the last column
-        columns = self.first[:, None] + torch.arange(length, device=device)
+        columns = self.first[:, None] + torch.arange(length)
         self.targets = targets.gather(2, columns.expand(len(targets), -1, -1))  # [target sets, B, L]
 
     def logits(self, cuts: Sequence[Row]) -> Iterator[tuple[int, Float[Tensor, "batch vocabulary"]]]:
@@ -187,8 +187,9 @@ class _Walk:
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
         instead = {} if replay.instead is None else replay.instead.of
+        shared: dict[Any, Base] = {}
         self.of_mixer = {
-            mixer: _Sets.of(self.base, self.cuts, mixer, instead.get(mixer)) for mixer in replay.hooks.mixers
+            mixer: _Sets.of(self.base, self.cuts, mixer, instead.get(mixer), shared) for mixer in replay.hooks.mixers
         }
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
@@ -213,9 +214,9 @@ class _Walk:
             self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
         assert self.hidden is not None
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
-        at = (self.replay.last - self.replay.first).to(hidden.device)
+        at = (self.replay.last - self.replay.first).to(hidden.device, non_blocking=True)
         hidden = hidden[torch.arange(len(at), device=hidden.device), :, at]
-        return hidden[:, self.rows.to(hidden.device)]
+        return hidden[:, self.rows.to(hidden.device, non_blocking=True)]
 
     def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
         """A hook behind a layer of the base pass: the rows go through it too."""
@@ -275,13 +276,17 @@ class _Sets(NamedTuple):
     target: dict[int, int]
 
     @staticmethod
-    def of(base: Base, cuts: Sequence[Row], mixer: Mixer, instead: Written | None) -> _Sets:
-        """Those of some cuts."""
+    def of(base: Base, cuts: Sequence[Row], mixer: Mixer, instead: Written | None, shared: dict[Any, Base]) -> _Sets:
+        """Those of some cuts; `shared` are those of other mixers, which are copied to a device once."""
         pairs = [pair for cut in cuts for part in cut.parts if mixer in part.cutting.features for pair in part.pairs]
         sources = sorted({0} | {source for source, _ in pairs})
         targets = sorted({target for _, target in pairs} or {0})
         numbers = ({old: new for new, old in enumerate(sets)} for sets in (sources, targets))
-        return _Sets(base.only(sources, targets, instead if len(sources) > 1 else None), *numbers)
+        instead = instead if len(sources) > 1 else None
+        key = (*sources, None, *targets, id(instead))
+        if key not in shared:
+            shared[key] = base.only(sources, targets, instead)
+        return _Sets(shared[key], *numbers)
 
 
 def _rows(cuts: Sequence[Row], mixer: Mixer, sets: _Sets) -> Rows:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -144,6 +144,28 @@ class Cutting:
     def start(self) -> int:
         """The first layer that it changes; 0 where it cuts nothing."""
         return min((mixer.layer for mixer in self.features), default=0)
+
+
+def refuse_keys(cuttings: Iterable[Cutting]) -> None:
+    """Refuse to put keys in with values where nothing that is cut has keys of its own.
+
+    A key of softmax attention says how much of its value is read, and no more. The k of a delta rule says what its
+    position erases too, which no ablation replaces; and the B of a state space belongs to many features at once, of
+    which some may be cut and others not. So recurrences keep theirs.
+
+    Args:
+        cuttings: what is cut.
+
+    Raises:
+        MambalensError: if nothing of it is read by keys.
+    """
+    found = [mixer for cutting in cuttings for mixer in cutting.features if cutting.paths & mixer.paths]
+    if not any(mixer.has_keys for mixer in found):
+        kinds = " and ".join(sorted({mixer.kind for mixer in found})) or "nothing"
+        raise MambalensError(
+            f"keys=True puts in keys of attention, but what is cut is {kinds}: recurrences keep their own k and B. "
+            "Leave keys out."
+        )
 
 
 def edge_mask(

@@ -28,6 +28,7 @@ from mambalens.hooks.knockout import (
     Positions,
     edge_mask,
     position_mask,
+    refuse_keys,
 )
 from mambalens.hooks.leaks import refuse_leaks
 from mambalens.hooks.masks import Cut
@@ -489,13 +490,16 @@ class HookManager:
             attention_mask: 0 at padding.
             layers: of which layers; None: all.
             keys: keep the keys of attention too, which then stand in with the values. A key has its position in it
-                where the model has rotary positions: the other prompt's stay what they were there.
+                where the model has rotary positions: the other prompt's stay what they were there. Recurrences keep
+                their k and B (`refuse_keys`).
 
         Raises:
-            MambalensError: inside a knockout.
+            MambalensError: inside a knockout, or for keys where none of the layers has attention.
         """
         if self._blocks:
             raise MambalensError("Values are those of a pass without a knockout: ask for them outside the block.")
+        if keys:
+            refuse_keys([Cutting(dict.fromkeys(self.mixers_of(layers)), Paths.MAIN)])
         found: dict[Mixer, Written] = {}
 
         def keep(mixer: Mixer, call: Captured) -> None:
@@ -566,7 +570,8 @@ class HookManager:
             for mixer in mixers:
                 hook = watched(mixer, stack.enter_context(around(mixer)))
                 stack.callback(mixer.module.register_forward_hook(hook, with_kwargs=True).remove)
-            self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            # Nobody asks what the head makes of it, which for many short prompts costs as much as some layers.
+            self.trunk(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
 
     @torch.no_grad()
     def check(self) -> None:

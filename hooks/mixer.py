@@ -74,6 +74,8 @@ class Mixer(ABC):
     """What its features are, in one word."""
     paths: ClassVar[Paths] = Paths.MAIN
     """The ways by which it carries information between positions."""
+    has_keys: ClassVar[bool] = False
+    """Whether keys can stand in with its values (`Written.keys`)."""
     decays: bool = False
     """Whether what features carry decays with time, so that they have a decay norm."""
     tested: ClassVar[frozenset[str]] = frozenset()
@@ -156,7 +158,8 @@ class Mixer(ABC):
         Arguments of the layer that belong to positions are the rows' already; masks and caches are the adapter's part.
 
         Args:
-            kept: from `keeping`.
+            kept: from `keeping`, with the same base, or one without the source sets that have no position left of what
+                is replayed; or from what `watching` has seen.
             base: which positions are replayed, and the source sets.
             rows: what is cut in each.
         """
@@ -185,6 +188,11 @@ class Mixer(ABC):
             at: the positions.
             direction: in the residual stream, for every prompt.
         """
+
+    @property
+    def value_path(self) -> Paths:
+        """The path by which positions hand their values on: the scan or attention, or a convolution that is all."""
+        return Paths.MAIN if Paths.MAIN in self.paths else Paths.CONV
 
     def reach(self, path: Paths) -> int | None:
         """How many positions back a path reaches; None: to the first."""

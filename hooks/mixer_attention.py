@@ -47,6 +47,7 @@ class AttentionMixer(Mixer):
     """A feature is a query head."""
 
     kind = "attention"
+    has_keys = True
     tested = frozenset({
         "BailingHybridAttention", "BambaAttention", "BloomAttention", "CohereAttention", "DeepseekV2Attention",
         "DeepseekV3Attention", "FalconAttention",

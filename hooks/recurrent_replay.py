@@ -137,7 +137,9 @@ def _cut_rows(
             else:
                 cut.append(None)
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
-        codes, state = (written * len(base.sources) + erased).unique(return_inverse=True)
+        before = base.sources_before.to(written.device)
+        codes = written * before[written] * len(base.sources) + erased * before[erased]
+        codes, state = codes.unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
         values, erasures = cut
         return mixer.resume_scan(inputs.cut(values, erasures, instead), states, state)

@@ -86,6 +86,12 @@ class Base:
         return self.sources.gather(2, self.columns.expand(len(self.sources), -1, -1))
 
     @cached_property
+    def sources_before(self) -> Bool[Tensor, " sourceset"]:
+        """Which source sets have a position left of what is replayed: a state without them is another."""
+        of = self.known
+        return (of.sources & of.before).flatten(1).any(1)
+
+    @cached_property
     def all_targets(self) -> bool:
         """Whether every replayed position is a target in every target set."""
         return bool(self.known.targets.all())
@@ -173,6 +179,13 @@ class Rows:
         """Rows that nothing is cut from."""
         none = torch.zeros(1, count, dtype=torch.long)
         return cls(none, none, none, none, None)
+
+    @classmethod
+    def without_first(cls, count: int, path: Paths) -> Rows:
+        """Rows whose positions all do without what source set 1 hands on by one path."""
+        none, one = torch.zeros(1, count, dtype=torch.long), torch.ones(1, count, dtype=torch.long)
+        main, conv, erase = (one if path is way else none for way in (Paths.MAIN, Paths.CONV, Paths.ERASE))
+        return cls(main, conv, erase, none, None)
 
     def __len__(self) -> int:
         return self.target.shape[1]

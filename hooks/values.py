@@ -23,7 +23,8 @@ class Written(NamedTuple):
     conv: Float[Tensor, "batch time channel"] | None
     """Inputs of the causal convolution. None where it has none."""
     keys: Float[Tensor, "batch time group width"] | None = None
-    """Keys of attention that are put in with the values; None where the own ones are kept, and where there are none."""
+    """Keys of attention that are put in with the values; None where the own ones are kept, and where there are none.
+    Of rotary models, with their positions in them."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Written:
         """The same with every tensor changed."""

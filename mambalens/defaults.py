@@ -21,6 +21,8 @@ PATHS = (PATH,)
 ABLATIONS = ("zero", "mean", "resample")
 """What stands in the place of a source that is cut: nothing, its mean over facts, or another prompt's value."""
 ABLATION = ABLATIONS[0]
+WITH_KEYS = "+keys"
+"""What tables call an ablation in which keys of attention are put in with the values ends with: 'mean+keys'."""
 FACTS = "atlas"
 """Facts of the command line."""
 DTYPE = "auto"

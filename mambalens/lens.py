@@ -192,7 +192,7 @@ class Lens(LoadedModel):
                 piece of the prompt: `facts.pieces`) or 'resample' (what stands at the aligned position of `other`).
             other: the fact whose values are put in.
             over: the facts whose mean is put in.
-            keys: put in keys of attention too, not values alone.
+            keys: put in keys of attention too, not values alone (refused where no attention is cut).
         """
         from mambalens.sweep.ablation import Asked, values_for
 
@@ -205,7 +205,9 @@ class Lens(LoadedModel):
             if not found:
                 raise MambalensError(f"The role {role!r} is empty in the prompt {fact.prompt!r}.")
             positions[role] = found
-        instead = values_for(self, prompt, Asked.of(ablation, over, other, keys))
+        asked = Asked.of(ablation, over, other, keys)
+        asked.check([self.hooks.resolve(layers, features, path, mixers)])
+        instead = values_for(self, prompt, asked)
         chosen = Knockout(positions[source], targets, layers, features, path, mixers, instead=instead)
         with self.hooks.apply(chosen) as knockout:
             yield knockout
@@ -300,6 +302,7 @@ class Lens(LoadedModel):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> SweepResult:
         """Knock out every source in every window of layers, for every fact (Endy et al. 2025, section 4).
 
@@ -326,17 +329,19 @@ class Lens(LoadedModel):
             other: for 'resample', pairs of facts (`Facts.pairs`), or one fact for all; by default `facts.pairs()`. A
                 fact without a partner is left out, with the reason.
             over: for 'mean', the facts that are averaged over; by default those that are swept.
+            keys: put in keys of attention too, not values alone; the table calls the ablation 'mean+keys' or
+                'resample+keys' then. Recurrences beside attention keep theirs.
 
         Raises:
-            MambalensError: for a window larger than the model, an unknown role, group, path or measure, or no usable
-                fact.
+            MambalensError: for a window larger than the model, an unknown role, group, path or measure, keys where no
+                attention is cut, or no usable fact.
         """
         from mambalens.sweep.ablation import Asked
         from mambalens.sweep.plan import Plan
         from mambalens.sweep.run import run
 
-        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure, ablation)
-        asked = Asked.of(ablation, over, other)
+        plan = Plan(_tuple(sources), target, window, _tuple(features), _tuple(paths), mixers, measure, ablation, keys)
+        asked = Asked.of(ablation, over, other, keys)
         found = run(self, as_facts(facts), plan, batch_size, progress, memory, True, out, block_size, asked)
         return SweepResult.of(found)
 
@@ -352,6 +357,7 @@ class Lens(LoadedModel):
         ablation: str = defaults.ABLATION,
         other: Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> Figure:
         """The effect of every single position as the source, by window, as a figure (Endy et al. 2025, heatmaps).
 
@@ -359,7 +365,7 @@ class Lens(LoadedModel):
         """
         result = self.sweep(
             [fact], "each", target, window, (features,), path, progress=False, memory=memory, mixers=mixers,
-            ablation=ablation, other=other, over=over,
+            ablation=ablation, other=other, over=over, keys=keys,
         )  # fmt: skip
         return result.heatmap(result.facts.fact_id[0])
 
@@ -380,6 +386,10 @@ class Lens(LoadedModel):
         sample: int = 0,
         seed: int = 0,
         block_size: int = defaults.FLOW_BLOCK,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> Flow:
         """What cutting each token-to-token edge alone, of every layer and path, would change: all edges at once.
 
@@ -404,19 +414,24 @@ class Lens(LoadedModel):
             sample: edges of every fact that are cut beside them, drawn among all.
             seed: of the sample.
             block_size: facts of a block.
+            ablation, other, over, keys: what stands in the place of the edges that are cut exactly, as for `sweep`; a
+                fact without a partner is left out. What sources erase is cut to nothing all the same.
 
         Raises:
-            MambalensError: for an unknown path, group, measure or method, or no usable fact.
+            MambalensError: for an unknown path, group, measure or method, an ablation where no edge is cut, or no
+                usable fact.
         """
         from mambalens.flow.run import run
         from mambalens.flow.work import Flowing
+        from mambalens.sweep.ablation import Asked
 
         if target != defaults.TARGET:
             raise MambalensError(f"target={target!r}: a flow ends where the answer is read, at {defaults.TARGET!r}.")
         asked = as_facts(facts)
-        flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed)
+        put_in = Asked.of(ablation, over, other, keys)
+        flowing = Flowing.asked(_tuple(paths), features, measure, points, method, certify, sample, seed, put_in)
         found = run(self, asked, flowing, batch_size, progress, memory, out, block_size)
-        return Flow.with_verbs(found).of(self, asked, flowing._replace(top=0, sample=0, every=False), memory)
+        return Flow.with_verbs(found).of(self, asked, flowing.attributed, memory)
 
     def logits_by_layer(
         self, facts: FactLike, k: int = 5, batch_size: int | None = None, progress: bool = False
@@ -499,8 +514,10 @@ class Lens(LoadedModel):
         Args:
             pairs: facts, each with another one (`facts.pairs(tokenizer=lens.tokenizer)`). Prompts of unequal lengths
                 are aligned by pieces (`facts.pairs.aligned`), but not for the site 'state'.
-            site: 'residual' (before the layer), 'mixer', 'mlp', or 'state': what later positions have of a position and
-                those left of it, that is the recurrent state after it and the convolution's inputs, or keys and values.
+            site: 'residual' (before the layer; as one more layer behind the last), 'mixer', 'mlp', 'value' (what the
+                layer's mixers read of a position, as `ablation='resample'` puts it in), or 'state': what later
+                positions have of a position and those left of it, that is the recurrent state after it and the
+                convolution's inputs, or keys and values.
             window: in how many consecutive layers at once (every run of that many), or a list of layer lists.
             positions: 'each' for every position on its own, roles, or positions; several are each on their own. The
                 positions of a role are patched together; its state is that after its last position.
@@ -548,7 +565,7 @@ class Lens(LoadedModel):
                 embeddings of all these facts' subjects; or 'swap': another fact's subject (`facts.pairs`).
             restore: the site, as for `patch`.
             window: in how many consecutive layers at once, or a list of layer lists; by default 10 (or all, in models
-                with fewer) for 'mixer' and 'mlp', else 1.
+                with fewer) for 'mixer', 'mlp' and 'value', else 1.
             positions: as for `patch`.
             samples: of the noise; one where subjects are swapped.
             seed: of the noise, and of the pairs.
@@ -612,6 +629,10 @@ class Lens(LoadedModel):
         batch_size: int | None = None,
         memory: int | str | None = None,
         progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> CausalFeatures:
         """Knock out every feature alone, in its layer alone, and see what the target's probability loses.
 
@@ -622,14 +643,16 @@ class Lens(LoadedModel):
             block: features that are knocked out together, by falling exchange share at the last token; 1: each alone.
             path: 'main', 'conv', 'erase' or 'both'; mixers that do not have it are left out.
             batch_size, memory, progress: as for `sweep`.
+            ablation, other, over, keys: what stands in the place of what is knocked out, as for `sweep`.
 
         Returns:
             A table with the features' measures beside their cost, rank correlations and a scatter plot.
         """
         from mambalens.features.causal import causal_features
+        from mambalens.sweep.ablation import Asked
 
-        given = as_facts(facts)
-        found = causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress)
+        given, put_in = as_facts(facts), Asked.of(ablation, over, other, keys)
+        found = causal_features(self, given, source, target, layers, block, path, batch_size, memory, progress, put_in)
         return CausalFeatures.of(found)
 
     def diagnose(

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import explicit
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -83,6 +84,75 @@ def by_hooks(
         for module in modules:
             stack.enter_context(how(module, put))
         return model(ids[None], use_cache=False).logits[0, -1]
+
+
+@contextmanager
+def changed_stream(layers: Sequence[nn.Module], place: int, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While the block runs, the residual stream is changed before a layer, or behind the last."""
+    with changed_input(layers[place], change) if place < len(layers) else changed_output(layers[-1], change):
+        yield
+
+
+def by_twins(
+    hooks: Any, layers: Sequence[int], ids: Tensor, positions: Sequence[int], values: Sequence[Tensor]
+) -> Tensor | None:
+    """Logits behind the last token [vocabulary], with other values at some positions; None for fused attention.
+
+    Recurrences compute their explicit form, in which every entry from these positions on reads the other value;
+    attention has what its projection of values gives replaced.
+
+    Args:
+        hooks: the model's hook manager, for where its mixers are.
+        layers: in which.
+        ids: the prompt [T].
+        positions: positions of the prompt.
+        values: for every mixer of the layers, the values that are read there [positions, ...].
+    """
+    time = len(ids)
+    with ExitStack() as stack:
+        for mixer, other in zip(hooks.mixers_of(layers), values, strict=True):
+            if mixer.kind == "attention":
+                if not hasattr(mixer.module, "v_proj"):
+                    return None
+
+                def put(value: Tensor, other: Tensor = other) -> Tensor:
+                    value = value.clone()
+                    value[0, list(positions)] = other.reshape(len(positions), -1)
+                    return value
+
+                stack.enter_context(changed_output(mixer.module.v_proj, put))
+                continue
+            entries = torch.zeros(1, time, time, mixer.n_features, dtype=torch.bool)
+            entries[:, :, list(positions)] = True
+            entries &= torch.ones(time, time, dtype=torch.bool).tril()[None, :, :, None]
+            whole = torch.zeros(1, time, *other.shape[1:], dtype=other.dtype)
+            whole[0, list(positions)] = other
+            stack.callback(
+                mixer.module.register_forward_hook(_explicit(mixer, entries, whole), with_kwargs=True).remove
+            )
+        return hooks.model(ids[None], use_cache=False).logits[0, -1]
+
+
+def _explicit(mixer: Any, entries: Tensor, values: Tensor) -> Callable[..., Any]:
+    """A hook that gives a recurrence's explicit form with entries that read other values."""
+    nothing, by_convolution = torch.zeros_like(entries), mixer.kind == "shortconv"
+    main, conv = (nothing, entries) if by_convolution else (entries, nothing)
+    # A path without other values has no entries that read them.
+    instead = [(main, conv, torch.zeros(()), values) if by_convolution else (main, conv, values, None)]
+
+    def hook(m: Any, args: Any, kwargs: Any, out: Any) -> Any:
+        hidden = args[0] if args else next(kwargs[name] for name in ("hidden_states", "input_states") if name in kwargs)
+        twin = explicit.TWINS.get(type(m).__name__)
+        if twin is None:
+            ours = explicit.MIXERS[mixer.kind](m, hidden, None, main, conv, instead)
+        else:
+            begins = {}
+            if "begins" in inspect.signature(twin).parameters:
+                begins["begins"] = (kwargs["position_ids"] == 0).expand(hidden.shape[:2])
+            ours = twin(m, hidden, None, main, conv, nothing, instead=instead, **begins)[1]
+        return (ours, *out[1:]) if isinstance(out, tuple) else ours
+
+    return hook
 
 
 def by_cache(model: Any, layers: Sequence[int], ids: Tensor, other: Tensor, position: int) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pandas as pd
 import pytest
 import torch
-from models import in_double, tiny
+from models import architecture, in_double, tiny
 from patches import by_hooks, changed_input
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
@@ -87,6 +88,93 @@ def test_what_is_the_same_left_of_a_position_is_left_as_it_is() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_behind_the_last_layer_the_last_position_is_all_there_is(name: str) -> None:
+    lens = lens_of(name)
+    with in_double(lens.model):
+        patched = lens.patch(Pairs([Pair(ONE, TWO), Pair(LONG, TWO)]), progress=False)
+        traced = lens.trace(FACTS, samples=2, progress=False)
+    assert patched.table.window_start.unique().tolist() == [0, 1, 2, 3, 4]
+    behind = patched.table[patched.table.window_start == lens.n_layers]
+    last = behind.piece == "last"
+    assert behind[last].moved.to_numpy() == pytest.approx(1.0, abs=1e-9) and (behind[~last].moved == 0).all()
+    behind = traced.table[traced.table.window_start == lens.n_layers]
+    last = behind.piece == "last"
+    assert behind[last].prob.to_numpy() == pytest.approx(behind[last].clean_prob.to_numpy(), abs=1e-9)
+    assert (behind[~last].effect == 0).all()
+    (axis, _) = patched.plot().axes
+    assert axis.get_xlabel() == "Layer (4: behind the last)"
+
+
+@pytest.mark.parametrize("name", [*NAMES, "llama"])
+def test_values_are_those_of_a_knockout_that_resamples_them(name: str) -> None:
+    """A patched value is what every position from there on reads in the place of the own one."""
+    lens = lens_of(name)
+    pairs = Pairs([Pair(ONE, TWO), Pair(LONG, TWO)])
+    with torch.no_grad(), in_double(lens.model):
+        found = lens.patch(pairs, "value", 2, ("subject", "last"), progress=False).table
+        for fact, other in pairs:
+            for role, start in (("subject", 0), ("subject", 2), ("last", 1)):
+                layers, target = [start, start + 1], lens.prompt(fact).target_id
+                with lens.knockout(fact, role, "all", layers, ablation="resample", other=other):
+                    knocked_out = logits(lens, fact).detach()
+                row = found[(found.fact_id == fact.id) & (found.role == role) & (found.window_start == start)].iloc[0]
+                assert row.prob == pytest.approx(float(knocked_out.softmax(-1)[target]), abs=1e-9)
+                assert row.moved == pytest.approx(moved(lens, fact, other, knocked_out), abs=1e-8)
+        traced = lens.trace(Facts([ONE, TWO]), "swap", "value", 2, progress=False).table
+        swapped = lens.patch(Pairs([Pair(TWO, ONE), Pair(ONE, TWO)]), "value", 2, progress=False).table
+        assert traced.prob.to_numpy() == pytest.approx(swapped.other_prob.to_numpy(), abs=1e-9)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_restored_value_is_the_clean_run_s(name: str) -> None:
+    """By hand: the noise that the lens has drawn, and the values of the clean run in the place of the corrupted ones."""
+    lens = lens_of(name)
+    noises: list[Tensor] = []
+    scores = Patcher.scores
+
+    def watch(self: Patcher, prompts: Any, *given: Any) -> Any:
+        noises.append(prompts.noise)
+        return scores(self, prompts, *given)
+
+    prompt = lens.prompt(ONE)
+    ids, time = torch.tensor([prompt.ids]), len(prompt.ids)
+    with pytest.MonkeyPatch.context() as patching, torch.no_grad(), in_double(lens.model):
+        patching.setattr(Patcher, "scores", watch)
+        table = lens.trace(Facts([ONE]), restore="value", window=2, samples=1, progress=False).table
+        clean = lens.hooks.values(ids)
+        (noise,) = noises
+        handle = lens.model.get_input_embeddings().register_forward_hook(lambda m, a, out: out + noise[1])
+        try:
+            for _, row in table.iterrows():
+                layers = [row.window_start, row.window_start + 1]
+                with lens.hooks.knockout([row.position], list(range(time)), layers, instead=clean):
+                    restored = lens.model(ids, use_cache=False).logits[0, -1].softmax(-1)[prompt.target_id]
+                assert row.prob == pytest.approx(float(restored), abs=1e-9)
+        finally:
+            handle.remove()
+    assert table.effect.abs().max() > 1e-4
+
+
+def test_a_layer_without_a_token_mixer_has_no_values() -> None:
+    lens = Lens(architecture("nemotron_h"), lens_of("mamba1").tokenizer, "nemotron")
+    found = lens.patch(PAIRS, "value", progress=False).table
+    assert found.window_start.unique().tolist() == [0, 2, 4]
+    said = "site='value': none of the layers [1] has a token mixer"
+    with pytest.raises(MambalensError, match=re.escape(said)):
+        lens.patch(PAIRS, "value", [[1]], progress=False)
+
+
+def test_values_are_not_put_in_while_a_knockout_runs() -> None:
+    lens = lens_of("mamba1")
+    with (
+        lens.knockout(ONE, "subject"),
+        pytest.warns(UserWarning, match="is patched while a knockout"),
+        pytest.raises(MambalensError, match="leave its block, or knock out with ablation='resample'"),
+    ):
+        lens.patch([PAIRS[0]], "value", progress=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_state_and_the_positions_from_there_on_are_the_other_prompt_exactly(name: str) -> None:
     """Two patches that together are everything: the subject's state in all layers, and the same words behind it."""
     lens = lens_of(name)
@@ -109,7 +197,10 @@ def test_means_are_over_facts_and_within_a_fact_over_positions_of_a_piece() -> N
         assert row.low <= row["mean"] <= row.high
     assert summary.piece.unique().tolist() == ["context", "subject_last", "last"]
     peak = found.peak()
-    assert len(peak) == 3 and peak["mean"].max() == summary["mean"].max()
+    inside = summary[summary.window_start < 4]  # behind the last layer the last position is the answer itself
+    assert len(peak) == 3 and peak["mean"].max() == inside["mean"].max()
+    behind = found.where(window_start=4)
+    assert behind.peak()["mean"].max() == pytest.approx(1.0, abs=1e-4) and behind.plot().axes
     assert found.plot("peru").axes and found.plot().axes and found.plot(metric="other_prob").axes
 
 
@@ -131,7 +222,8 @@ def test_several_positions_and_roles_each_on_their_own() -> None:
         ({"site": "residul"}, "'residul' is not a site"),
         ({"site": "mlp"}, "no layer of the model has an MLP"),
         ({"window": 5}, "window=5, but the model has 4 layers"),
-        ({"window": [[1, 7]]}, "window has the layer 7, but the model has the layers 0 to 3"),
+        ({"window": [[1, 7]]}, "layers 0 to 3 (4: the residual stream behind the last)"),
+        ({"window": [[1, 4]], "site": "value"}, "window has the layer 4, but the model has the layers 0 to 3."),
         ({"window": []}, "none at all"),
         ({"positions": 5}, "positions has 5, but the prompt 'The capital of Peru is' has 5 tokens"),
         ({"positions": "subjekt"}, "'subjekt' is not a role"),
@@ -139,7 +231,7 @@ def test_several_positions_and_roles_each_on_their_own() -> None:
     ],
 )
 def test_refusals_are_sentences(options: dict[str, Any], said: str) -> None:
-    with pytest.raises(MambalensError, match=said.replace("[", r"\[")):
+    with pytest.raises(MambalensError, match=re.escape(said)):
         lens_of("mamba1").patch(PAIRS, progress=False, **options)
 
 
@@ -152,7 +244,7 @@ def test_a_state_is_not_put_between_prompts_of_other_lengths() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("site", ["residual", "mixer"])
+@pytest.mark.parametrize("site", ["residual", "mixer", "value"])
 def test_hooked_passes_give_the_same_as_replay(name: str, site: str) -> None:
     lens = lens_of(name)
     pairs = Pairs([Pair(ONE, TWO), Pair(TWO, LONG), Pair(LONG, ONE)])
@@ -194,7 +286,7 @@ def test_traces_say_what_plain_hooks_do(name: str) -> None:
     with pytest.MonkeyPatch.context() as patching, torch.no_grad(), in_double(model):
         patching.setattr(Patcher, "scores", watch)
         found = lens.trace(FACTS, samples=2, batch_size=1, progress=False)
-        assert list(found.table.columns) == list(TRACES) and len(found.table) == (5 + 5 + 8) * 4 * 2
+        assert list(found.table.columns) == list(TRACES) and len(found.table) == (5 + 5 + 8) * 5 * 2
         numbers = torch.cat([embedding.weight[[lens.prompt(fact).ids[3 if fact is not LONG else 6]]] for fact in FACTS])
         assert embedding_deviation(lens, [lens.prompt(fact) for fact in FACTS]) == pytest.approx(float(numbers.std()))
         for fact, noise in zip((LONG, ONE, TWO), noises, strict=True):
@@ -214,7 +306,7 @@ def test_traces_say_what_plain_hooks_do(name: str) -> None:
                 assert part.corrupted_prob.to_numpy() == pytest.approx(float(broken), abs=1e-9)
                 clean = logits(lens, fact).softmax(-1)[prompt.target_id]
                 assert part.clean_prob.to_numpy() == pytest.approx(float(clean), abs=1e-9)
-                for _, row in part.iloc[::5].iterrows():
+                for _, row in part[part.window_start < lens.n_layers].iloc[::5].iterrows():
                     layer = lens.hooks.layers[row.window_start]
                     given: list[Tensor] = []
 
@@ -243,7 +335,7 @@ def test_traces_say_what_plain_hooks_do(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("restore", ["residual", "mixer", "state"])
+@pytest.mark.parametrize("restore", ["residual", "mixer", "value", "state"])
 def test_a_fact_has_the_same_noise_whatever_else_is_asked(name: str, restore: str) -> None:
     lens = lens_of(name)
     whole = lens.trace(FACTS, restore=restore, samples=3, window=2, progress=False).table
@@ -312,7 +404,7 @@ def test_traces_refuse_in_sentences(options: dict[str, Any], said: str) -> None:
 
 def test_windows_of_traces_have_the_size_that_is_usual() -> None:
     lens = lens_of("mamba1")
-    for restore, size in (("residual", 1), ("state", 1), ("mixer", 4)):
+    for restore, size in (("residual", 1), ("state", 1), ("mixer", 4), ("value", 4)):
         assert lens.trace(FACTS, restore=restore, samples=1, progress=False).table.window_size.unique().tolist() == [
             size
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from models import in_double
-from patches import by_hooks, changed_input
+from patches import by_hooks, changed_stream
 from test_interventions import FACTS, LONG, ONE, PAIRS, TWO, lens_of
 
 from mambalens import Fact
@@ -45,7 +46,8 @@ def test_patches_have_the_measure_of_plain_hooked_passes(replay: bool) -> None:
             ids, other = (torch.tensor(lens.prompt(fact).ids) for fact in (one, two))
             target = torch.tensor([lens.prompt(one).target_id])
             at = [row.position]
-            after = by_hooks(lens.model, changed_input, [lens.hooks.layers[row.window_start]], ids, other, at, at)
+            put = functools.partial(changed_stream, lens.hooks.layers)
+            after = by_hooks(lens.model, put, [row.window_start], ids, other, at, at)
             before = lens.model(ids[None], use_cache=False).logits[0, -1]
             assert row.measure == pytest.approx(float(ahead_of_the_second(after[None], target)), abs=1e-8)
             assert row.base_measure == pytest.approx(float(ahead_of_the_second(before[None], target)), abs=1e-8)

@@ -119,9 +119,9 @@ def ablated(lens: Lens) -> list[pd.DataFrame]:
 
 
 def patched(lens: Lens) -> list[pd.DataFrame]:
-    sites = ("mixer",) if lens.name not in FEW else ("residual", "mixer", "state")
+    sites = ("mixer",) if lens.name not in FEW else ("residual", "mixer", "state", "value")
     asked: dict[str, Any] = {"positions": ("subject", "last"), **QUIET}
-    return [lens.patch(PAIRS[:1] if site == "state" else PAIRS, site, **asked).table for site in sites]
+    return [lens.patch(PAIRS[:1] if site in ("state", "value") else PAIRS, site, **asked).table for site in sites]
 
 
 def attention(lens: Lens) -> list[Tensor]:

@@ -42,6 +42,8 @@ from mambalens.system.events import print_json, tell
 MODELS = argument("models", "MODEL", "Bundled names, folders, .gguf files or hub ids.", many=True)
 ONE_MODEL = argument("model", "MODEL", "Bundled name, folder, .gguf file or hub id.")
 ONE_GROUP = option("--features", help="A group, a feature's number or a selection's .csv file.", default=GROUP)
+OTHER = option("--other", help="Prompt whose values --ablation resample puts in.")
+OTHER_SUBJECT = option("--other-subject", help="Its subject, as spelled in it.")
 PROMPT = option("--prompt", help="Text that ends right before the target.", required=True)
 
 
@@ -101,13 +103,16 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
 @option("--measure", help="log_odds, log_prob, logit or prob.", default=MEASURE)
 @option("--points", help="Gradients of every prompt.", kind=int, least=1, default=POINTS)
 @option("--method", help="gradient, or exact: all cut.", default=METHODS[0])
-@option("--certify", help="Strongest edges, cut exactly.", kind=int, least=0, default=TOP)
-@option("--sample", help="Random edges, cut too.", kind=int, least=0, default=0)
+@option("--certify", help="Strongest edges to cut.", kind=int, least=0, default=TOP)
+@option("--sample", help="Random edges to cut too.", kind=int, least=0, default=0)
 @option("--seed", help="Of --sample.", kind=int, least=0, default=0)
-@option("--routes", help="Routes to find.", kind=int, least=0, show_default="3 for --prompt")
+@option("--routes", help="Routes a fact.", kind=int, least=0, show_default="3 for --prompt")
 @option("--source", help="Role at which routes begin.", default=SOURCE)
 @option("--circuit", help="Share that few edges are to keep, e.g. 0.9.", kind=float)
-@option("--ablation", help="What --circuit puts in: zero, mean, resample.", default=ABLATION)
+@settings(ablation=ABLATION)
+@settings("keys", "over", "over_where")
+@OTHER
+@OTHER_SUBJECT
 @settings("batch_size", block_size=FLOW_BLOCK)
 @settings("memory", "dtype", "tokenizer")
 @option("--json", "as_json", help="Print progress and result as JSON lines.", kind=bool)
@@ -131,10 +136,10 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
     progress = processes.first() and not as_json
     say = _say(silent=not progress)
     with output.interruptible(out):
-        lens, found = flows.find(settings, model, out, say, progress)
+        lens, found, put_in = flows.find(settings, model, out, say, progress)
         if not processes.first():
             return
-        answers = flows.ask(settings, found, say, progress)
+        answers = flows.ask(settings, found, put_in, say, progress)
     files = flow_files.write(answers, out)
     tell(
         "result", folder=str(out), model=lens.name, facts=len(found.base), edges=len(found.table),
@@ -149,7 +154,7 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
 @ONE_MODEL
 @settings("facts", "where", "all_facts", limit=20)
 @option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
-@option("--site", help="residual, mixer, mlp or state.", default=SITE)
+@option("--site", help="residual, mixer, mlp, value or state.", default=SITE)
 @option("--window", help="Consecutive layers that are patched at once.", kind=int, least=1, default=1)
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--seed", help="Of the facts that others are patched from.", kind=int, least=0, default=0)
@@ -192,9 +197,9 @@ def patch(
 @settings("facts", "where", "all_facts", limit=20)
 @option("--out", help="Folder for results, means and figure.", kind=Path, required=True)
 @option("--noise", help="Standard deviations of noise, or swap.", default=f"{NOISE:g}")
-@option("--restore", help="residual, mixer, mlp or state.", default=SITE)
+@option("--restore", help="residual, mixer, mlp, value or state.", default=SITE)
 @option("--window", help="Consecutive layers that are restored at once.", kind=int, least=1,
-        show_default=f"{TRACE_WINDOW} for mixer and mlp, else 1")  # fmt: skip
+        show_default=f"{TRACE_WINDOW} for mixer, mlp and value, else 1")  # fmt: skip
 @option("--position", help="each, roles, or numbers.", many=True, default=("each",))
 @option("--samples", help="Of the noise.", kind=int, least=1, default=SAMPLES)
 @option("--seed", help="Of the noise.", kind=int, least=0, default=0)
@@ -268,12 +273,16 @@ def evaluate(
 @settings(window=WINDOW)
 @option("--path", help="main, conv or both.", default=PATH)
 @ONE_GROUP
-@settings("mixers")
+@settings("mixers", ablation=ABLATION)
+@settings("keys", "over", "over_where")
+@OTHER
+@OTHER_SUBJECT
 @option("--out", help="Figure file.", kind=Path, default=Path("heatmap.png"))
 @settings("memory", "dtype", "tokenizer")
 def heatmap(
     model: str, prompt: str, subject: str, target: str, window: int, path: str, features: str, mixers: str | None,
-    out: Path, memory: str | None, dtype: str, tokenizer: str | None,
+    ablation: str, keys: bool, over: str | None, over_where: tuple[str, ...], other: str | None,
+    other_subject: str | None, out: Path, memory: str | None, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Draw one prompt: each token as the source, each window.
 
@@ -281,8 +290,10 @@ def heatmap(
     """
     from mambalens.facts.fact import Fact
 
-    lens, fact, group = asked.lens(model, dtype, tokenizer), Fact(prompt, subject, target), asked.features(features)
-    figure = lens.heatmap(fact, window, features=group, path=path, memory=memory, mixers=mixers)
+    fact, group = Fact(prompt, subject, target), asked.features(features)
+    put_in = asked.ablation(ablation, keys, over, over_where, other, other_subject, fact)
+    lens = asked.lens(model, dtype, tokenizer)
+    figure = lens.heatmap(fact, window, features=group, path=path, memory=memory, mixers=mixers, **put_in)
     figure.savefig(out, dpi=130)
     click.echo(f"{lens.predict(fact).to_string(index=False)}\n\nFigure: {out}")
 
@@ -298,10 +309,13 @@ def heatmap(
 @option("--source", help="Role that --causal knocks out.", default=SOURCE)
 @settings(target=TARGET)
 @option("--block", help="Features that --causal knocks out together.", kind=int, least=1, default=1)
+@settings(ablation=ABLATION)
+@settings("keys", "over", "over_where")
 @settings("batch_size", "memory", "dtype", "tokenizer")
 def features(
     model: str, out: Path, facts: str, where: tuple[str, ...], limit: int, select: str | None, top: float, causal: bool,
-    source: str, target: str, block: int, batch_size: int | None, memory: str | None, dtype: str, tokenizer: str | None,
+    source: str, target: str, block: int, ablation: str, keys: bool, over: str | None, over_where: tuple[str, ...],
+    batch_size: int | None, memory: str | None, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Which features carry information between tokens, and which enrich a token.
 
@@ -310,6 +324,10 @@ def features(
     from mambalens.cli import output
     from mambalens.runs.folder import writable_folder
 
+    unused = [] if causal else typed("source", "target", "block", "ablation", "keys", "over", "over_where")
+    if unused:
+        raise MambalensError(f"Nothing is knocked out without --causal: leave out {', '.join(unused)}, or give it.")
+    put_in = asked.ablation(ablation, keys, over, over_where)
     writable_folder(out)
     lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where, None if causal else limit)
     if causal:
@@ -322,7 +340,9 @@ def features(
     written = output.measured(table, out, select, top)
     output.medians(table, f"{lens.name}, medians over a layer's features on {len(chosen)} prompts")
     if causal:
-        found = lens.causal_features(chosen, source, target, block=block, batch_size=batch_size, memory=memory)
+        found = lens.causal_features(
+            chosen, source, target, block=block, batch_size=batch_size, memory=memory, **put_in
+        )
         written += output.causal(found, out, f"{source} → {target}")
     click.echo(f"\n{', '.join(written)} in {out}")
 
@@ -603,6 +623,8 @@ def reproduce(
     window: int | None, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """Repeat an experiment of Endy et al. 2025: what the paper reports, and what was measured.
+
+    As in the paper, nothing is put in the place of what is cut; mambalens sweep --ablation does.
 
     Example: mambalens reproduce figure1 --out runs/figure1
     """

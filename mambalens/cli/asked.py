@@ -9,6 +9,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.system import processes
 
 if TYPE_CHECKING:
+    from mambalens.facts.fact import Fact
     from mambalens.facts.sequence import Facts
     from mambalens.hooks.knockout import Features
     from mambalens.lens import Lens
@@ -35,6 +36,48 @@ def features(text: str) -> Features:
 
         return Selection.load(text)
     return int(text) if text.isdigit() else text
+
+
+def ablation(
+    name: str,
+    keys: bool = False,
+    over: str | None = None,
+    over_where: Sequence[str] = (),
+    other: str | None = None,
+    other_subject: str | None = None,
+    fact: Fact | None = None,
+) -> dict[str, Any]:
+    """What stands in the place of what is cut, as `Lens.sweep` and `Flow.certify` are told it.
+
+    Args:
+        name, keys: the ablation, and whether keys of attention go with the values.
+        over, over_where: facts that means are taken over.
+        other, other_subject: the prompt whose values are put in, and its subject.
+        fact: the one prompt that is asked about, if it is one alone.
+
+    Raises:
+        MambalensError: for an unknown ablation, and where what it needs is missing or something has no use for it.
+    """
+    from mambalens.facts.fact import Fact
+    from mambalens.sweep.ablation import Asked
+
+    if over is None and over_where:
+        raise MambalensError("--over-where chooses among the facts of --over: give --over too.")
+    if (other is None) != (other_subject is None):
+        raise MambalensError("The other prompt has a subject: give --other and --other-subject, both or neither.")
+    # Its answer is not asked for.
+    partner = None if other is None or other_subject is None else Fact(other, other_subject, ".")
+    Asked.of(name, other=partner, keys=keys)
+    if over is not None and name != "mean":
+        raise MambalensError(f"--over names facts that means are taken over, but --ablation is {name}: leave it out.")
+    if fact is not None and name == "mean" and over is None:
+        raise MambalensError("--ablation mean puts in means over facts, and --prompt is one alone: say which, --over.")
+    if fact is not None and name == "resample" and partner is None:
+        raise MambalensError(
+            "--ablation resample puts in another prompt's values: give it with --other and --other-subject."
+        )
+    return {"ablation": name, "keys": keys, "other": partner,
+            "over": None if over is None else facts(over, over_where)}  # fmt: skip
 
 
 def conditions(where: Sequence[str]) -> dict[str, list[str]]:

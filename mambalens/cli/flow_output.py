@@ -10,9 +10,11 @@ import numpy as np
 from mambalens.cli.output import skipped
 from mambalens.facts.fact import Fact
 from mambalens.figures.flow_pieces import pieces_of
-from mambalens.figures.style import signed
+from mambalens.figures.style import put_in, signed
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from mambalens.cli.flow_files import Found
     from mambalens.lens import Lens
     from mambalens.result import Flow
@@ -115,6 +117,7 @@ def _certificate(found: Found) -> str:
     ]
     if known.facts["share_rest"]:
         parts.append(f"all other edges {said('share_rest', 100, 0, ' %')} of the absolute effect")
+    parts[0] += put_in(found.flow.ablation)
     medians = "" if found.single else f" (medians over {len(top)} facts)"
     return f"Certificate: {', '.join(parts)}{medians}"
 
@@ -133,8 +136,9 @@ def _routes(found: Found, source: str) -> str:
             + f" of the answer in {row.facts} fact{'s' * (row.facts > 1)}"
             for row in rows
         ]
-        return "\n".join([f"Routes by pieces, the {len(chains)} strongest of {len(found.routes_by_piece)}:", *lines])
-    lines = ["Routes, and what cutting each step alone loses of the answer's probability:"]
+        begin = f"Routes by pieces, the {len(chains)} strongest of {len(found.routes_by_piece)}{_put_in(chains)}:"
+        return "\n".join([begin, *lines])
+    lines = [f"Routes, and what cutting each step alone loses of the answer's probability{_put_in(routes)}:"]
     told = routes[(routes.carried_pct >= TOLD) | (routes["rank"] == 1)]
     shown: list[Any] = list(told.itertuples())
     for row in shown:
@@ -162,11 +166,19 @@ def _circuit(found: Found, keep: float) -> str:
         if not len(first):
             return f"Circuit: none is needed, the model keeps {100 * keep:g} % of the answer with every edge cut."
         row: Any = first.iloc[0]
-        return f"Circuit: {row.edges} of {row.of:,} edges keep {100 * row.kept:.1f} % of the answer, all others cut."
+        return (
+            f"Circuit: {row.edges} of {row.of:,} edges keep {100 * row.kept:.1f} % of the answer, all others "
+            f"cut{_put_in(first)}."
+        )
     return (
         f"Circuits that keep {100 * keep:g} % of the answer, all other edges cut: {np.median(sizes):g} edges in the "
-        f"median over {len(sizes)} facts, {min(sizes)} to {max(sizes)}."
+        f"median over {len(sizes)} facts, {min(sizes)} to {max(sizes)}{_put_in(first)}."
     )
+
+
+def _put_in(table: pd.DataFrame) -> str:
+    """What stood in the place of what was cut, as a table of routes or circuits has it."""
+    return put_in(str(table.ablation.iloc[0])) if len(table) else ""
 
 
 def _lines(columns: dict[str, list[str]], right: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from mambalens.cli import asked
 from mambalens.cli.flow_files import Found
 from mambalens.cli.programs import Say, known_or_all
-from mambalens.defaults import ABLATION
+from mambalens.defaults import ABLATION, METHODS
 from mambalens.facts.fact import Fact
 from mambalens.facts.roles import check_role
 from mambalens.facts.sequence import Facts
@@ -17,7 +17,6 @@ from mambalens.flow.work import Flowing
 from mambalens.hooks.errors import MambalensError
 from mambalens.lens import Lens
 from mambalens.result import Flow
-from mambalens.sweep.ablation import Asked as Ablating
 from mambalens.system.events import tell
 
 ROUTES = 3
@@ -47,6 +46,11 @@ class FlowSettings:
     source: str
     circuit: float | None
     ablation: str
+    keys: bool
+    over: str | None
+    over_where: tuple[str, ...]
+    other: str | None
+    other_subject: str | None
     batch_size: int | None
     block_size: int
     memory: str | None
@@ -62,15 +66,14 @@ class FlowSettings:
             raise MambalensError(
                 f"--circuit {self.circuit:g}: give the share of the answer to keep, more than 0 and at most 1."
             )
-        if self.ablation != ABLATION and self.circuit is None:
+        if self.ablation != ABLATION and not (self.cuts or self.count or self.circuit is not None):
             raise MambalensError(
-                f"--ablation {self.ablation} is of the edges that --circuit cuts: give --circuit too, or leave it out."
+                f"--ablation {self.ablation} is of edges that are cut, and none is: give --certify, --sample, --routes "
+                "or --circuit, or leave it out."
             )
-        if self.ablation != ABLATION and self.prompt is not None:
-            raise MambalensError(
-                f"--ablation {self.ablation} puts in values of other facts, and --prompt is one alone: leave one out."
-            )
-        Ablating.of(self.ablation)
+        asked.ablation(
+            self.ablation, self.keys, self.over, self.over_where, self.other, self.other_subject, self.single
+        )
         check_role(self.source)
         Flowing.asked(**self.asked)
 
@@ -83,18 +86,46 @@ class FlowSettings:
             "seed": self.seed,
         }  # fmt: skip
 
+    @property
+    def cuts(self) -> bool:
+        """Whether edges are cut while the flow is found."""
+        return bool(self.certify or self.sample) or self.method != METHODS[0]
+
+    @property
+    def count(self) -> int:
+        """Routes of a fact that are looked for."""
+        return self.routes if self.routes is not None else ROUTES if self.prompt is not None else 0
+
+    @property
+    def single(self) -> Fact | None:
+        """The one prompt."""
+        if self.prompt is None or self.subject is None or self.target is None:
+            return None
+        return Fact(self.prompt, self.subject, self.target)
+
+    def put_in(self, facts: Facts) -> dict[str, Any]:
+        """What stands in the place of what is cut, the same whatever of these facts is asked about."""
+        found = asked.ablation(
+            self.ablation, self.keys, self.over, self.over_where, self.other, self.other_subject, self.single
+        )
+        if self.ablation == "mean" and self.over is None:
+            found["over"] = facts
+        if self.ablation == "resample" and self.other is None:
+            found["other"] = facts.pairs()
+        return found
+
     def chosen(self) -> Facts:
         """The one prompt, or the facts that the model is asked.
 
         The prompt's id is the whole sentence, so that flows of several prompts can be put together.
         """
-        if self.prompt is None or self.subject is None or self.target is None:
+        fact = self.single
+        if fact is None:
             return asked.facts(self.facts, self.where)
-        fact = Fact(self.prompt, self.subject, self.target)
-        return Facts([Fact(self.prompt, self.subject, self.target, id=self.prompt + fact.continuation)])
+        return Facts([Fact(fact.prompt, fact.subject, fact.target, id=fact.prompt + fact.continuation)])
 
 
-def find(settings: FlowSettings, model: str, out: Path, say: Say, progress: bool) -> tuple[Lens, Flow]:
+def find(settings: FlowSettings, model: str, out: Path, say: Say, progress: bool) -> tuple[Lens, Flow, dict[str, Any]]:
     """The flow, in its folder: what is there already is not computed again.
 
     Args:
@@ -103,6 +134,9 @@ def find(settings: FlowSettings, model: str, out: Path, say: Say, progress: bool
         out: the folder.
         say: hears what happens.
         progress: show progress bars.
+
+    Returns:
+        The lens, the flow, and what stands in the place of what is cut.
     """
     facts = settings.chosen()
     lens = asked.lens(model, settings.dtype, settings.tokenizer)
@@ -112,34 +146,37 @@ def find(settings: FlowSettings, model: str, out: Path, say: Say, progress: bool
             lens, facts, settings.limit, settings.all_facts, settings.batch_size, say, progress, "the flow of"
         )
     tell("model", model=lens.name, facts=len(facts))
+    put_in = settings.put_in(facts)
     flow = lens.flow(
         facts, batch_size=settings.batch_size, out=out, progress=progress, memory=settings.memory,
-        block_size=settings.block_size, **settings.asked,
+        block_size=settings.block_size, **settings.asked, **(put_in if settings.cuts else {}),
     )  # fmt: skip
-    return lens, flow
+    return lens, flow, put_in
 
 
-def ask(settings: FlowSettings, flow: Flow, say: Say, progress: bool) -> Found:
+def ask(settings: FlowSettings, flow: Flow, put_in: dict[str, Any], say: Say, progress: bool) -> Found:
     """What the settings ask of a flow: how far it can be trusted, its routes and circuits.
 
     Args:
         settings: what to do.
         flow: a flow that knows its model.
+        put_in: what stands in the place of what is cut.
         say: hears what could not be answered.
         progress: show progress bars.
     """
     found = Found(flow)
     if flow.table.exact.notna().any():
         found = found._replace(agreement=flow.agreement(), certificate=flow.certificate())
-    count = settings.routes if settings.routes is not None else ROUTES if settings.prompt is not None else 0
-    if count:
+    if settings.count:
         try:
-            routes = flow.routes(settings.source, count, progress)
+            routes = flow.routes(settings.source, settings.count, progress, **put_in)
             found = found._replace(routes=routes)
             if len(routes) and not found.single:
-                found = found._replace(routes_by_piece=flow.routes_by_piece(settings.source, routes, progress))
+                found = found._replace(
+                    routes_by_piece=flow.routes_by_piece(settings.source, routes, progress, **put_in)
+                )
         except MambalensError as error:
             say(f"No routes: {error}")
     if settings.circuit is not None:
-        found = found._replace(circuit=flow.circuit(settings.circuit, progress, settings.ablation))
+        found = found._replace(circuit=flow.circuit(settings.circuit, progress, **put_in))
     return found

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from mambalens.cli.settings import SweepSettings
+from mambalens.cli.settings import CONDITIONS, SweepSettings
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -111,7 +111,7 @@ def every_setting(verb: Verb) -> Verb:
 
 def _option_of(setting: Field[Any], many: bool, default: Any, help: str) -> Callable[[Verb], Verb]:
     flag, about = f"--{setting.name.replace('_', '-')}", setting.metadata
-    metavar = "COLUMN=VALUE" if setting.name == "where" else None
+    metavar = "COLUMN=VALUE" if setting.name in CONDITIONS else None
     return option(
         flag, help=help, kind=about["kind"], many=many, least=about["least"], metavar=metavar, default=default
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from mambalens.cli import asked
 from mambalens.cli.settings import SweepSettings
 from mambalens.experiments.comparison import known_to_all
 from mambalens.facts.sequence import Facts
@@ -16,6 +18,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features
 from mambalens.lens import Lens
 from mambalens.result import SweepResult
+from mambalens.sweep.ablation import Asked as Ablating
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.run import run
 from mambalens.system import processes
@@ -30,6 +33,8 @@ class Part(NamedTuple):
 
     folder: Path
     plan: Plan
+    ablating: Ablating
+    """More about the plan's ablation."""
 
 
 class Estimate(NamedTuple):
@@ -89,7 +94,7 @@ def sweep_all(
         return [
             SweepResult.of(
                 run(lens, mine, part.plan, settings.batch_size, progress, settings.memory, True, part.folder,
-                    settings.block_size)
+                    settings.block_size, part.ablating)
             )
             for part in parts
         ]  # fmt: skip
@@ -116,9 +121,15 @@ def parts_of(settings: SweepSettings, groups: tuple[Features, ...], lens: Lens) 
     combinations = list(product(settings.target, settings.window, settings.ablation))
     for target, window, ablation in combinations:
         paths = cast(Any, settings.path)
-        plan = Plan(settings.source, target, window, groups, paths, settings.mixers, settings.measure, ablation)
+        plan = Plan(
+            settings.source, target, window, groups, paths, settings.mixers, settings.measure, ablation, settings.keys
+        )
+        over = settings.over if ablation == "mean" else None
+        where = settings.over_where if ablation == "mean" or settings.over is None else ()
+        put_in = asked.ablation(ablation, settings.keys, over, where)
+        ablating = Ablating.of(ablation, put_in["over"], put_in["other"], settings.keys)
         name = f"{target}-{window}" + (f"-{ablation}" if len(settings.ablation) > 1 else "")
-        yield Part(folder if len(combinations) == 1 else folder / name, plan)
+        yield Part(folder if len(combinations) == 1 else folder / name, plan, ablating)
 
 
 def facts_of(settings: SweepSettings, lens: Lens, facts: Facts, say: Say, progress: bool) -> Facts:
@@ -197,9 +208,15 @@ def estimate(settings: SweepSettings, facts: Facts, groups: tuple[Features, ...]
         for part in parts:
             part.plan.check(lens.hooks)
             block = sample[:MEASURED]
-            run(lens, block[:2], part.plan, settings.batch_size, False, settings.memory)
+            # Few facts have no partners among themselves.
+            ablating = part.ablating._replace(other=mine.pairs() if part.ablating.name == "resample" else None)
+            measured = functools.partial(
+                run, plan=part.plan, batch_size=settings.batch_size, progress=False, memory=settings.memory,
+                asked=ablating,
+            )  # fmt: skip
+            measured(lens, block[: 2 if part.ablating.name == "zero" else MEASURED])
             before, started = process.memory_info().rss, time.perf_counter()
-            table = run(lens, block, part.plan, settings.batch_size, False, settings.memory).table
+            table = measured(lens, block).table
             seconds += (time.perf_counter() - started) / len(block) * count
             peak = max(peak, process.memory_info().rss - before)
             knockouts += round(len(table) / len(block) * count)

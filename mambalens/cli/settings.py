@@ -11,6 +11,9 @@ from typing import Any
 from mambalens import defaults
 from mambalens.hooks.errors import MambalensError, choose
 
+CONDITIONS = ("where", "over_where")
+"""Settings of the form COLUMN=VALUE; in a TOML file they may be tables."""
+
 
 def _option(text: str, default: Any = MISSING, kind: type = str, many: bool = False, least: int | None = None) -> Any:
     """A setting: its help, default and kind; `many` takes a list."""
@@ -33,20 +36,21 @@ class SweepSettings:
     )
     path: tuple[str, ...] = _option("main, conv, erase or both.", defaults.PATHS, many=True)
     measure: str | None = _option("Two more columns: log_odds, log_prob, logit or prob.", None)
-    ablation: tuple[str, ...] = _option(
-        "What stands in the sources' place: zero, mean or resample.", (defaults.ABLATION,), many=True
-    )
+    ablation: tuple[str, ...] = _option("Put in: zero, mean, resample.", (defaults.ABLATION,), many=True)
+    keys: bool = _option("Put in keys of attention with the values.", False, bool)
+    over: str | None = _option("Facts to average over, if others.", None)
+    over_where: tuple[str, ...] = _option("Keep of --over facts with this value.", (), many=True)
     mixers: str | None = _option("Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).", None)
     all_facts: bool = _option("Also facts the model answers wrong.", False, bool)
     common: bool = _option("Only facts that all of several models know.", False, bool)
-    subject_tokens: int | None = _option("Only subjects of at most so many tokens.", None, int, least=1)
+    subject_tokens: int | None = _option("Subjects of at most so many tokens.", None, int, least=1)
     where: tuple[str, ...] = _option("Keep facts with this value, e.g. wording=far.", (), many=True)
     limit: int | None = _option("At most this many facts, drawn at random with seed 0.", None, int, least=1)
     batch_size: int | None = _option("Prompts a batch at most.", None, int, least=1)
     block_size: int = _option("Facts a block: what a killed run computes again at most.", defaults.BLOCK, int, least=1)
     memory: str | None = _option("What to use beside the model, e.g. 4GB; by default half of what is free.", None)
     dtype: str = _option("float32, bfloat16, float16, float64 or auto.", defaults.DTYPE)
-    tokenizer: str | None = _option("Where to take the tokenizer from, if not from the model.", None)
+    tokenizer: str | None = _option("Where the tokenizer is, if elsewhere.", None)
 
     def __post_init__(self) -> None:
         if self.common and self.all_facts:
@@ -58,6 +62,13 @@ class SweepSettings:
             twice = next((value for value in values if values.count(value) > 1), None)
             if twice is not None:
                 raise MambalensError(f"{name} has {twice!r} twice.")
+        if self.keys and defaults.ABLATION in self.ablation:
+            raise MambalensError(
+                f"keys puts in keys of attention with values, but ablation has {defaults.ABLATION!r}, which puts in "
+                "nothing: leave one of them out."
+            )
+        if self.over is not None and "mean" not in self.ablation:
+            raise MambalensError("over names facts that means are taken over: give ablation mean too, or leave it out.")
 
     @classmethod
     def read(cls, file: str | Path | None, given: Mapping[str, Any]) -> SweepSettings:
@@ -95,9 +106,9 @@ def _toml(path: Path) -> dict[str, Any]:
 
 
 def _of_kind(value: Any, setting: Field[Any], place: str) -> Any:
-    """A value as the setting has it; `where` may be a table of columns and values."""
+    """A value as the setting has it; `CONDITIONS` may be tables of columns and values."""
     kind, many = setting.metadata["kind"], setting.metadata["many"]
-    if setting.name == "where" and isinstance(value, Mapping):
+    if setting.name in CONDITIONS and isinstance(value, Mapping):
         value = [f"{key}={one}" for key, ones in value.items() for one in (ones if isinstance(ones, list) else [ones])]
     if many:
         listed = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]

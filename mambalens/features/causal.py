@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Float
 from scipy import stats
 
+from mambalens.defaults import ABLATION
 from mambalens.facts.prompts import Skip, none_usable, read_facts
 from mambalens.facts.roles import check_role
 from mambalens.facts.sequence import Facts
@@ -18,6 +19,8 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.knockout import Path, Paths
 from mambalens.model import LoadedModel
 from mambalens.runs.intervals import LEVEL, RESAMPLES
+from mambalens.sweep.ablation import Asked as Ablating
+from mambalens.sweep.ablation import ablation_of
 from mambalens.sweep.answers import Answerer, Asked
 from mambalens.sweep.prediction import change, target_probability
 from mambalens.system.memory import budget
@@ -33,7 +36,7 @@ class CausalData:
     Attributes:
         table: one row a block: model, layer, kind, block, features (their numbers), n_features, decay_norm and what
             `Lens.features` measures (means over the block), drop_pct (mean over facts of 100 (base_prob - prob) /
-            base_prob), low and high (95 % bootstrap interval over facts).
+            base_prob), low and high (95 % bootstrap interval over facts), ablation (what stood in their place).
         drops: drop_pct of every fact and block.
         skipped: facts that could not be used, with the reason.
         source, target: roles.
@@ -121,6 +124,7 @@ def causal_features(
     batch_size: int | None,
     memory: int | str | None,
     progress: bool,
+    put_in: Ablating,
 ) -> CausalData:
     """See `Lens.causal_features`."""
     import pandas as pd
@@ -130,7 +134,10 @@ def causal_features(
         raise MambalensError("'each' is for heatmaps: name one role as the source and one as the target.")
     if block < 1:
         raise MambalensError(f"block={block}: give 1 or more features to knock out together.")
-    lens.hooks.resolve(layers, "all", path)  # a path that these layers do not have is refused before any long work
+    # A path that these layers do not have is refused before any long work, and keys where there are none.
+    put_in.check([lens.hooks.resolve(layers, "all", path)])
+    if put_in.name != ABLATION:
+        Paths.named(path).replaceable(path)
     having = [mixer for mixer in lens.hooks.mixers_of(layers) if Paths.named(path) & mixer.paths]
     chosen = {(mixer.layer, mixer.kind) for mixer in having}
     room = budget(memory, lens.device)
@@ -145,9 +152,13 @@ def causal_features(
             skipped.append(Skip(str(prompt.fact.id), "", f"the role {empty!r} is empty"))
     if not usable:
         raise none_usable(facts, skipped)
+    ablation, without = ablation_of(lens, put_in, facts, usable)
+    skipped += without
+    left_out = {skip.fact_id for skip in without}
+    usable = [prompt for prompt in usable if str(prompt.fact.id) not in left_out]
     measured = feature_table(lens, Facts([prompt.fact for prompt in usable]), batch_size, progress)
     table = _blocks(measured[[key in chosen for key in zip(measured.layer, measured.kind, strict=True)]], block)
-    answerer = Answerer(lens, room)
+    answerer = Answerer(lens, room, ablation=ablation)
     asked = [
         Asked(lens.hooks.resolve([layer], list(features), path, kind), 0)
         for layer, kind, features in zip(table.layer, table.kind, table.features, strict=True)
@@ -169,6 +180,7 @@ def causal_features(
     result = CausalData(table, drops, pd.DataFrame(skipped, columns=list(Skip._fields)), source, target)
     table["drop_pct"] = drops.mean(0)
     table["low"], table["high"] = _interval(result._resampled_means(0)) if len(usable) > 1 else (np.nan, np.nan)
+    table["ablation"] = put_in.label
     return result
 
 

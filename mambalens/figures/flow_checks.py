@@ -10,7 +10,7 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from mambalens.figures.style import PATH_STYLES, PATHS, main_path
+from mambalens.figures.style import PATH_STYLES, PATHS, main_path, put_in
 from mambalens.flow.agreement import agreement
 from mambalens.hooks.errors import MambalensError, choose
 
@@ -145,7 +145,8 @@ def certificate(flow: FlowData, title: str | None = None) -> Figure:
         axis.set_xlabel("Attributed", fontsize=9)
     axes.flat[0].set_ylabel("Exact, by a cut", fontsize=9)
     unit = flow.measure
-    figure.suptitle(title or f"Change by cutting one edge: {unit[0].lower()}{unit[1:]}", fontsize=10.5)
+    heading = f"Change by cutting one edge: {unit[0].lower()}{unit[1:]}{put_in(flow.ablation)}"
+    figure.suptitle(title or heading, fontsize=10.5)
     figure.legend(handles.values(), handles.keys(), loc="outside right center", frameon=False, fontsize=9, title="path",
                   title_fontsize=9, alignment="left", markerscale=1.5)  # fmt: skip
     plt.close(figure)

@@ -16,7 +16,7 @@ from matplotlib.markers import MarkerStyle
 from matplotlib.transforms import Affine2D
 
 from mambalens.figures.one import of_one
-from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed, visible
+from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, put_in, signed, visible
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def graph(
         beside = list(PATH_STYLES).index(edge.path) - 1 if together[index] > 1 else 0
         _edge(axis, edge, scale, reach, beside, index in marked, 3 + rank / max(len(order), 1))
     _axes(axis, prompt, labels, slanted)
-    said = _said(prompt, shown, title, flow.measure)
+    said = _said(prompt, shown, title, flow.measure, flow.ablation)
     for number, (lines, place, large) in enumerate(zip(said, (0.12, 0.36, 0.58), (11, 9, 9), strict=True)):
         text = textwrap.shorten(lines, int((size[0] - 0.4) * (13.2 if number == 0 else 16)), placeholder=" …")
         figure.text(0.2 / size[0], 1 - place / size[1], plain(text), fontsize=large, va="top",
@@ -257,7 +257,7 @@ def _axes(axis: Any, prompt: _Prompt, labels: list[str], slanted: bool) -> None:
     )  # fmt: skip
 
 
-def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str) -> tuple[str, str, str]:
+def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str, ablation: str) -> tuple[str, str, str]:
     """Heading, what is known without a cut, and what is shown and left out."""
     base, edges = prompt.base, prompt.edges
     text = "".join(prompt.tokens).strip()
@@ -271,7 +271,7 @@ def _said(prompt: _Prompt, shown: pd.DataFrame, title: str | None, measure: str)
         title or f"{prompt.model}: {text}",
         f"Without a cut P({prompt.target!r}) = {base.prob:.3g}; {words}: {signed(base.measure)}",
         f"{len(shown):,} of {len(edges):,} edges, {share:.0f} % of the absolute effect{rest}; "
-        f"{exact:,} of the {len(shown):,} are exact",
+        f"{exact:,} of the {len(shown):,} are exact{put_in(ablation)}",
     )
 
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
 from mambalens.figures.one import of_one
-from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, signed
+from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, put_in, signed
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.intervals import mean_intervals
 
@@ -145,7 +145,7 @@ def flow_by_piece(
     )  # fmt: skip
     figure.suptitle(
         plain(title or f"{name}: what cutting the edges between pieces of the prompt changes, means over facts")
-        + f"\n{said}; in parentheses how many of {found.facts} facts have both\n"
+        + f"\n{said}{put_in(flow.ablation)}; in parentheses how many of {found.facts} facts have both\n"
         "at the right the sum of all layers and paths with its 95 % interval",
         fontsize=9.5,
     )

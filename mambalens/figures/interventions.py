@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 SITE_NAMES = {
     "residual": "residual stream before the layer",
+    "value": "values that positions hand on",
     "mixer": "token mixers' output",
     "mlp": "MLPs' output",
     "state": "state after the position",
@@ -67,6 +68,7 @@ def cells(
     if fact_id is None and len(facts) == 1 and (table.position != ROLE).all():
         fact_id = str(facts[0])
     first = table.iloc[0]
+    depth = data.n_layers[str(first.model)]
     centre = 0.0 if name in CHANGES else float(table[_before(table, name)].mean())
     if fact_id is None:
         summary = data.where(model=first.model, site=first.site).summary(name)
@@ -74,7 +76,8 @@ def cells(
         counts = summary.groupby("piece", sort=False).n.max()
         labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]
         bold: list[int] = []
-        framed = _largest(summary, grid) if name in CHANGES else []
+        inside = summary[summary.window_start < depth]
+        framed = _largest(inside, grid) if name in CHANGES else []
         about = f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"
         about += "; framed, and at the right with its 95 % interval: the largest of each" if framed else ""
     else:
@@ -109,7 +112,8 @@ def cells(
         lambda at, _: f"{starts[int(at)]}" if at == int(at) and 0 <= at < len(starts) else ""
     )
     size = int(first.window_size)
-    axis.set_xlabel("Layer" if size == 1 else f"First layer of the window ({size} layers)")
+    behind = f" ({depth}: behind the last)" if depth in starts else ""
+    axis.set_xlabel(f"Layer{behind}" if size == 1 else f"First layer of the window ({size} layers)")
     said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
     said += f" restored, {_corrupted(str(first.corruption))}" if "corruption" in data.apart else " patched"
     heading = plain(title or said)

@@ -30,7 +30,12 @@ _SPARE = ("#7F3C8D", "#11A579", "#3969AC", "#F2B701", "#E73F74", "#80BA5A")
 PATH_STYLES = {"main": ("#0072B2", "o"), "conv": ("#D55E00", "s"), "erase": ("#009E73", "^")}
 """Colour and marker of an edge's path."""
 PATHS = {"conv": "convolution", "erase": "erasing", "both": "all paths"}
-INSTEAD = {"mean": "means put in (mean ablation)", "resample": "another prompt's values put in (resample ablation)"}
+INSTEAD = {
+    "mean": "means put in (mean ablation)",
+    "resample": "another prompt's values put in (resample ablation)",
+    "mean+keys": "means put in, of keys too (mean ablation)",
+    "resample+keys": "another prompt's keys and values put in (resample ablation)",
+}
 """What stands in a source's place, where it is not nothing."""
 WITHOUT_MAIN = {"shortconv"}
 """Kinds of mixers that have no main path."""
@@ -39,6 +44,11 @@ WITHOUT_MAIN = {"shortconv"}
 def style(role: str, index: int = 0) -> tuple[str, str]:
     """Colour and marker of a role or group of features; another label gets a spare one by its index."""
     return STYLES.get(role, (_SPARE[index % len(_SPARE)], "osD^vP"[index % 6]))
+
+
+def put_in(ablation: str) -> str:
+    """What stands in the place of what is cut, behind other words; '' where that is nothing."""
+    return f", {INSTEAD[ablation]}" if ablation in INSTEAD else ""
 
 
 def main_path(result: SweepData | FlowData) -> str:

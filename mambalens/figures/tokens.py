@@ -12,7 +12,7 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mambalens.figures.style import INSTEAD, PATHS, main_path, visible
+from mambalens.figures.style import PATHS, main_path, put_in, visible
 from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
@@ -51,9 +51,8 @@ def heatmap(
     for position in subject:
         axis.get_yticklabels()[position].set_fontweight("bold")
     path = PATHS.get(first.path, main_path(result))
-    put_in = f", {INSTEAD[first.ablation]}" if first.ablation in INSTEAD else ""
     axis.set_title(
-        f"{first.model}: token → {first.target}, {path}{put_in}\n"
+        f"{first.model}: token → {first.target}, {path}{put_in(first.ablation)}\n"
         f"P({str(fact.target).strip()!r}) = {first.base_prob:.3g} without a knockout",
         fontsize=10,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -10,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 import pandas as pd
 
-from mambalens.defaults import MEASURE
+from mambalens.defaults import ABLATION, MEASURE
 from mambalens.flow.table import BASE, EDGE, with_categories
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.config import RunConfig
@@ -82,6 +83,15 @@ class FlowData:
     def unit(self) -> str:
         """The unit of the effects: 'nats', or ''."""
         return "nats" if "nats" in self.measure else ""
+
+    @property
+    def ablation(self) -> str:
+        """What stands in the place of the edges that were cut exactly, as tables call it: 'zero', 'mean+keys', ...
+
+        Raises:
+            MambalensError: if exact numbers of several ablations are in it.
+        """
+        return one_ablation([self])
 
     @property
     def effect(self) -> pd.Series:
@@ -170,11 +180,12 @@ class FlowData:
         """Several flows as one, for comparing models.
 
         Raises:
-            MambalensError: if there is none, if two have the same edges, whose effects would be added up twice, or if
-                different facts have the same id.
+            MambalensError: if there is none, if two have the same edges, whose effects would be added up twice, if
+                different facts have the same id, or if their edges were cut with different ablations.
         """
         if not flows:
             raise MambalensError("There is no flow to put together.")
+        ablation = one_ablation(flows)
 
         def together(name: str, keys: list[str]) -> pd.DataFrame:
             parts = pd.concat([getattr(flow, name) for flow in flows], ignore_index=True)
@@ -189,7 +200,7 @@ class FlowData:
                 f"Several of the flows have the same edges (fact {first.fact_id!r}, model {first.model!r}, features "
                 f"{first.features!r}): put together flows of different facts, models or features."
             )
-        configs = [config for flow in flows for config in flow.configs]
+        configs = [replace(config, ablation=ablation) for flow in flows for config in flow.configs]
         skipped, prompts = together("skipped", ["fact_id", "reason"]), together("prompts", ["model", "fact_id"])
         unfinished, checks = sum(flow.unfinished for flow in flows), below_each_other([flow.checks for flow in flows])
         return cls(table, skipped, facts, prompts, configs, unfinished, checks)
@@ -200,3 +211,19 @@ class FlowData:
         configs = [config for config in self.configs if config.model in left]
         checks = self.checks[self.checks.model.isin(left)].reset_index(drop=True)
         return type(self)(table, self.skipped, self.facts, self.prompts, configs, self.unfinished, checks)
+
+
+def one_ablation(flows: Sequence[FlowData]) -> str:
+    """The ablation of which the exact numbers of some flows are; 'zero' where they have none.
+
+    Raises:
+        MambalensError: if there are several, whose numbers would stand in one column.
+    """
+    cut = [flow for flow in flows if flow.table.exact.notna().any()]
+    names = list(dict.fromkeys(config.ablation for flow in cut for config in flow.configs))
+    if len(names) > 1:
+        raise MambalensError(
+            f"Edges were cut with different ablations ({', '.join(names)}), whose exact effects are not put together: "
+            "certify them all alike."
+        )
+    return names[0] if names else ABLATION

@@ -34,7 +34,7 @@ KEEP = 0.9
 
 
 ROUTES = ("model", "fact_id", "rank", "relays", "relay_tokens", "pieces", "carried_pct", "hop_pct", "joint_pct", "ways",
-          "edges")  # fmt: skip
+          "edges", "ablation")  # fmt: skip
 """Columns of a table of routes."""
 
 
@@ -185,7 +185,7 @@ def carriers(loss: Losses, hop: Hop, rows: pd.DataFrame) -> list[Edge]:
 
 
 def table_of(
-    prompt: Prompt, model: str, routes: Sequence[Route], named: Sequence[Sequence[Sequence[Edge]]]
+    prompt: Prompt, model: str, routes: Sequence[Route], named: Sequence[Sequence[Sequence[Edge]]], ablation: str
 ) -> pd.DataFrame:
     """One prompt's routes as rows, see `Flow.routes`."""
     import pandas as pd
@@ -202,6 +202,7 @@ def table_of(
             "carried_pct": 100 * route.carried, "hop_pct": [100 * cost for cost in route.costs],
             "joint_pct": 100 * route.joint, "ways": [ways(of_hop) for of_hop in edges],
             "edges": [[(e.mixer.layer, e.path.names[0], e.source, e.target) for e in of_hop] for of_hop in edges],
+            "ablation": ablation,
         })  # fmt: skip
     return pd.DataFrame(rows, columns=list(ROUTES))
 
@@ -259,17 +260,20 @@ def losses_by_piece(
     return [None if hops is None else loss.route(hops) for hops in found]
 
 
-def by_pieces(model: str, chains: Sequence[str], routes: Sequence[Sequence[Route | None]]) -> pd.DataFrame:
+def by_pieces(
+    model: str, chains: Sequence[str], routes: Sequence[Sequence[Route | None]], ablation: str
+) -> pd.DataFrame:
     """What chains of pieces carry over many facts, the strongest first; see `_plainest_first`.
 
     Args:
         model: what tables call it.
         chains: as `pieces_asked` names them.
         routes: of every fact, from `losses_by_piece`.
+        ablation: what tables call what stood in the place of the edges.
 
     Returns:
         model, pieces, facts (those that have the pieces), carried_pct, low, high (mean and 95 % bootstrap interval over
-        these), joint_pct, joint_low, joint_high (all hops cut together).
+        these), joint_pct, joint_low, joint_high (all hops cut together), ablation.
     """
     import pandas as pd
 
@@ -280,8 +284,9 @@ def by_pieces(model: str, chains: Sequence[str], routes: Sequence[Sequence[Route
             carried = np.array([100 * route.carried for route in there])
             joint = np.array([100 * route.joint for route in there])
             of_carried, of_joint = mean_intervals([carried, joint], "bootstrap")
-            rows.append((model, chain, len(there), *of_carried, *of_joint))
-    names = ["model", "pieces", "facts", "carried_pct", "low", "high", "joint_pct", "joint_low", "joint_high"]
+            rows.append((model, chain, len(there), *of_carried, *of_joint, ablation))
+    names = ["model", "pieces", "facts", "carried_pct", "low", "high", "joint_pct", "joint_low", "joint_high",
+             "ablation"]  # fmt: skip
     return pd.DataFrame(_plainest_first(rows), columns=names)
 
 

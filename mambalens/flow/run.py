@@ -62,6 +62,8 @@ def run(
             skipped = with_unusable(found.skipped, [config])
             return FlowData(found.table, skipped, facts.table, prompts, [config], checks=found.checks)
         defined = _definition(lens, facts, flowing, config) | {"block_size": block_size}
+        if work.ablation is not None:
+            defined |= work.ablation.identity
         about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
         fill(RunFolder(out, defined, about, facts.table, prompts, FLOW), work, blocks)
     return FlowData.load(out)
@@ -72,6 +74,7 @@ def _configuration(lens: LoadedModel, facts: Facts, flowing: Flowing) -> RunConf
         model=lens.name, n_layers=lens.n_layers, kinds=tuple(lens.hooks.kinds), facts=facts.name, n_facts=len(facts),
         answered=facts.answered, target=TARGET, features=(flowing.features_name,), paths=flowing.paths,
         dtype=str(lens.model.dtype).removeprefix("torch."), measure=flowing.measure_name, points=flowing.points,
+        ablation=flowing.ablation.label,
     )  # fmt: skip
 
 

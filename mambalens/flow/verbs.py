@@ -105,6 +105,7 @@ class FlowVerbs(FlowData):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> Self:
         """Cut the strongest edges of every fact, and a random sample of all, each alone, exactly, by replay.
 
@@ -113,8 +114,8 @@ class FlowVerbs(FlowData):
             sample: edges of a fact that are drawn among all, for what is not among the strongest.
             seed: of the sample.
             progress: show a progress bar.
-            ablation, other, over: what stands in the sources' place, as in `Lens.sweep`. What sources erase is cut to
-                nothing all the same. Attributions stay those of edges that are cut to nothing.
+            ablation, other, over, keys: what stands in the sources' place, as in `Lens.sweep`. What sources erase is
+                cut to nothing all the same. Attributions stay those of edges that are cut to nothing.
 
         Returns:
             The same flow with exact numbers where edges were cut, all of one ablation: those of another are left out.
@@ -124,11 +125,11 @@ class FlowVerbs(FlowData):
         from mambalens.runs.folder import below_each_other
         from mambalens.sweep.ablation import Asked
 
-        asked = Asked.of(ablation, over, other)
+        asked = Asked.of(ablation, over, other, keys)
         flow = self
         if ablation != defaults.ABLATION or self.configs[0].ablation != ablation:
             flow = self._with(uncertified(self.table))
-            flow.configs = [replace(self.configs[0], ablation=ablation)]
+            flow.configs = [replace(self.configs[0], ablation=asked.label)]
         counts = self.table.groupby("fact_id", sort=False).size()
         with tqdm(
             desc="certify", unit="edge", total=int(counts.clip(upper=top + sample).sum()), disable=not progress
@@ -176,37 +177,57 @@ class FlowVerbs(FlowData):
         with tqdm(desc="edge features", unit="prompt", total=len(work.prompts), disable=not progress) as bar:
             return edge_features(work, self.strongest(count), k, bar)
 
-    def routes(self, source: str = "subject", k: int = 5, progress: bool = True) -> pd.DataFrame:
+    def routes(
+        self,
+        source: str = "subject",
+        k: int = 5,
+        progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
+    ) -> pd.DataFrame:
         """The strongest chains of positions from a role to the last token, every one scored by exact cuts.
 
         Args:
             source: role at which routes begin (see `roles.ROLES`).
             k: routes of a fact.
             progress: show a progress bar.
+            ablation, other, over, keys: what stands in the place of the edges that are cut, as in `certify`.
 
         Returns:
             One row per fact and route: model, fact_id, rank, relays (positions between source and last token, those
             that relay side by side in one list), relay_tokens, pieces (what the relays are), carried_pct (share of the
             answer's probability that only this chain carries, see `flow.routes.Route.carried`), hop_pct (what cutting
             each hop alone loses), joint_pct (all hops together), ways (path and layers of the edges that have most of
-            each hop), edges (those edges: layer, path, source, target). Facts in which the role is empty have none.
+            each hop), edges (those edges: layer, path, source, target), ablation. Facts in which the role is empty have
+            none.
         """
         import pandas as pd
 
         from mambalens.flow.routes import Losses, carriers, routes_of, table_of
+        from mambalens.sweep.ablation import Asked
 
+        asked = Asked.of(ablation, over, other, keys)
         tables = []
-        for work, prompt, batch, start in self._starts(source, "routes", progress):
+        for work, prompt, batch, start in self._starts(source, "routes", progress, asked):
             rows = self.table[self.table.fact_id == str(prompt.fact.id)]
             prob = float(rows.base_prob.iloc[0])
             found = routes_of(work, prompt, batch, start, k, prob)
             loss = Losses(work, batch, work.edges(len(prompt.ids)), prob)
             named = [[carriers(loss, hop, rows) for hop in route.hops] for route in found]
-            tables.append(table_of(prompt, work.lens.name, found, named))
+            tables.append(table_of(prompt, work.lens.name, found, named, asked.label))
         return pd.concat(tables, ignore_index=True)
 
     def routes_by_piece(
-        self, source: str = "subject", routes: pd.DataFrame | None = None, progress: bool = True
+        self,
+        source: str = "subject",
+        routes: pd.DataFrame | None = None,
+        progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
     ) -> pd.DataFrame:
         """What routes carry over all facts, told by pieces of the prompt; see `flow.routes.by_pieces`.
 
@@ -215,20 +236,32 @@ class FlowVerbs(FlowData):
 
         Args:
             source: role at which routes begin.
-            routes: from `routes` of the same source; without, they are looked for.
+            routes: from `routes` of the same source and ablation; without, they are looked for.
             progress: show a progress bar.
+            ablation, other, over, keys: what stands in the place of the edges that are cut, as in `certify`.
+
+        Raises:
+            MambalensError: if the routes are of another ablation.
         """
         from mambalens.flow.routes import by_pieces, losses_by_piece, pieces_asked
+        from mambalens.sweep.ablation import Asked
 
-        routes = self.routes(source, progress=progress) if routes is None else routes
+        asked = Asked.of(ablation, over, other, keys)
+        if routes is None:
+            routes = self.routes(source, 5, progress, ablation, other, over, keys)
+        others = sorted(set(routes.get("ablation", [])) - {asked.label})
+        if others:
+            raise MambalensError(f"The routes are of ablation {others[0]!r}, and not of {asked.label!r}: give its own.")
         chains = pieces_asked(routes)
         found = []
-        for work, prompt, batch, start in self._starts(source, "routes by piece", progress):
+        for work, prompt, batch, start in self._starts(source, "routes by piece", progress, asked):
             prob = float(self.base.prob[self.base.fact_id == str(prompt.fact.id)].iloc[0])
             found.append(losses_by_piece(work, prompt, batch, start, chains, prob))
-        return by_pieces(self.models[0], chains, found)
+        return by_pieces(self.models[0], chains, found, asked.label)
 
-    def _starts(self, source: str, doing: str, progress: bool) -> Iterator[tuple[FlowWork, Prompt, Batch, list[int]]]:
+    def _starts(
+        self, source: str, doing: str, progress: bool, ablation: Asked
+    ) -> Iterator[tuple[FlowWork, Prompt, Batch, list[int]]]:
         """Every prompt that has a role before its last token, with the role's positions.
 
         Raises:
@@ -237,7 +270,7 @@ class FlowVerbs(FlowData):
         from mambalens.flow.work import batches_of_one
 
         check_role(source)
-        work, some = self._work(), False
+        work, some = self._work(ablation=ablation), False
         prompts = list(work.prompts.values())
         for prompt, batch in tqdm(batches_of_one(work.lens, prompts), doing, len(prompts), disable=not progress):
             last = len(prompt.ids) - 1
@@ -255,6 +288,7 @@ class FlowVerbs(FlowData):
         ablation: str = defaults.ABLATION,
         other: Pairs | Fact | None = None,
         over: FactLike | None = None,
+        keys: bool = False,
     ) -> pd.DataFrame:
         """A few edges of every fact that keep a share of the answer with all other edges cut, found greedily.
 
@@ -263,7 +297,7 @@ class FlowVerbs(FlowData):
         Args:
             keep: share of the answer's probability.
             progress: show a progress bar.
-            ablation, other, over: what stands in the place of the edges that are cut, as in `certify`.
+            ablation, other, over, keys: what stands in the place of the edges that are cut, as in `certify`.
 
         Returns:
             One row per fact and edge of its circuit: model, fact_id, layer, mixer, path, source, target, their pieces,
@@ -280,7 +314,8 @@ class FlowVerbs(FlowData):
 
         if not 0 < keep <= 1:
             raise MambalensError(f"keep={keep}: give a share of the answer, more than 0 and at most 1.")
-        work = self._work(ablation=Asked.of(ablation, over, other))
+        asked = Asked.of(ablation, over, other, keys)
+        work = self._work(ablation=asked)
         of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
         tables = []
         columns = ["model", "fact_id", *EDGE, "source_piece", "target_piece", "effect"]
@@ -291,7 +326,7 @@ class FlowVerbs(FlowData):
             found = circuit_of(ablated, rows.effect.to_numpy(float), keep)
             about: dict[str, Any] = {
                 "cost": found.costs, "kept": found.kept, "edges": len(found.edges), "of": len(rows),
-                "ablation": ablation,
+                "ablation": asked.label,
             }  # fmt: skip
             tables.append(rows.iloc[found.edges][columns].assign(**about))
         return pd.concat(tables, ignore_index=True)
@@ -308,25 +343,36 @@ class FlowVerbs(FlowData):
 
         return stability(self, circuits, splits, seed)
 
-    def faithfulness(self, seed: int = 0, progress: bool = True) -> pd.DataFrame:
+    def faithfulness(
+        self,
+        seed: int = 0,
+        progress: bool = True,
+        ablation: str = defaults.ABLATION,
+        other: Pairs | Fact | None = None,
+        over: FactLike | None = None,
+        keys: bool = False,
+    ) -> pd.DataFrame:
         """What circuits of growing size keep of the answer: by effect, by attention alone, and at random.
 
         Args:
             seed: of the random edges.
             progress: show a progress bar.
+            ablation, other, over, keys: what stands in the place of the edges that are cut, as in `certify`.
 
         Returns:
             model, order ('effect': the edges that help most first; 'attention': the largest entries of effective
             attention first; 'random'), share_edges, edges (mean), facts, kept (mean share of the answer's probability),
-            low, high (95 % bootstrap interval over facts).
+            low, high (95 % bootstrap interval over facts), ablation.
         """
         import pandas as pd
 
         from mambalens.flow.certificate import listed_of
         from mambalens.flow.circuits import SHARES, Ablated, attention_of, faithfulness
         from mambalens.flow.work import batches_of_one
+        from mambalens.sweep.ablation import Asked
 
-        work = self._work()
+        asked = Asked.of(ablation, over, other, keys)
+        work = self._work(ablation=asked)
         of_fact = dict(list(self.table.assign(effect=self.effect).groupby("fact_id", sort=False)))
         found: dict[str, list[Any]] = {}
         counts = []
@@ -353,5 +399,6 @@ class FlowVerbs(FlowData):
                 SHARES, columns, mean_intervals(list(columns), "bootstrap"), strict=True
             ):
                 edges = float(np.mean([round(share * count) for count in counts]))
-                table.append((work.lens.name, order, share, edges, len(values), mean, low, high))
-        return pd.DataFrame(table, columns=["model", "order", "share_edges", "edges", "facts", "kept", "low", "high"])
+                table.append((work.lens.name, order, share, edges, len(values), mean, low, high, asked.label))
+        names = ["model", "order", "share_edges", "edges", "facts", "kept", "low", "high", "ablation"]
+        return pd.DataFrame(table, columns=names)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.defaults import MEASURE, METHODS, POINTS, TOP
+from mambalens.defaults import ABLATION, MEASURE, METHODS, POINTS, TOP
 from mambalens.facts.pieces import PIECES, piece_of
 from mambalens.facts.prompts import Batch, Prompt, Skip, none_usable, read_facts
 from mambalens.facts.sequence import Facts
@@ -22,7 +22,7 @@ from mambalens.flow.exact import Edge, ExactCuts
 from mambalens.flow.table import CHOSEN, CHOSEN_FEATURES, EDGES
 from mambalens.hooks import HookManager, Mixer
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.hooks.knockout import Features, Paths
+from mambalens.hooks.knockout import Cutting, Features, Paths
 from mambalens.measures import Measure, measure_of, name_of
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation, ablation_of
@@ -60,6 +60,8 @@ class Flowing(NamedTuple):
     every: bool = False
     """Cut every edge."""
     seed: int = 0
+    ablation: AskedAblation = AskedAblation()
+    """What stands in the place of edges that are cut."""
 
     @classmethod
     def asked(
@@ -72,11 +74,13 @@ class Flowing(NamedTuple):
         certify: int = 0,
         sample: int = 0,
         seed: int = 0,
+        ablation: AskedAblation = AskedAblation(),  # noqa: B008
     ) -> Flowing:
         """What is asked for, in the words of `Lens.flow`.
 
         Raises:
-            MambalensError: for an unknown measure or method, and numbers that are too small.
+            MambalensError: for an unknown measure or method, numbers that are too small, and an ablation where nothing
+                is cut.
         """
         if method not in METHODS:
             raise MambalensError(f"method={method!r} is not a method: {choose(method, METHODS)}.")
@@ -85,7 +89,20 @@ class Flowing(NamedTuple):
                 raise MambalensError(f"{name}={number}: give {least} or more.")
         measure_of(measure)
         every = method == "exact"
-        return cls(tuple(paths), features, measure, points, top=certify, sample=sample, every=every, seed=seed)
+        if ablation.name != ABLATION and not (certify or sample or every):
+            raise MambalensError(
+                f"ablation={ablation.name!r} is of edges that are cut, and none is: give certify=..., sample=... or "
+                "method='exact', or certify the flow later."
+            )
+        return cls(
+            tuple(paths), features, measure, points, top=certify, sample=sample, every=every, seed=seed,
+            ablation=ablation,
+        )  # fmt: skip
+
+    @property
+    def attributed(self) -> Flowing:
+        """The same without a cut."""
+        return self._replace(top=0, sample=0, every=False, ablation=AskedAblation())
 
     def check(self, hooks: HookManager) -> None:
         """See that a model has what is asked for.
@@ -152,6 +169,8 @@ class FlowWork:
             raise none_usable(facts, self.unusable)
         self.prompts = {prompt.fact.id: prompt for prompt in prompts}
         self.ablation: Ablation | None = None
+        if flowing.ablation.name != ABLATION:
+            self.unusable += self._putting_in(flowing.ablation, facts)
 
     def put_in(self, asked: AskedAblation, facts: Facts) -> None:
         """Cut edges with something in the sources' place from here on.
@@ -162,13 +181,19 @@ class FlowWork:
             asked: what.
             facts: the facts in question.
         """
+        without = self._putting_in(asked, facts)
+        if without:
+            reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in without[:3])
+            warnings.warn(f"{len(without)} facts are left out ({reasons}).", stacklevel=4)
+
+    def _putting_in(self, asked: AskedAblation, facts: Facts) -> list[Skip]:
+        """Put something in from here on; the facts that there is nothing for, which are left out."""
+        asked.check([Cutting({mixer: None}, path) for mixer, path in self.where])
         self.ablation, without = ablation_of(self.lens, asked, facts, list(self.prompts.values()))
         self.exact.ablation = self.ablation
         left_out = {skip.fact_id for skip in without}
         self.prompts = {name: prompt for name, prompt in self.prompts.items() if str(name) not in left_out}
-        if without:
-            reasons = "; ".join(f"{skip.fact_id}: {skip.reason}" for skip in without[:3])
-            warnings.warn(f"{len(without)} facts are left out ({reasons}).", stacklevel=4)
+        return without
 
     def edges(self, time: int) -> Listed:
         """The edges of a prompt of so many positions."""

@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambalens.interventions.embeddings import noisy_embeddings
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.hooked import hooked_scores
-from mambalens.interventions.walk import PatchReplay, Prompts, Score, Scores, Spot
+from mambalens.interventions.walk import PatchReplay, Score, Scores
 from mambalens.model import LoadedModel
 from mambalens.sweep.checks import BREAKS, Check, Checks, held_against
 from mambalens.sweep.replay import can_replay

@@ -176,10 +176,16 @@ class CellData:
         return table.drop(columns="_rank").reset_index(drop=True)
 
     def peak(self, metric: str | None = None) -> pd.DataFrame:
-        """The window with the largest mean, for every model, site and piece: rows of `summary()`."""
+        """The window with the largest mean, for every model, site and piece: rows of `summary()`.
+
+        Behind the last layer the residual stream is the answer itself, so that this place is left out where there are
+        others.
+        """
         table = self.summary(metric)
         keys = [name for name in (*GROUP, *self.apart) if name != "window_start"]
         known = table[table["mean"].notna()]
+        inside = known.window_start < known.model.map(self.n_layers)
+        known = known[inside] if inside.any() else known
         return known.loc[known.groupby(keys, sort=False)["mean"].idxmax()].reset_index(drop=True)
 
     def tokens(self, fact_id: str) -> tuple[list[str], list[int]]:

@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambalens.hooks import HookManager
+from mambalens.hooks import HookManager, Values
 from mambalens.hooks.calls import bound
 from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.knockout import Path, Paths
 from mambalens.hooks.sublayers import sublayers_of
 from mambalens.interventions.embeddings import noisy_embeddings
-from mambalens.interventions.walk import Prompts, Score, Scores, Spot
+from mambalens.interventions.groups import Prompts, Spot
+from mambalens.interventions.walk import Score, Scores, values_of
 
-HOOKED = ("residual", "mixer", "mlp")
+HOOKED = ("residual", "mixer", "mlp", "value")
 """Sites that hooks reach."""
 
 
@@ -39,7 +41,11 @@ def hooked_scores(
     if site not in HOOKED:
         raise MambalensError(f"site={site!r} is patched by replay alone, which cannot be used here: "
                              f"{', '.join(map(repr, HOOKED))} are patched by hooks too.")  # fmt: skip
+    if site == "value" and hooks.cutting:
+        raise MambalensError("site='value' puts in what positions hand on, and so may the knockout that is running: "
+                             "leave its block, or knock out with ablation='resample'.")  # fmt: skip
     prompts = prompts.to(hooks.model.get_input_embeddings().weight.device)
+    values = values_of(hooks, prompts, windows) if site == "value" else None
     base = _logits(hooks, prompts)
     of = torch.arange(len(base), device=base.device)
     scored = score(base, of).double().cpu()
@@ -48,7 +54,7 @@ def hooked_scores(
         for window, layers in enumerate(windows):
             some = [spots[number] for number in together]
             with ExitStack() as stack:
-                for change in _changes(hooks, site, layers, some):
+                for change in _changes(hooks, site, layers, some, prompts, values):
                     stack.enter_context(change)
                 found = score(_logits(hooks, prompts), of).double().cpu()
             patched[together, window] = found[[spot.prompt for spot in some]]
@@ -80,8 +86,17 @@ def _passes(spots: Sequence[Spot]) -> list[list[int]]:
     return passes
 
 
-def _changes(hooks: HookManager, site: str, layers: Sequence[int], spots: Sequence[Spot]) -> list[Any]:
+def _changes(
+    hooks: HookManager,
+    site: str,
+    layers: Sequence[int],
+    spots: Sequence[Spot],
+    prompts: Prompts,
+    values: Values | None,
+) -> list[Any]:
     """Hooks of one pass, as context managers. A prompt that gives is in the same pass, and is itself left alone."""
+    if values is not None:
+        return _reading(hooks, layers, spots, prompts, values)
 
     def put(value: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
         changed = value.clone()
@@ -99,7 +114,35 @@ def _changes(hooks: HookManager, site: str, layers: Sequence[int], spots: Sequen
         name = list(bound(module, args, kwargs))[1]
         return args, kwargs | {name: put(kwargs[name])}
 
-    return [_Handle(hooks.layers[layer].register_forward_pre_hook(before, with_kwargs=True)) for layer in layers]
+    def behind(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        return (put(output[0]), *output[1:]) if isinstance(output, tuple) else put(output)
+
+    inside = [hooks.layers[layer] for layer in layers if layer < hooks.n_layers]
+    changes = [_Handle(layer.register_forward_pre_hook(before, with_kwargs=True)) for layer in inside]
+    if hooks.n_layers in layers:
+        changes.append(_Handle(hooks.layers[-1].register_forward_hook(behind)))
+    return changes
+
+
+def _reading(
+    hooks: HookManager, layers: Sequence[int], spots: Sequence[Spot], prompts: Prompts, values: Values
+) -> list[Any]:
+    """Knockouts of everything that the patched positions hand on, with the other prompts' values in their place."""
+    batch, time = prompts.ids.shape
+    giver, given = torch.arange(batch)[:, None].repeat(1, time), torch.arange(time).repeat(batch, 1)
+    sources = torch.zeros(batch, time, dtype=torch.bool)
+    for spot in spots:
+        at = list(spot.positions)
+        sources[spot.prompt, at] = True
+        giver[spot.prompt, at], given[spot.prompt, at] = spot.other, torch.tensor(spot.others)
+    every, instead = torch.ones_like(sources), values.at(giver, given)
+    # Where the scan or attention carries values, they come by it; else by the convolution, which is all there is.
+    paths: dict[str, Path] = {
+        mixer.kind: "main" if mixer.value_path is Paths.MAIN else "conv" for mixer in hooks.mixers_of(layers)
+    }
+    return [
+        hooks.knockout(sources, every, layers, path=path, mixers=kind, instead=instead) for kind, path in paths.items()
+    ]
 
 
 class _Handle:

@@ -18,17 +18,17 @@ from mambalens.facts.prompts import Batch, Prompt, Skip, read_facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import PatchData
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import PATCH_MEASURED, PATCHES
-from mambalens.interventions.walk import Prompts, Spot
+from mambalens.interventions.walk import prompts_fitting
 from mambalens.measures import Measure, log_odds, measure_of, name_of
 from mambalens.model import LoadedModel
 from mambalens.runs.folder import Part
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.identity import model_and_facts
-from mambalens.sweep.replay import prompts_at_once
 from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
 
@@ -74,14 +74,18 @@ def patch(
 
     Equation: Patching
         h~_p^l = h'_{p'}^l                      the other prompt's activation in the place of a prompt's own
+        y~_t = y_t - sum_{p in P} alpha[t, p] (v_p - v'_{p'})    for every t, at the site 'value'
         moved = (D - D~) / (D - D')             D = z_target - z_other
 
         Source: Zhang & Nanda 2024, arXiv:2309.16042, for the setting and the logit difference
         Source: Meng et al. 2022, arXiv:2202.05262, section 2, for the restored activation
+        Source: this package, for values, which are those of an ablation
 
         h^l is a site of layer l (see `sites.SITES`), p a position of the prompt and p' the one of the other prompt that
-        stands for it. z are logits behind the last token; D is the prompt's logit difference, D~ that under the patch,
-        D' the other prompt's. With the residual stream of every position before layer 0 put in, moved is 1.
+        stands for it; v are values, P the patched positions, alpha the prompt's own effective attention. z are logits
+        behind the last token; D is the prompt's logit difference, D~ that under the patch, D' the other prompt's. With
+        the residual stream of every position before layer 0 put in, or that of the last one behind the last layer,
+        moved is 1.
 
     Args:
         lens: the model.
@@ -158,7 +162,7 @@ class PatchWork:
         skipped = [self.unusable[pair] for pair in pairs if pair in self.unusable] + list(pairs.left_out)
         usable = list(dict.fromkeys(pair for pair in pairs if pair in self.read))
         number = {id(self.read[pair][0]): at for at, pair in enumerate(usable)}
-        most = functools.partial(_pairs_at_once, self.lens, self.memory)
+        most = functools.partial(_pairs_at_once, self.lens, self.patching.site, self.memory)
         for batch in self.lens.batches([self.read[pair][0] for pair in usable], self.halving.batch_size, most):
             pair_of = functools.partial(self._batch, number, usable)
             rows, empty = self.halving.run(pair_of, batch)
@@ -265,6 +269,6 @@ def _columns(base: Sequence[float], now: Sequence[float], theirs: Sequence[float
     return (base[0], base[1], base[3], base[4], before, now[0], now[1], now[3], now[4], after, moved, *measured)
 
 
-def _pairs_at_once(lens: LoadedModel, memory: int, time: int) -> int:
+def _pairs_at_once(lens: LoadedModel, site: str, memory: int, time: int) -> int:
     """How many pairs of so many positions a base pass may take."""
-    return max(1, prompts_at_once(lens.hooks, time, 1, memory) // 2)
+    return max(1, prompts_fitting(lens.hooks, site, time, memory) // 2)

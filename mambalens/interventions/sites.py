@@ -9,9 +9,11 @@ from mambalens.hooks.errors import MambalensError, choose
 from mambalens.hooks.sublayers import sublayers_of
 
 SITES: dict[str, str] = {
-    "residual": "the residual stream at the position, before the layer",
+    "residual": "the residual stream at the position, before the layer; numbered as one more layer, behind the last",
     "mixer": "what the layer's token mixers give at the position",
     "mlp": "what the layer's MLP (or experts) gives at the position",
+    "value": "what the layer's token mixers read of the position: the values v of attention and delta rules, the input "
+    "x of a scan, that of a short convolution; keys, queries, decays, gates and skips stay",
     "state": "what later positions have of the position and those left of it: the recurrent state after it and the "
     "last inputs of the convolution, or the keys and values up to it",
 }
@@ -29,26 +31,31 @@ def check_site(site: str, sites: Sequence[str] = tuple(SITES)) -> str:
     return site
 
 
-def windows_of(window: int | Sequence[Sequence[int]], n_layers: int) -> list[list[int]]:
+def windows_of(window: int | Sequence[Sequence[int]], n_layers: int, behind: bool = False) -> list[list[int]]:
     """The layers of every window.
 
     Args:
         window: a size (every run of that many layers), or lists of layers.
         n_layers: of the model.
+        behind: whether the place behind the last layer, with the number that a next layer would have, is one too. It is
+            a window of its own, and may stand in a list; runs of several layers end at the last.
 
     Raises:
         MambalensError: for a window longer than the model, an empty one, or a layer that there is not.
     """
+    places = n_layers + behind
     if isinstance(window, int):
         if not 1 <= window <= n_layers:
             raise MambalensError(f"window={window}, but the model has {n_layers} layers: give 1 to {n_layers}.")
-        return [list(range(start, start + window)) for start in range(n_layers - window + 1)]
+        runs = [list(range(start, start + window)) for start in range(n_layers - window + 1)]
+        return [*runs, [n_layers]] if behind and window == 1 else runs
     windows = [sorted({int(layer) for layer in layers}) for layers in window]
     if not windows or not all(windows):
         raise MambalensError("window is a list with an empty window in it, or none at all.")
-    wrong = next((layer for layers in windows for layer in layers if not 0 <= layer < n_layers), None)
+    wrong = next((layer for layers in windows for layer in layers if not 0 <= layer < places), None)
     if wrong is not None:
-        raise MambalensError(f"window has the layer {wrong}, but the model has the layers 0 to {n_layers - 1}.")
+        last = f" ({n_layers}: the residual stream behind the last)" if behind else ""
+        raise MambalensError(f"window has the layer {wrong}, but the model has the layers 0 to {n_layers - 1}{last}.")
     if len({(layers[0], len(layers)) for layers in windows}) < len(windows):
         raise MambalensError(
             "Two windows have the same first layer and the same size; the table could not tell them apart."
@@ -57,10 +64,10 @@ def windows_of(window: int | Sequence[Sequence[int]], n_layers: int) -> list[lis
 
 
 def layers_with(site: str, hooks: HookManager) -> set[int]:
-    """The layers of a model that have a site."""
+    """The layers of a model that have a site; of the residual stream, the place behind the last is one more."""
     if site == "residual":
-        return set(range(hooks.n_layers))
-    if site == "state":
+        return set(range(hooks.n_layers + 1))
+    if site in ("state", "value"):
         return {mixer.layer for mixer in hooks.mixers}
     found = sublayers_of(hooks.layers, hooks.mixers)
     return {number for number, of_layer in enumerate(found) if any(sublayer.part == site for sublayer in of_layer)}
@@ -72,7 +79,7 @@ def windows_with(site: str, window: int | Sequence[Sequence[int]], hooks: HookMa
     Raises:
         MambalensError: if no layer has it, or a window that was named has none.
     """
-    windows, having = windows_of(window, hooks.n_layers), layers_with(site, hooks)
+    windows, having = windows_of(window, hooks.n_layers, site == "residual"), layers_with(site, hooks)
     if not having:
         raise MambalensError(f"site={site!r}: no layer of the model has {WHAT[site]}.")
     if not isinstance(window, int):
@@ -83,5 +90,8 @@ def windows_with(site: str, window: int | Sequence[Sequence[int]], hooks: HookMa
     return [layers for layers in windows if having & set(layers)]
 
 
-WHAT = {"residual": "a residual stream", "mixer": "a token mixer", "mlp": "an MLP", "state": "a token mixer"}
+WHAT = {
+    "residual": "a residual stream", "mixer": "a token mixer", "mlp": "an MLP", "value": "a token mixer",
+    "state": "a token mixer",
+}  # fmt: skip
 """What a layer lacks that has no such site."""

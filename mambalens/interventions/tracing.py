@@ -18,23 +18,23 @@ from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.answers import Patcher
 from mambalens.interventions.data import TraceData
+from mambalens.interventions.groups import Prompts, Spot
 from mambalens.interventions.patching import padded
 from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.interventions.sites import check_site, windows_with
 from mambalens.interventions.spots import Place, Where, check_positions, differs, places_of
 from mambalens.interventions.table import TRACE_MEASURED, TRACES
-from mambalens.interventions.walk import Prompts, Spot
+from mambalens.interventions.walk import prompts_fitting
 from mambalens.measures import Measure, log_odds, measure_of, name_of
 from mambalens.model import BATCH_TOKENS, LoadedModel
 from mambalens.runs.folder import Part
 from mambalens.sweep.halving import Halving
 from mambalens.sweep.identity import model_and_facts
-from mambalens.sweep.replay import prompts_at_once
 from mambalens.system.memory import budget
 from mambalens.system.progress import tqdm
 
 SWAP = "swap"
-WIDE = ("mixer", "mlp")
+WIDE = ("mixer", "mlp", "value")
 """Sites that are restored in a window of layers where nothing is said, as Meng et al. do."""
 
 
@@ -219,7 +219,7 @@ class TraceWork:
     def _facts_at_once(self, time: int) -> int:
         """How many facts of so many positions may share a base pass."""
         runs = self.tracing.samples + 1
-        fitting = prompts_at_once(self.lens.hooks, time, 1, self.memory) // runs
+        fitting = prompts_fitting(self.lens.hooks, self.tracing.restore, time, self.memory) // runs
         return max(1, min(fitting, BATCH_TOKENS // (time * runs)))
 
     def _batch(self, batch: Batch) -> tuple[list[Any], list[Any]]:

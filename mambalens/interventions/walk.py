@@ -3,8 +3,8 @@
 A patch puts what another prompt has at some layers and positions in the place of a prompt's own. It changes nothing
 below its first layer and nothing left of its first position. So prompts and those that they are patched from go side by
 side through one base pass, layer by layer, and before layer l a row of the prompt, from its first patched position to
-its end, joins for every patch whose layers begin there. All joined rows go through the layer, resume from what the base
-has just left there, and have the other prompt's activation put in.
+its end, joins for every patch whose layers begin there (`groups`). All joined rows go through the layer, resume from
+what the base has just left there, and have the other prompt's activation put in.
 
 Rows of one length share a call. Where all rows of a heatmap are too many for the memory, some of them at a time get a
 base pass of their own.
@@ -13,7 +13,7 @@ base pass of their own.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -21,45 +21,20 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import HookManager, Mixer
+from mambalens.hooks import HookManager, Mixer, Values
 from mambalens.hooks.behind import beside_of, hidden_of
 from mambalens.hooks.calls import bound
 from mambalens.hooks.resume import Base, Rows
 from mambalens.hooks.sublayers import sublayers_of
+from mambalens.hooks.values import Written
 from mambalens.interventions.embeddings import noisy_embeddings
+from mambalens.interventions.groups import Group, Prompts, Spot, fitting, rows_of
 from mambalens.interventions.sites import layers_with
-from mambalens.sweep.replay import SHARES, bytes_of, head_of
+from mambalens.sweep.replay import SHARES, bytes_of, head_of, prompts_at_once
 from mambalens.system.memory import widest
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Of logits [row, vocabulary] and the prompts [row] that they belong to: some numbers for each [row, numbers]."""
-
-
-class Prompts(NamedTuple):
-    """Right-padded prompts of one base pass: those that are patched, and those that they are patched from."""
-
-    ids: Int[Tensor, "batch time"]
-    last: Int[Tensor, " batch"]
-    """Last position of every prompt."""
-    noise: Float[Tensor, "batch time hidden"] | None = None
-    """What is added to the embeddings."""
-
-    def to(self, device: torch.device) -> Prompts:
-        """The same on a device."""
-        noise = None if self.noise is None else self.noise.to(device)
-        return Prompts(self.ids.to(device), self.last.to(device), noise)
-
-
-class Spot(NamedTuple):
-    """Where a prompt is patched: at several positions at once, or at one."""
-
-    prompt: int
-    """Number of the prompt among those of the pass."""
-    other: int
-    """Number of the prompt that it is patched from."""
-    positions: tuple[int, ...]
-    others: tuple[int, ...]
-    """The position in the other prompt that stands for each."""
 
 
 class Scores(NamedTuple):
@@ -84,8 +59,8 @@ class PatchReplay:
 
     def __init__(self, hooks: HookManager, site: str, windows: Sequence[Sequence[int]], memory: int) -> None:
         self.hooks, self.site, self.memory = hooks, site, memory
-        self.windows = [frozenset(layers) for layers in windows]
-        self.having = layers_with(site, hooks)
+        having = layers_with(site, hooks)
+        self.windows = [set(layers) & having for layers in windows]
         self.nothing_left = len(self.windows)
         """Number of the window without a layer."""
 
@@ -98,53 +73,44 @@ class PatchReplay:
             spots: where to patch, each in every window.
             score: what is made of logits.
         """
-        last = prompts.last.tolist()
+        host = prompts
         prompts = prompts.to(self.hooks.model.get_input_embeddings().weight.device)
-        # Behind the last position nobody reads a state.
-        lengths = [last[s.prompt] - (max(s.positions) if self.site == "state" else min(s.positions) - 1) for s in spots]
-        by_length: dict[int, list[int]] = {}
-        for number, length in enumerate(lengths):
-            by_length.setdefault(length, []).append(number)
-        changing = [length for length in sorted(by_length) if length > 0]
-        checked = changing[len(changing) // 2] if changing else 0
-        groups = [group for length in changing for group in self._fitting(by_length[length], length, length == checked)]
+        alike = rows_of(host, spots, self.windows, self.site, self.hooks.n_layers)
+        values = values_of(self.hooks, prompts, self.windows) if alike and self.site == "value" else None
+        checked = list(alike)[len(alike) // 2] if alike else None
+        groups = [
+            group
+            for (length, starts), numbers in alike.items()
+            for group in fitting(
+                numbers, starts, length, max(1, self.memory // SHARES // self._row_bytes(length)),
+                self.nothing_left if (length, starts) == checked else None,
+            )
+        ]  # fmt: skip
         uncut: tuple[list[int], Tensor] = ([], torch.empty(0, 0))
         base: Tensor | None = None
         patched: Tensor | None = None
         for walked in self._together(groups):
-            walk = _Walk(self, prompts, last, spots, walked)
+            walk = _Walk(self, prompts, host.last.tolist(), spots, walked, values)
             walk.run()
             if base is None:
-                base = walk.scored(walk.base_hidden, list(range(len(last))), score)
+                base = walk.scored(walk.base_hidden, list(range(len(prompts.last))), score)
                 patched = base[[spot.prompt for spot in spots]][:, None].repeat(1, len(self.windows), 1)
             assert patched is not None
             for group, hidden in walk.found():
                 for row, window in enumerate(group.windows):
                     owners = [spots[number].prompt for number in group.spots]
-                    values = walk.scored(hidden[:, row], owners, score)
+                    scored = walk.scored(hidden[:, row], owners, score)
                     if window == self.nothing_left:
-                        uncut = (owners, values)
+                        uncut = (owners, scored)
                     else:
-                        patched[group.spots, window] = values
+                        patched[group.spots, window] = scored
         assert base is not None and patched is not None
         return Scores(base, patched, uncut)
 
-    def _fitting(self, spots: list[int], length: int, checked: bool) -> Iterator[_Group]:
-        """Rows of one length, in groups that fit the memory; the first with a row that nothing is put into."""
-        windows = sorted(range(len(self.windows)), key=lambda number: min(self.windows[number]))
-        most = max(1, self.memory // SHARES // self._row_bytes(length))
-        across = max(1, min(len(windows), most - 1))
-        down = max(1, most // (across + 1))
-        for begin in range(0, len(spots), down):
-            for first in range(0, len(windows), across):
-                some = windows[first : first + across]
-                some = [self.nothing_left, *some] if checked and not first and not begin else some
-                yield _Group(spots[begin : begin + down], some, length)
-
-    def _together(self, groups: Sequence[_Group]) -> Iterator[list[_Group]]:
+    def _together(self, groups: Sequence[Group]) -> Iterator[list[Group]]:
         """Groups that share a base pass; without any, one base pass alone."""
         room = self.memory // SHARES
-        together: list[_Group] = []
+        together: list[Group] = []
         used = 0
         for group in groups:
             size = group.rows * self._row_bytes(group.length)
@@ -160,32 +126,31 @@ class PatchReplay:
         width = self.hooks.model.get_input_embeddings().weight.shape[1]
         return 2 * length * int(width) * bytes_of(self.hooks.model)
 
-    def start(self, window: int) -> int:
-        """The layer before which the rows of a window join."""
-        return 0 if window == self.nothing_left else min(self.windows[window])
-
     def patches(self, window: int, layer: int) -> bool:
         """Whether something is put in at a layer."""
-        return window != self.nothing_left and layer in self.windows[window] and layer in self.having
+        return window != self.nothing_left and layer in self.windows[window]
 
 
-class _Group(NamedTuple):
-    """Rows of one length: so many for every spot."""
+def prompts_fitting(hooks: HookManager, site: str, time: int, memory: int) -> int:
+    """How many prompts of so many positions a base pass may take."""
+    fitting = prompts_at_once(hooks, time, 1, memory)
+    if site != "value":
+        return fitting
+    # What mixers hand on is known of all layers before the base pass begins.
+    numbers = time * sum(widest([layer]) for layer in hooks.layers)
+    return max(1, min(fitting, memory // SHARES // (numbers * bytes_of(hooks.model))))
 
-    spots: list[int]
-    windows: list[int]
-    """By the layer in which they begin."""
-    length: int
 
-    @property
-    def rows(self) -> int:
-        return len(self.spots) * len(self.windows)
+def values_of(hooks: HookManager, prompts: Prompts, windows: Sequence[Collection[int]]) -> Values:
+    """What the mixers of some windows' layers hand on at every position."""
+    with noisy_embeddings(hooks.model, prompts.noise):
+        return hooks.values(prompts.ids, layers=sorted(set[int]().union(*windows)))
 
 
 class _Side(NamedTuple):
     """A group of rows on its way through the layers."""
 
-    group: _Group
+    group: Group
     base: Base
     prompts: Int[Tensor, " spot"]
     others: Int[Tensor, " spot"]
@@ -197,6 +162,33 @@ class _Side(NamedTuple):
     """Prompt that it is taken from."""
     given: Int[Tensor, " put"]
     """Position that it is taken from."""
+    whose: Int[Tensor, "two spot"]
+    """`prompts` and `others` on the CPU."""
+    puts: Int[Tensor, "four put"]
+    """`spot`, `offset`, `giver` and `given` on the CPU."""
+
+    def reading(self, values: Written) -> Base:
+        """Rows that read the other prompts' values where something is put in, as source set 1.
+
+        Args:
+            values: what one mixer hands on in the base pass.
+        """
+        base, time = self.base, self.base.sources.shape[2]
+        giver = self.whose[0][:, None].expand(-1, time).clone()
+        given = torch.arange(time).expand(len(giver), -1).clone()
+        spot, offset = self.puts[:2]
+        at = spot, base.first[spot] + offset
+        giver[at], given[at] = self.puts[2:]
+        sources = base.sources.new_zeros(2, *given.shape)
+        sources[1][at] = True
+        taken = torch.stack([giver, given])
+
+        def of_others(part: Tensor) -> Tensor:
+            there = taken.to(part.device, non_blocking=True)
+            return part[there[0], there[1]]
+
+        instead = values.each(of_others)
+        return Base(base.first, torch.ones_like(base.targets), sources, instead)
 
     def put(
         self,
@@ -220,9 +212,10 @@ class _Walk:
         prompts: Prompts,
         last: Sequence[int],
         spots: Sequence[Spot],
-        groups: Sequence[_Group],
+        groups: Sequence[Group],
+        values: Values | None,
     ) -> None:
-        self.replay, self.prompts, self.last, self.hooks = replay, prompts, last, replay.hooks
+        self.replay, self.prompts, self.last, self.hooks, self.values = replay, prompts, last, replay.hooks, values
         self.sides = [self._side(group, spots) for group in groups]
         self.hidden: list[Tensor | None] = [None] * len(groups)
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
@@ -233,7 +226,7 @@ class _Walk:
         """The running rows, which of them something is put into, and how many they are."""
         self.base_hidden: Tensor
 
-    def _side(self, group: _Group, spots: Sequence[Spot]) -> _Side:
+    def _side(self, group: Group, spots: Sequence[Spot]) -> _Side:
         device, ids = self.prompts.ids.device, self.prompts.ids
         of = [spots[number] for number in group.spots]
         begins = [self.last[spot.prompt] + 1 - group.length for spot in of]
@@ -242,9 +235,11 @@ class _Walk:
             for number, spot in enumerate(of)
             for position, there in zip(spot.positions, spot.others, strict=True)
         ]
-        whose = torch.tensor([(spot.prompt, spot.other) for spot in of]).to(device, non_blocking=True).T
-        where = torch.tensor(puts).to(device, non_blocking=True).T
-        return _Side(group, Base.uncut(torch.tensor(begins), group.length, ids.shape[1]), *whose, *where)
+        whose, where = torch.tensor([(spot.prompt, spot.other) for spot in of]).T, torch.tensor(puts).T
+        prompts, others = whose.to(device, non_blocking=True)
+        spot_of, offset, giver, given = where.to(device, non_blocking=True)
+        base = Base.uncut(torch.tensor(begins), group.length, ids.shape[1])
+        return _Side(group, base, prompts, others, spot_of, offset, giver, given, whose, where)
 
     def run(self) -> None:
         """Walk through the layers."""
@@ -279,6 +274,10 @@ class _Walk:
             self.given.clear()
             if number == self.hooks.n_layers - 1:
                 whole = hidden_of(output)
+                for at, side in enumerate(self.sides):
+                    self.hidden[at] = hidden = self._joined(number + 1, at, whole)
+                    if hidden is not None and self.replay.site == "residual":
+                        side.put(hidden, self._patched(number + 1, side.group, hidden.shape[1]), whole)
                 rows = torch.arange(len(whole), device=whole.device)
                 self.base_hidden = whole[rows, self.prompts.last.to(whole.device)]
 
@@ -312,34 +311,45 @@ class _Walk:
         seen: Sequence[tuple[Mixer, Any]],
     ) -> None:
         """Rows of a group join before a layer, and go through it."""
-        replay, side = self.replay, self.sides[at]
-        group = side.group
-        joined = sum(replay.start(window) <= number for window in group.windows)
-        if not joined:
+        side, site = self.sides[at], self.replay.site
+        hidden = self._joined(number, at, base)
+        if hidden is None:
             return
-        before = self.hidden[at]
+        here = self._patched(number, side.group, hidden.shape[1])
+        if site in ("residual", "mixer", "mlp"):
+            if site == "residual":
+                side.put(hidden, here, base)
+            self.hidden[at] = self._in_tiles(layer, side, hidden, here, kwargs, seen)
+            return
+        theirs = set(here)
+        own = [row for row in range(hidden.shape[1]) if row not in theirs]
+        after: Tensor | None = None
+        for rows, put in ((own, False), (here, True)):
+            if rows:
+                found = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, put)
+                after = found.new_empty(hidden.shape) if after is None else after  # where the layer is
+                after[:, rows] = found
+        self.hidden[at] = after
+
+    def _joined(
+        self, number: int, at: int, base: Float[Tensor, "batch time hidden"]
+    ) -> Float[Tensor, "spot row length hidden"] | None:
+        """The rows of a group before a layer, or behind the last, with those that join there; None without any."""
+        side, before = self.sides[at], self.hidden[at]
+        joined = sum(start <= number for start in side.group.starts)
+        if not joined:
+            return None
         new = joined - (0 if before is None else before.shape[1])
         hidden = None if before is None else before.to(base.device)  # [G, R, L, W]
         if new:
             columns, prompts = side.base.to(base.device).columns, side.prompts.to(base.device)
             own = base[prompts[:, None], columns][:, None].expand(-1, new, -1, -1)
             hidden = own.clone() if hidden is None else torch.cat([hidden, own], 1)
-        assert hidden is not None
-        here = [row for row in range(joined) if replay.patches(group.windows[row], number)]
-        if replay.site == "residual":
-            side.put(hidden, here, base)
-        if replay.site != "state":
-            self.hidden[at] = self._in_tiles(layer, side, hidden, here, kwargs, seen, side.prompts)
-            return
-        theirs = set(here)
-        own_rows = [row for row in range(joined) if row not in theirs]
-        after: Tensor | None = None
-        for rows, prompts in ((own_rows, side.prompts), (here, side.others)):
-            if rows:
-                found = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, prompts)
-                after = found.new_empty(hidden.shape) if after is None else after  # where the layer is
-                after[:, rows] = found
-        self.hidden[at] = after
+        return hidden
+
+    def _patched(self, number: int, group: Group, joined: int) -> list[int]:
+        """Which of the joined rows something is put into at a layer."""
+        return [row for row in range(joined) if self.replay.patches(group.windows[row], number)]
 
     def _in_tiles(
         self,
@@ -349,12 +359,25 @@ class _Walk:
         here: Sequence[int],
         kwargs: dict[str, Any],
         seen: Sequence[tuple[Mixer, Any]],
-        resumed: Int[Tensor, " spot"],
+        put: bool = False,
     ) -> Float[Tensor, "spot row length hidden"]:
-        """Rows through a layer, as many at a time as fit."""
+        """Rows through a layer, as many at a time as fit.
+
+        Args:
+            layer: the layer.
+            side: their group.
+            hidden: their residual streams.
+            here: into which of them a sublayer's output is put.
+            kwargs: what the base pass gave the layer beside its input.
+            seen: what its mixers have seen in the base pass.
+            put: whether they resume from the other prompts' states, or read the other prompts' values.
+        """
         spots, count, length = hidden.shape[:3]
         base = side.base.to(hidden.device)
+        resumed = side.others if put and self.replay.site == "state" else side.prompts
         kept = [of_layer.kept(base, resumed) for _, of_layer in seen]
+        values = self.values if put else None
+        bases = [base if values is None else side.reading(values.of[mixer]).to(hidden.device) for mixer, _ in seen]
         per_row = 4 * (widest([layer]) + hidden.shape[-1]) * spots * length * bytes_of(self.hooks.model)
         size = max(1, self.replay.memory // SHARES // per_row)
         size = min([size, *(of_layer.most_cuts for of_layer in kept)])
@@ -369,15 +392,16 @@ class _Walk:
             self.in_rows = (side, [row - begin for row in here if begin <= row < begin + rows], rows)
             try:
                 with ExitStack() as stack:
-                    for (mixer, _), of_layer in zip(seen, kept, strict=True):
-                        stack.enter_context(mixer.resuming(of_layer, base, Rows.uncut(rows)))
+                    for (mixer, _), of_layer, of_mixer in zip(seen, kept, bases, strict=True):
+                        cut = Rows.uncut(rows) if values is None else Rows.without_first(rows, mixer.value_path)
+                        stack.enter_context(mixer.resuming(of_layer, of_mixer, cut))
                     found = hidden_of(layer(part.flatten(1, 2), **given))
             finally:
                 self.in_rows = None
             parts.append(found.unflatten(1, (rows, length)))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
-    def found(self) -> Iterator[tuple[_Group, Float[Tensor, "spot row hidden"]]]:
+    def found(self) -> Iterator[tuple[Group, Float[Tensor, "spot row hidden"]]]:
         """Hidden states behind the layers at the last position, group by group."""
         for side, hidden in zip(self.sides, self.hidden, strict=True):
             assert hidden is not None

@@ -13,7 +13,7 @@ from mambalens.defaults import DETAILED
 from mambalens.facts.roles import pieces
 from mambalens.figures.flow_graph import Edge, levels, route_hops
 from mambalens.figures.flow_pieces import pieces_of
-from mambalens.figures.style import PATH_STYLES, PATHS, main_path, signed
+from mambalens.figures.style import PATH_STYLES, PATHS, main_path, put_in, signed
 from mambalens.flow.table import EDGE, EDGE_FEATURES
 from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
@@ -225,6 +225,7 @@ def _about(flow: FlowData, model: str) -> dict[str, Any]:
         "facts": _n_facts(flow, model),
         "edges": len(table),
         "exact": int(table.exact.notna().sum()),
+        "put_in": put_in(flow.ablation),
         "median": float(base.prob.median()),
     }
 

@@ -40,7 +40,7 @@ class RunConfig:
     mixers: str | None = None
     """The only kind of mixers that was cut; None: every kind."""
     ablation: str = ABLATION
-    """What stood in the place of what was cut."""
+    """What stood in the place of what was cut, as tables call it ('mean', 'mean+keys')."""
     dtype: str = ""
     """Precision of the model's weights, such as 'float32'."""
     measure: str = ""

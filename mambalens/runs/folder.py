@@ -70,7 +70,7 @@ def below_each_other(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
 def joined(parts: Sequence[Part]) -> Part:
     """Parts one behind the other."""
     tables, skipped, checks = zip(*parts, strict=True)
-    return Part(pd.concat(tables, ignore_index=True), pd.concat(skipped, ignore_index=True), below_each_other(checks))
+    return Part(below_each_other(tables), pd.concat(skipped, ignore_index=True), below_each_other(checks))
 
 
 class RunFolder:

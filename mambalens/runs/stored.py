@@ -133,4 +133,6 @@ def stored_in(folder: Path, kind: str) -> Stored:
         raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
     skipped = pd.concat([part.skipped for part in parts], ignore_index=True)
     checks = below_each_other([part.checks for part in parts])
-    return Stored([part.table for part in parts], skipped, facts, read_prompts(folder), configs, checks, missing)
+    # A block of which nothing could be used has columns, but does not say what they hold.
+    tables = [part.table for part in parts if len(part.table)] or [parts[0].table]
+    return Stored(tables, skipped, facts, read_prompts(folder), configs, checks, missing)

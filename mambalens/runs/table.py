@@ -14,10 +14,11 @@ COLUMNS = (
     "window_size",
     "base_prob", "prob", "change_pct", "base_rank", "rank", "hit", "top_token", "kl",
 )  # fmt: skip
-"""Columns of a sweep's table. `ablation` is what stood in the source's place, `position` the source's where it is a
-single token, else -1 (`ROLE`). Probabilities and ranks (1 is the top) are those of the target's first token,
-`change_pct` is 100 (prob - base_prob) / base_prob, `hit` whether that token is still the top one, `top_token` what is
-on top, `kl` KL(base || knocked out) in nats. Where the model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
+"""Columns of a sweep's table. `ablation` is what stood in the source's place ('mean+keys': keys of attention with the
+values), `position` the source's where it is a single token, else -1 (`ROLE`). Probabilities and ranks (1 is the top)
+are those of the target's first token, `change_pct` is 100 (prob - base_prob) / base_prob, `hit`
+whether that token is still the top one, `top_token` what is on top, `kl` KL(base || knocked out) in nats. Where the
+model gives NaN, numbers are NaN, ranks 0 and `hit` is False."""
 
 MEASURED = ("base_measure", "measure")
 """Columns that a sweep with a measure has behind the others: it without the knockout, and under it."""

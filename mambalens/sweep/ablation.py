@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 
-from mambalens.defaults import ABLATION, ABLATIONS
+from mambalens.defaults import ABLATION, ABLATIONS, WITH_KEYS
 from mambalens.facts.fact import Fact
 from mambalens.facts.files import as_facts
 from mambalens.facts.pairs import STANDS_FOR, Pair, Pairs, aligned
@@ -21,6 +21,7 @@ from mambalens.facts.prompts import Batch, Prompt, Skip, batches, none_usable, r
 from mambalens.facts.sequence import Facts
 from mambalens.hooks import Values
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.knockout import Cutting, refuse_keys
 from mambalens.model import LoadedModel
 
 AT_ONCE = 512
@@ -51,8 +52,25 @@ class Asked(NamedTuple):
             if given is not None and name != of:
                 raise MambalensError(f"{what} is of ablation={of!r}, but ablation={name!r}: leave {what} out.")
         if keys and name == ABLATION:
-            raise MambalensError(f"keys=True puts in keys of attention, but ablation={name!r} puts in nothing.")
+            raise MambalensError(
+                f"keys=True puts in keys of attention, but ablation={name!r} puts in nothing: give ablation='mean' or "
+                "'resample', or leave keys out."
+            )
         return cls(name, None if over is None else as_facts(over), other, keys)
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.name + WITH_KEYS * self.keys
+
+    def check(self, cuttings: Iterable[Cutting]) -> None:
+        """See that what is cut has what is to be put in.
+
+        Raises:
+            MambalensError: for keys, where nothing that is cut has them.
+        """
+        if self.keys:
+            refuse_keys(cuttings)
 
 
 class Ablation:

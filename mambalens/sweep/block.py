@@ -54,7 +54,7 @@ class Work:
         self.unusable += empty_target
         if not prompts:
             raise none_usable(facts, self.unusable)
-        asked = asked or AskedAblation.of(plan.ablation)
+        asked = asked or AskedAblation.of(plan.ablation, keys=plan.keys)
         self.ablation, without = ablation_of(lens, asked, facts, prompts)
         self.unusable += without
         left_out = {skip.fact_id for skip in without}
@@ -65,7 +65,7 @@ class Work:
         self.combinations = [
             (
                 lens.hooks.resolve(layers, features, path, plan.mixers, somewhere=True),
-                (name, path, plan.ablation, min(layers), len(layers)),
+                (name, path, plan.ablation_name, min(layers), len(layers)),
             )
             for layers, (features, name), path in product(self.windows, groups, plan.paths)
         ]

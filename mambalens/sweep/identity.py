@@ -58,7 +58,7 @@ def configuration(model: LoadedModel, facts: Facts, plan: Plan, windows: Sequenc
         features=plan.names,
         paths=tuple(plan.paths),
         mixers=plan.mixers,
-        ablation=plan.ablation,
+        ablation=plan.ablation_name,
         dtype=str(model.model.dtype).removeprefix("torch."),
         measure=plan.measure_name,
     )

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import TYPE_CHECKING
 
 from mambalens import defaults
 from mambalens.facts.roles import check_role
-from mambalens.hooks.errors import MambalensError, choose
+from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.knockout import Features, Path, Paths
 from mambalens.measures import Measure, measure_of, name_of
+from mambalens.sweep.ablation import Asked
 
 if TYPE_CHECKING:
     from mambalens.hooks import HookManager
@@ -31,6 +33,8 @@ class Plan:
     """What the table has of every answer beside the columns that all have."""
     ablation: str = defaults.ABLATION
     """What stands in the place of the sources: nothing ('zero'), means ('mean') or another prompt's ('resample')."""
+    keys: bool = False
+    """Put in keys of attention too, see `sweep.ablation.Asked`."""
     names: tuple[str, ...] = field(init=False)
     """What the table calls the groups of features."""
 
@@ -42,10 +46,7 @@ class Plan:
         for what, values in (("sources", self.sources), ("features", self.features), ("paths", self.paths)):
             if not values:
                 raise MambalensError(f"{what} is empty: name at least one.")
-        if self.ablation not in defaults.ABLATIONS:
-            raise MambalensError(
-                f"ablation={self.ablation!r} is not an ablation: {choose(self.ablation, defaults.ABLATIONS)}."
-            )
+        Asked.of(self.ablation, keys=self.keys)
         if self.ablation != defaults.ABLATION:
             for path in self.paths:
                 Paths.named(path).replaceable(path)
@@ -56,6 +57,11 @@ class Plan:
         object.__setattr__(self, "names", tuple(names))
         if self.measure is not None:
             measure_of(self.measure)
+
+    @property
+    def ablation_name(self) -> str:
+        """What tables call the ablation."""
+        return Asked.of(self.ablation, keys=self.keys).label
 
     @property
     def measure_name(self) -> str:
@@ -84,13 +90,15 @@ class Plan:
         """The windows, after everything that a model can refuse has been tried on it, before any long work.
 
         Raises:
-            MambalensError: for a window, group of features or path that the model does not have.
+            MambalensError: for a window, group of features or path that the model does not have, and for keys where
+                none of what is cut has them.
         """
         windows = self.windows(hooks.n_layers)
-        for features in self.features:
-            for path in self.paths:
-                for layers in windows:
-                    hooks.resolve(layers, features, path, self.mixers, somewhere=True)
+        cuttings = [
+            hooks.resolve(layers, features, path, self.mixers, somewhere=True)
+            for features, path, layers in product(self.features, self.paths, windows)
+        ]
+        Asked.of(self.ablation, keys=self.keys).check(cuttings)
         return windows
 
 

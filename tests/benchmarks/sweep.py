@@ -11,7 +11,7 @@ models: 16 prompts of about 15 tokens, 4 sources, every window of 9 layers, targ
 growth: how a sweep's cost grows with the prompt's length and with the depth (smaller models).
 deep: Mamba-1 of the 790M, 1.4B (48 layers, float32) and 2.8B (64 layers, bfloat16) shapes, eight prompts, one source,
     every window of 9 layers, by `lens.sweep`: how often replay reproduces the model, and by how much of the model's own
-    noise it misses it (`mambalens.sweep.checks`). Needs 12 GB; not among the parts that run by default.
+    noise it misses it (`mambalens.sweep.checks`). Times are the processor's. Needs 12 GB; does not run by default.
 long: an eager knockout of a 4,096-token prompt against a plain forward pass: peak memory and time.
 """
 
@@ -186,10 +186,10 @@ def deep(names: list[str]) -> pd.DataFrame:
         lens = Lens(load(mamba1(width, layers), dtype), tokenizer(50280), name)
         facts = facts_of(np.random.default_rng(0).integers(12, 19, 8).tolist(), 50280)
         batch = next(lens.batches([lens.prompt(fact) for fact in facts]))
-        plain = seconds(lambda lens=lens, batch=batch: lens.model(batch.ids, use_cache=False), 1)
-        started = time.perf_counter()
+        plain = seconds(lambda lens=lens, batch=batch: lens.model(batch.ids, use_cache=False), 3, time.process_time)
+        started = time.process_time()
         result = lens.sweep(facts, "subject", window=WINDOW, progress=False)
-        swept = time.perf_counter() - started
+        swept = time.process_time() - started
         checks = result.checks
         knockouts = len(result.table) // len(facts)
         line = {
@@ -197,8 +197,8 @@ def deep(names: list[str]) -> pd.DataFrame:
             "layers": layers,
             "dtype": str(dtype).removeprefix("torch."),
             "knockouts": knockouts,
-            "plain_s": plain,
-            "sweep_s": swept,
+            "plain_cpu_s": plain,
+            "sweep_cpu_s": swept,
             "sweep/plain": swept / plain,
             "replayed": float(checks.passed.mean()),
             "difference_nats": float(checks.difference.max()),

@@ -530,7 +530,7 @@ def _kept(
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         if mask.dtype != torch.bool:
             bias = mask.masked_fill(~allowed, 0.0)
-            bias = bias if bool(bias.any()) else None
+            bias = None if bias.is_cpu and not bias.any() else bias  # a device is not asked, which would be waiting
     # Rows of a prompt see their own tokens only: many at once would be mostly mask.
     most = max(1, max(time, 256) // base.length)
     return Kept(keys, values, allowed, bias, alibi, most)

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from models import in_double
-from pretend_device import counted
+from pretend_device import Traffic, counted
 from torch import Tensor
 from verbs import FACTS, FEW, KINDS, LONG, ON_TWO, QUIET, VERBS, difference, lens_of
 
@@ -54,9 +54,9 @@ def test_a_model_on_two_devices_gives_the_numbers_of_the_cpu(name: str, verb: st
     assert traffic.between > 0
 
 
-def of_sweep(name: str, sources: tuple[str, ...], windows: list[list[int]], where: str = "pretend:0") -> Any:
+def of_sweep(name: str, sources: tuple[str, ...], windows: list[list[int]]) -> Traffic:
     """What a sweep of one batch moves and waits for."""
-    lens = lens_of(name, where)
+    lens = lens_of(name, "pretend:0")
     asked: dict[str, Any] = {"paths": lens.hooks.paths.choices[-1:], "features": ("all",), **QUIET}
     lens.sweep(FACTS, sources, window=windows, **asked)
     with counted(places=True) as traffic:
@@ -65,30 +65,35 @@ def of_sweep(name: str, sources: tuple[str, ...], windows: list[list[int]], wher
     return traffic
 
 
+def own_waits(traffic: Traffic) -> int:
+    """How often the host waits on behalf of this package, without what a model's own code waits for (experts do)."""
+    assert traffic.places is not None
+    return sum(
+        count
+        for place, count in traffic.places.items()
+        if not place.startswith("copy: ") and "/transformers/" not in place
+    )
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_traffic_of_a_batch_does_not_grow_with_its_knockouts(name: str) -> None:
-    """Nor with the layers: the host waits so many times a batch, and copies a few indices a layer beside it."""
-    layers = lens_of(name).n_layers
+    """The host waits no more often, and copies a few indices a layer beside it."""
+    layers = lens_of(name, "pretend:0").n_layers
     windows = [[*range(start, end)] for start in range(layers) for end in range(start + 1, layers + 1)]
     few = of_sweep(name, ("subject",), windows[:1])
     many = of_sweep(name, ("subject", "relation", "subject_last", "last"), windows)
-    assert many.synchronisations <= few.synchronisations, many.places
+    assert own_waits(many) <= own_waits(few), many.places
     assert many.to_host == few.to_host, many.places
-    mixers = len(lens_of(name).hooks.mixers)
+    mixers = len(lens_of(name, "pretend:0").hooks.mixers)
     # A layer's rows are few different ones: their numbers, and for each of the five states which rows resume from it.
     assert many.to_device - few.to_device <= 6 * mixers, many.places
 
 
 @pytest.mark.parametrize("name", FEW)
 def test_the_host_waits_a_fixed_number_of_times_a_batch(name: str) -> None:
-    """Of which the check of the replay is most: it looks at single numbers, and runs the model itself."""
-    lens = lens_of(name, "pretend:0")
-    ids = torch.tensor([[1, 2, 3, 4, 6]], device=lens.device)
-    with torch.no_grad(), counted() as of_model:
-        lens.model(ids, use_cache=False)
+    """Whatever the layers. The check of the replay waits most: it looks at single numbers."""
     traffic = of_sweep(name, ("subject",), [[0], [1]])
-    passes = 5  # base, the prompt alone, three looks
-    assert traffic.synchronisations - passes * of_model.synchronisations <= 10, traffic.places
+    assert own_waits(traffic) <= 8, traffic.places
 
 
 def test_a_lens_is_loaded_onto_a_device() -> None:
@@ -144,7 +149,7 @@ class TestPretending:
             assert found.device == torch.device("pretend:0") and torch.equal(found.cpu(), expected)
 
     def test_a_device_has_to_be_left_to_become_an_array(self) -> None:
-        with pytest.raises(TypeError):
+        with pytest.raises((TypeError, RuntimeError), match="numpy"):
             self.there.numpy()
         assert self.there.tolist() == self.here.tolist()
 

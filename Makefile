@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # from the others. `make test WORKERS=0` runs the tests in one process.
 pytest = OMP_NUM_THREADS=1 $(1)/python -m pytest --dist worksteal --numprocesses $(or $(WORKERS),$$($(1)/python tests/workers.py))
 
-.PHONY: demo test test-newest test-oldest notebooks pretrained peers docs lint atlas checkpoints clean
+.PHONY: demo test test-newest test-oldest notebooks pretrained peers gpu docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
@@ -52,6 +52,11 @@ peers:
 	$(VENV)-peers/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 transformer-lens==4.3.0 nnsight==0.8.1 \
 		--editable .
 	OMP_NUM_THREADS=1 $(VENV)-peers/bin/python tests/benchmarks/peers.py
+
+# What the GPUs of this machine give, against the CPU, and how fast; written to runs/gpu.md. Without one it says so and
+# stops; GPU='--device cpu --small' takes the whole path on the processor.
+gpu: $(VENV)/installed
+	$(BIN)/python tests/benchmarks/gpu.py $(GPU)
 
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs

@@ -42,7 +42,7 @@ class AttentionArrivals(Arrivals):
         features: Bool[Tensor, " head"] | None,
         sink: bool = False,
     ) -> None:
-        self.features = features
+        self.features = None if features is None else features.to(weights.device)
         self.sink = sink
         self.weights = weights
         shared = weights.shape[1] // values.shape[1]  # by so many heads

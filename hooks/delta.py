@@ -25,6 +25,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from mambalens.hooks.indices import to_pick
 from mambalens.hooks.recurrence import Index, Other, side_by_side
 from mambalens.hooks.values import kept_values
 
@@ -258,7 +259,7 @@ def delta_step(
     Args:
         inputs: of that position [batch, row, ...].
         states: states before the position, from `delta_states`.
-        number: which of them each row resumes from.
+        number: which of them each row resumes from; on the CPU.
     """
     heads = inputs.write.shape[-1]
     own = _by_head((inputs.k * inputs.q).sum(-1), heads, -1)[..., None]  # [B, R, H, 1]
@@ -271,13 +272,14 @@ def delta_step(
     for index, state in enumerate(states):
         together.setdefault(index if state.is_long else id(state.writes) + len(states), []).append(index)
     for indices in together.values():
-        of_group = torch.isin(number, torch.tensor(indices, device=number.device))
-        rows: Any = slice(None) if len(together) == 1 else of_group.nonzero().flatten()
+        of_group = torch.isin(number, torch.tensor(indices)).nonzero().flatten()
+        rows: Any = to_pick(of_group, y.device)
         first = states[indices[0]]
         if first.is_long:
             carried = read[:, :, rows] @ first.state
         else:
-            stays = torch.stack([state.stays for state in states], 1)[:, number[rows]]  # [B, R, T]
+            of_rows = number[of_group].to(y.device, non_blocking=True)
+            stays = torch.stack([state.stays for state in states], 1)[:, of_rows]  # [B, R, T]
             carried = ((read[:, :, rows] @ first.writes) * stays[:, None]) @ first.values
         y[:, rows] += rearrange(carried, "batch feature row width -> batch row feature width")
     return y

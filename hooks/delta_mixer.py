@@ -19,6 +19,7 @@ from transformers.activations import ACT2FN
 
 from mambalens.hooks import delta
 from mambalens.hooks.delta import DeltaInputs
+from mambalens.hooks.indices import having
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.recurrence import Other, State, States
 from mambalens.hooks.recurrent import RecurrentMixer
@@ -119,7 +120,7 @@ class DeltaMixer(RecurrentMixer):
             return delta.delta_step(DeltaInputs(*(t[:, :, 0] for t in inputs)), states, number)[:, :, None]
         y = torch.empty_like(inputs.x)
         for index, state in enumerate(states):
-            rows = (number == index).nonzero().flatten()
+            rows = having(number, index, y.device)
             for i, start in enumerate(state.state):
                 y[i, rows] = delta.delta_scan(DeltaInputs(*(t[i, rows] for t in inputs)), start[None], end=False)[0]
         return y

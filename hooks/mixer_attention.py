@@ -362,7 +362,9 @@ class AttentionMixer(Mixer):
     @contextmanager
     def resuming(self, kept: Kept, base: Base, rows: Rows) -> Iterator[None]:
         here, cuts = base.to(kept.keys.device), rows.to(kept.keys.device)
-        others = [other for other in here.instead if other.sources[cuts.main].any()]
+        known = rows.known.main
+        told = zip(here.instead, base.known.instead, strict=True)
+        others = [other for other, on_host in told if on_host.sources[known].any()]
         free, silent = _free_of_rows(kept, here, cuts)
         if others:
             with self._resuming_beside(kept, here, cuts, others, free), self._silencing(silent):
@@ -383,7 +385,8 @@ class AttentionMixer(Mixer):
     @contextmanager
     def _silencing(self, silent: Bool[Tensor, " batch #feature row_time"]) -> Iterator[None]:
         """While the block runs, what the heads read is zero at some positions."""
-        if not silent.any():
+        # To ask a device whether any is silent would be to wait for it.
+        if silent.is_cpu and not silent.any():
             yield
             return
 
@@ -561,8 +564,9 @@ def _kept(
         mask = mask[..., :time].expand(batch, *mask.shape[1:3], time)
         mask = mask[torch.arange(batch, device=mask.device)[:, None], :, base.columns].transpose(1, 2)
         allowed = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-        if mask.dtype != torch.bool and bool(mask[allowed].any()):
+        if mask.dtype != torch.bool:
             bias = mask.masked_fill(~allowed, 0.0)
+            bias = None if bias.is_cpu and not bias.any() else bias  # a device is not asked, which would be waiting
     # Rows of a prompt see their own tokens only: many at once would be mostly mask.
     most = max(1, max(time, 256) // base.length)
     return Kept(keys, values, allowed, bias, alibi, most)

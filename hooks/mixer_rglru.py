@@ -126,7 +126,7 @@ class RGLRUMixer(RecurrentMixer):
     def resume_scan(
         self, inputs: GatedInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
-        start = torch.stack(list(states), 1)[:, number]  # [B, R, F]
+        start = torch.stack(list(states), 1)[:, number.to(inputs.x.device, non_blocking=True)]  # [B, R, F]
         return gated.gated_scan(inputs.x[..., 0], inputs.a, start)[0][..., None]
 
     def alpha(self, inputs: GatedInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:

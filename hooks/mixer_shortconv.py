@@ -126,7 +126,8 @@ class ShortConvMixer(RecurrentMixer):
 
     def token_mixing(self, call: Captured, cuts: Sequence[Cut]) -> TokenMixing:
         hidden, padding = self.told(call.arguments(self.module))
-        keep = kept_taps(on(Paths.CONV, [cut.to(hidden.device) for cut in cuts]), self.kernel)
+        cuts = [cut.to(hidden.device) for cut in cuts]
+        keep = kept_taps(on(Paths.CONV, cuts), self.kernel)
         with weights_at_hand(self.module):
             inputs, projected = self.inputs(hidden, padding, cuts)
             weight = self.module.conv.weight[:, 0].to(inputs.x.dtype)

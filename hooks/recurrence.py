@@ -268,7 +268,7 @@ class Recurrence(Mixer):
         Args:
             inputs: as for `scan`, but of rows.
             states: some that `states` gave.
-            number: which of them each row resumes from.
+            number: which of them each row resumes from; on the CPU, so that nobody waits for a device to know.
         """
 
     @abstractmethod

@@ -32,7 +32,8 @@ class RecurrentArrivals(Arrivals):
         features: Bool[Tensor, " feature"] | None,
         around: Sequence[Cut] = (),
     ) -> None:
-        self.mixer, self.features = mixer, features
+        self.mixer = mixer
+        self.features = features = None if features is None else features.to(hidden.device)
         self.nodes = {}
         taps = on(Paths.CONV, around)
         keep, self.others = (

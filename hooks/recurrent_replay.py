@@ -141,7 +141,7 @@ def resume(
     """The mixer's output for rows side by side."""
     projected = mixer.project(hidden)
     inner = side_by_side(projected.inner, len(rows))
-    keep, others = taps_of_rows(base, rows, mixer.kernel) if rows.conv.any() else (None, [])
+    keep, others = taps_of_rows(base, rows, mixer.kernel) if rows.known.conv.any() else (None, [])
     convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None], others))
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
     inputs = mixer.scan_inputs(convolved, projected.beside)
@@ -154,21 +154,24 @@ def _cut_rows(
     mixer: Recurrence, inputs: Inputs, kept: Kept, base: Base, rows: Rows
 ) -> Float[Tensor, "batch row time feature width"]:
     """What rows read: each target set does without what its source set writes, or erases."""
-    pairs = list(zip(rows.on(Paths.MAIN), rows.on(Paths.ERASE), rows.target, strict=True))
+    known, device = rows.known, base.first.device
+    pairs = list(zip(known.on(Paths.MAIN), known.on(Paths.ERASE), known.target, strict=True))
 
     def without(
         inputs: Inputs, written: Int[Tensor, " some"], erased: Int[Tensor, " some"]
     ) -> Float[Tensor, "batch some time feature width"]:
-        """Every position of some rows without their source sets."""
+        """Every position of some rows without their source sets, whose numbers are on the CPU."""
         values, instead = _values_of_rows(base, written)
-        erasures = ~base.own_sources[erased].transpose(0, 1)[..., None]  # [B, some, L, 1]
+        erasures = None
+        if base.known.own_sources[erased].any():
+            own = base.own_sources[erased.to(device, non_blocking=True)]
+            erasures = ~own.transpose(0, 1)[..., None]  # [B, some, L, 1]
         # The states are few; numbered by both, in one number, they are told apart faster than pair by pair.
         before = base.sources_before.to(written.device)
         codes = written * before[written] * len(base.sources) + erased * before[erased]
         codes, state = codes.unique(return_inverse=True)
         states = [kept.states(*divmod(code, len(base.sources))) for code in codes.tolist()]
-        cut = inputs.cut(values, None if erasures.all() else erasures, instead)
-        return mixer.resume_scan(cut, states, state)
+        return mixer.resume_scan(inputs.cut(values, erasures, instead), states, state)
 
     written, erased, _ = pairs[0]
     some = (written > 0) | (erased > 0)  # set 0 only fills up
@@ -178,11 +181,12 @@ def _cut_rows(
     for number, (written, erased, target) in enumerate(pairs):
         here = ((written > 0) | (erased > 0)).nonzero().flatten()  # one row in many, where edges are cut one by one
         if len(here):
-            cut = base.targets[target[here]].transpose(0, 1)[..., None]  # [B, some, L, 1]
+            there = here.to(device, non_blocking=True)
+            cut = base.targets[target[here].to(device, non_blocking=True)].transpose(0, 1)[..., None]  # [B, some, L, 1]
             if rows.features is not None:
-                cut = cut & rows.features[number, here][None, :, None]
-            of_cut = without(inputs.of((slice(None), here)), written[here], erased[here])
-            y[:, here] = torch.where(cut[..., None], of_cut, y[:, here])
+                cut = cut & rows.features[number, there][None, :, None]
+            of_cut = without(inputs.of((slice(None), there)), written[here], erased[here])
+            y[:, there] = torch.where(cut[..., None], of_cut, y[:, there])
     return y
 
 
@@ -192,17 +196,24 @@ def _values_of_rows(
     """Which of their own values rows read without what source sets write, and what they read for the others.
 
     None: all of them, and nothing.
+
+    Args:
+        base: what the mixer is told.
+        written: number of the source set of each row; on the CPU.
     """
-    gone = base.own_sources[written].transpose(0, 1)[..., None]  # [B, some, L, 1]
+    known, there = base.known, written.to(base.first.device, non_blocking=True)
+    any_gone = bool(known.own_sources[written].any())
+    gone = base.own_sources[there].transpose(0, 1)[..., None]  # [B, some, L, 1]
     instead = None
-    for other in base.instead:
+    for other, on_host in zip(base.instead, known.instead, strict=True):
         if other.written.main is not None:
-            here = base.own(other.sources)[written].transpose(0, 1)[..., None]
+            here = base.own(other.sources)[there].transpose(0, 1)[..., None]
             value = base.own_columns(other.written.main)[:, None]  # [B, 1, L, F, P]
-            if instead is not None or len(base.instead) > 1 or gone.any():
+            if instead is not None or len(base.instead) > 1 or any_gone:
                 value = value * here[..., None] if instead is None else torch.where(here[..., None], value, instead)
             instead, gone = value, gone | here
-    return (~gone, instead) if gone.any() else (None, None)
+            any_gone = any_gone or bool(known.own(on_host.sources)[written].any())
+    return (~gone, instead) if any_gone else (None, None)
 
 
 def taps_of_rows(

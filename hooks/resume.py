@@ -8,7 +8,7 @@ attention layer reads the prompt's keys for all of its rows at once.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, Protocol
 
@@ -31,12 +31,16 @@ class Replaced(NamedTuple):
 
     def to(self, device: torch.device) -> Replaced:
         """The same on a device."""
-        return Replaced(self.written.each(lambda part: part.to(device)), self.sources.to(device))
+        return Replaced(self.written.each(lambda part: part.to(device)), _over(self.sources, device))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Base:
-    """What a base pass of right-padded prompts has in common: for all layers, or as one mixer has to know it."""
+    """What a base pass of right-padded prompts has in common: for all layers, or as one mixer has to know it.
+
+    It is made on the CPU and copied to where a layer is. What has to be known to go on (how many tokens, whether any)
+    is looked up on the CPU, since to ask a device for it is to wait until it has done all before.
+    """
 
     first: Int[Tensor, " batch"]
     """First position that is replayed, of every prompt."""
@@ -48,6 +52,15 @@ class Base:
     """What is read in the place of other sources of the same sets. No source of a set is named twice."""
     around: tuple[Cut, ...] = ()
     """What is cut of the base pass itself, left of what is replayed. Rows have it among their own cuts."""
+    host: Base | None = None
+    """The same on the CPU, where this is a copy of it."""
+    copies: dict[torch.device, Base] = field(default_factory=dict, repr=False)
+    """Those that were made, by device."""
+
+    @property
+    def known(self) -> Base:
+        """The same where masks are looked up without waiting for a device."""
+        return self.host or self
 
     @classmethod
     def uncut(cls, first: Int[Tensor, " batch"], length: int, time: int) -> Base:
@@ -74,13 +87,13 @@ class Base:
     @cached_property
     def reach(self) -> int:
         """Columns that hold every position left of the first that is replayed; at least one."""
-        return max(1, int(self.first.max()))
+        return max(1, int(self.known.first.max()))
 
     @cached_property
     def tokens(self) -> tuple[Int[Tensor, " token"], Int[Tensor, " token"]]:
         """Prompt and column of every position left of the first that is replayed."""
-        prompts, columns = self.before.nonzero(as_tuple=True)
-        return prompts, columns
+        prompts, columns = self.known.before.nonzero(as_tuple=True)
+        return _over(prompts, self.first.device), _over(columns, self.first.device)
 
     @cached_property
     def own_sources(self) -> Bool[Tensor, "sourceset batch length"]:
@@ -89,13 +102,14 @@ class Base:
 
     @cached_property
     def sources_before(self) -> Bool[Tensor, " sourceset"]:
-        """Which source sets have a position left of what is replayed: a state that does without them is another."""
-        return (self.sources & self.before).flatten(1).any(1)
+        """Which source sets have a position left of what is replayed: a state without them is another."""
+        of = self.known
+        return (of.sources & of.before).flatten(1).any(1)
 
     @cached_property
     def all_targets(self) -> bool:
         """Whether every replayed position is a target in every target set."""
-        return bool(self.targets.all())
+        return bool(self.known.targets.all())
 
     def at_rows(self, value: Any, cuts: int) -> Any:
         """What belongs to positions [1 or batch, T, ...], such as rotary angles, for rows; anything else as it is."""
@@ -131,9 +145,13 @@ class Base:
         """The same on a device."""
         if device == self.first.device:
             return self
-        instead = tuple(other.to(device) for other in self.instead)
-        around = tuple(cut.to(device) for cut in self.around)
-        return Base(self.first.to(device), self.targets.to(device), self.sources.to(device), instead, around)
+        of = self.known
+        if device not in of.copies:
+            first, targets, sources = (_over(part, device) for part in (of.first, of.targets, of.sources))
+            instead = tuple(other.to(device) for other in of.instead)
+            around = tuple(cut.to(device) for cut in of.around)
+            of.copies[device] = Base(first, targets, sources, instead, around, of)
+        return of.copies[device]
 
 
 class Seen(Protocol):
@@ -166,6 +184,13 @@ class Rows:
     """Target set of every pair."""
     features: Bool[Tensor, "pair cut feature"] | None
     """Which features are cut; None for all."""
+    host: Rows | None = None
+    """The same on the CPU, where this is a copy of it."""
+
+    @property
+    def known(self) -> Rows:
+        """The same where numbers are looked up without waiting for a device; see `Base`."""
+        return self.host or self
 
     def __len__(self) -> int:
         return self.target.shape[1]
@@ -178,6 +203,12 @@ class Rows:
         """The same on a device."""
         if device == self.target.device:
             return self
-        features = None if self.features is None else self.features.to(device)
-        main, conv, erase, target = (t.to(device) for t in (self.main, self.conv, self.erase, self.target))
-        return Rows(main, conv, erase, target, features)
+        features = None if self.features is None else _over(self.features, device)
+        together = _over(torch.stack([self.main, self.conv, self.erase, self.target]), device)
+        main, conv, erase, target = together.unbind()
+        return Rows(main, conv, erase, target, features, self.known)
+
+
+def _over(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for it: one of ordinary memory may change behind such a copy."""
+    return tensor.to(device, non_blocking=True)

@@ -26,6 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks import fused
+from mambalens.hooks.indices import having, to_pick
 
 CHUNK = 64
 """Positions of an SSD scan handled as one small attention matrix."""
@@ -135,7 +136,7 @@ def selective_step(
     Args:
         x, dt, A, B, C: as in the recurrence above, `rows` for every prompt.
         states: states before the position, from `selective_states`.
-        number: which of them each row resumes from.
+        number: which of them each row resumes from; on the CPU.
     """
     batch = len(x)
     rate = _rate(A)
@@ -146,14 +147,15 @@ def selective_step(
         rows = (number == index).nonzero().flatten()
         start = states[index]
         if fused.compiled():
-            some = _as_slice(rows)
+            some = to_pick(rows, x.device)
             done = fused.step(dt[:, some], rate, C[:, some], start)
             if done is not None:
                 y[:, some] += done
                 continue
         width, chunk = _tiles(rate, batch, len(rows))
         for at in _slices(batch, width):
-            for some in map(_as_slice, rows.split(_even(len(rows), chunk))):
+            for of_tile in rows.split(_even(len(rows), chunk)):
+                some = to_pick(of_tile, x.device)
                 part = dt[at, some]
                 room = scratch.of(*part.shape[:2], *rate.shape)
                 y[at, some] += fused.step_in_torch(part, rate, C[at, some], start[at], room)
@@ -244,13 +246,13 @@ def ssd_step(
     Args:
         x, dt, A, B, C: as in the recurrence above, `rows` for every prompt. There may be a B and C for every head.
         states: states before the position, from `ssd_states`.
-        number: which of them each row resumes from.
+        number: which of them each row resumes from; on the CPU.
     """
     features, groups = x.shape[2], C.shape[2]
     y = own_entry(B, C, dt)[..., None] * x
     decay = torch.exp(dt * A)[..., None]
     for index in number.unique().tolist():
-        rows: Any = (number == index).nonzero().flatten() if (number != index).any() else slice(None)
+        rows: Any = having(number, index, x.device)
         state, own = states[index], C[:, rows]
         if state.shape[1] < groups:  # a state for each head, where each has its own C
             state = ssd_heads(state, features)
@@ -520,14 +522,6 @@ def _even(length: int, size: int) -> int:
 def _slices(length: int, size: int) -> list[slice]:
     size = _even(length, size)
     return [slice(begin, begin + size) for begin in range(0, length, size)]
-
-
-def _as_slice(numbers: Int[Tensor, " rows"]) -> slice | Int[Tensor, " rows"]:
-    """Ascending numbers as a slice where they are evenly spaced, which copies nothing; else as they are."""
-    first, last, count = int(numbers[0]), int(numbers[-1]), len(numbers)
-    step = (last - first) // (count - 1) if count > 1 else 1
-    even = torch.arange(first, last + 1, step, device=numbers.device)
-    return slice(first, last + 1, step) if torch.equal(even, numbers) else numbers
 
 
 _kept = threading.local()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mambalens.hooks import fused, kernels, scan
 from mambalens.hooks.groups import decay_norm
+from mambalens.hooks.indices import having
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.mixer import weights_at_hand
 from mambalens.hooks.recurrence import Index, State, States, side_by_side
@@ -132,7 +133,7 @@ class S6Mixer(SSMMixer):
             return y[:, :, None, :, None]
         y = torch.empty_like(x)
         for index, state in enumerate(states):
-            rows = (number == index).nonzero().flatten()
+            rows = having(number, index, x.device)
             for i, start in enumerate(state):
                 y[i, rows] = scan.selective_scan(x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows], start[None])[0]
         return y[..., None]
@@ -184,7 +185,7 @@ class SSDMixer(RecurrentMixer):
             return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
         y = torch.empty_like(x)
         for index, state in enumerate(states):
-            rows = (number == index).nonzero().flatten()
+            rows = having(number, index, x.device)
             for i, start in enumerate(scan.ssd_heads(state, x.shape[3])):
                 part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
                 y[i, rows] = scan.ssd_scan(*part, start[None])[0]

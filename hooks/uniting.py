@@ -9,6 +9,7 @@ are told is such pairs alone, and where no knockout runs around they are the row
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from typing import NamedTuple
 
@@ -70,7 +71,7 @@ class United:
     """
 
     def __init__(self, base: Base, around: Sequence[Cut] = (), instead: Written | None = None) -> None:
-        self._given, self._around = base.to(torch.device("cpu")), [cut.to(torch.device("cpu")) for cut in around]
+        self._given, self._around = base.known, [_known(cut) for cut in around]
         self._device = base.first.device
         self._instead = instead
         self._sets: dict[tuple[_Part, ...], int] = {(): 0}
@@ -196,6 +197,12 @@ class United:
     def _sources(self, part: _Part) -> Bool[Tensor, "batch time"]:
         own = part.order == len(self._around)
         return (self._given.sources if own else self._around[part.order].rows)[part.number]
+
+
+def _known(cut: Cut) -> Cut:
+    """A cut whose masks are on the CPU; what it puts in stays where it is."""
+    features = None if cut.features is None else cut.features.cpu()
+    return replace(cut, code=cut.code.cpu(), rows=cut.rows.cpu(), features=features)
 
 
 def rows_of(cuts: Sequence[Sequence[Pair]], count: int) -> Rows:

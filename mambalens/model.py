@@ -91,12 +91,13 @@ class LoadedModel:
 
         def keep_last(module: Any, args: tuple[Any, ...]) -> Any:
             hidden = args[0]  # [B, T, width]
-            return (hidden[rows.to(hidden.device), batch.last.to(hidden.device)][:, None], *args[1:])
+            at = torch.stack([rows, batch.last]).to(hidden.device, non_blocking=True)
+            return (hidden[at[0], at[1]][:, None], *args[1:])
 
         # The head runs on one position a row; whatever the model does behind its head stays the model's code.
         handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
         try:
-            logits = self.model(input_ids=batch.ids.to(self.device), use_cache=False).logits
+            logits = self.model(input_ids=batch.ids.to(self.device, non_blocking=True), use_cache=False).logits
         finally:
             handle.remove()
         return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))

@@ -157,8 +157,7 @@ def look(lens: LoadedModel, batch: Batch, asked: Asked, weakened: Mapping[Where,
             cut = None
             if weakened is not None:
                 cut = Weakened({path: of for (cut_mixer, path), of in weakened.items() if cut_mixer is mixer}, SHARE)
-            mask = None if features is None else features.to(lens.device)
-            arrived[mixer] = stack.enter_context(mixer.attributing(cut, mask, around.get(mixer, ())))
+            arrived[mixer] = stack.enter_context(mixer.attributing(cut, features, around.get(mixer, ())))
         with torch.enable_grad():
             logits = lens.differentiable_logits(batch)
             measured = asked.measure(logits, batch.targets.to(logits.device))

@@ -75,8 +75,9 @@ class PatchReplay:
             spots: where to patch, each in every window.
             score: what is made of logits.
         """
+        host = prompts
         prompts = prompts.to(self.hooks.model.get_input_embeddings().weight.device)
-        alike = begins_of(prompts, spots, self.windows, self.site, self.hooks.n_layers)
+        alike = begins_of(host, spots, self.windows, self.site, self.hooks.n_layers)
         values = values_of(self.hooks, prompts, self.windows) if alike and self.site == "value" else None
         checked = list(alike)[len(alike) // 2] if alike else None
         groups = [
@@ -91,7 +92,7 @@ class PatchReplay:
         base: Tensor | None = None
         patched: Tensor | None = None
         for walked in self._together(groups):
-            walk = _Walk(self, prompts, spots, walked, values)
+            walk = _Walk(self, prompts, host.last.tolist(), spots, walked, values)
             walk.run()
             if base is None:
                 base = walk.scored(walk.base_hidden, list(range(len(prompts.last))), score)
@@ -165,6 +166,10 @@ class _Side(NamedTuple):
     """Position that it is taken from."""
     around: dict[Mixer, tuple[Base, list[Pair]]]
     """What running knockouts cut of every row, by mixer, where they do."""
+    whose: Int[Tensor, "two spot"]
+    """`prompts` and `others` on the CPU."""
+    puts: Int[Tensor, "four put"]
+    """`spot`, `offset`, `giver` and `given` on the CPU."""
 
     def reading(self, mixer: Mixer, values: Written) -> tuple[Base, list[Pair]]:
         """Rows that read the other prompts' values where something is put in.
@@ -174,14 +179,20 @@ class _Side(NamedTuple):
             values: what it hands on in the base pass.
         """
         base, time = self.base, self.base.sources.shape[2]
-        giver = self.prompts[:, None].expand(-1, time).clone()
-        given = torch.arange(time, device=giver.device).expand(len(giver), -1).clone()
-        at = self.spot, base.first[self.spot] + self.offset
-        giver[at], given[at] = self.giver, self.given
+        giver = self.whose[0][:, None].expand(-1, time).clone()
+        given = torch.arange(time).expand(len(giver), -1).clone()
+        spot, offset = self.puts[:2]
+        at = spot, base.first[spot] + offset
+        giver[at], given[at] = self.puts[2:]
         sources = base.sources.new_zeros(2, *given.shape)
         sources[1][at] = True
-        instead = values.each(lambda part: part[giver.to(part.device), given.to(part.device)])
-        united = United(Base(base.first, torch.ones_like(base.targets), sources), (), instead)
+        taken = torch.stack([giver, given])
+
+        def of_others(part: Tensor) -> Tensor:
+            there = taken.to(part.device, non_blocking=True)
+            return part[there[0], there[1]]
+
+        united = United(Base(base.first, torch.ones_like(base.targets), sources), (), values.each(of_others))
         main, conv, erase = (int(mixer.value_path is way) for way in WAYS)
         pairs = united.pairs(RowCut((Pair(main, conv, erase, 0),)))
         return united.base(), pairs
@@ -206,12 +217,13 @@ class _Walk:
         self,
         replay: PatchReplay,
         prompts: Prompts,
+        last: Sequence[int],
         spots: Sequence[Spot],
         groups: Sequence[Group],
         values: Values | None,
     ) -> None:
-        self.replay, self.prompts, self.hooks, self.values = replay, prompts, replay.hooks, values
-        self.around = self.hooks.cuts_around(prompts.last, prompts.ids.shape[1])
+        self.replay, self.prompts, self.last, self.hooks, self.values = replay, prompts, last, replay.hooks, values
+        self.around = self.hooks.cuts_around(torch.tensor(last), prompts.ids.shape[1])
         self.sides = [self._side(group, spots) for group in groups]
         self.hidden: list[Tensor | None] = [None] * len(groups)
         self.beside: list[tuple[Any, ...] | None] = []  # what each layer returns beside its hidden states
@@ -225,23 +237,22 @@ class _Walk:
     def _side(self, group: Group, spots: Sequence[Spot]) -> _Side:
         device, ids = self.prompts.ids.device, self.prompts.ids
         of = [spots[number] for number in group.spots]
-        prompts = torch.tensor([spot.prompt for spot in of], device=device)
-        others = torch.tensor([spot.other for spot in of], device=device)
-        first = self.prompts.last[prompts] + 1 - group.length
-        begins = first.tolist()
+        begins = [self.last[spot.prompt] + 1 - group.length for spot in of]
         puts = [
             (number, position - begins[number], spot.other, there)
             for number, spot in enumerate(of)
             for position, there in zip(spot.positions, spot.others, strict=True)
         ]
-        spot_of, offset, giver, given = torch.tensor(puts, device=device).T
-        base = Base.uncut(first, group.length, ids.shape[1])
+        whose, where = torch.tensor([(spot.prompt, spot.other) for spot in of]).T, torch.tensor(puts).T
+        prompts, others = whose.to(device, non_blocking=True)
+        spot_of, offset, giver, given = where.to(device, non_blocking=True)
+        base = Base.uncut(torch.tensor(begins), group.length, ids.shape[1])
         around = {}
         for mixer, cuts in self.around.items():
-            united = United(base, [cut.of_prompts(prompts) for cut in cuts])
+            united = United(base, [cut.of_prompts(whose[0]) for cut in cuts])
             pairs = united.pairs(UNCUT)
             around[mixer] = (united.base(), pairs)
-        return _Side(group, base, prompts, others, spot_of, offset, giver, given, around)
+        return _Side(group, base, prompts, others, spot_of, offset, giver, given, around, whose, where)
 
     def run(self) -> None:
         """Walk through the layers."""
@@ -325,10 +336,12 @@ class _Walk:
             return
         theirs = set(here)
         own = [row for row in range(hidden.shape[1]) if row not in theirs]
-        after = torch.empty_like(hidden)
+        after: Tensor | None = None
         for rows, put in ((own, False), (here, True)):
             if rows:
-                after[:, rows] = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, put)
+                found = self._in_tiles(layer, side, hidden[:, rows], [], kwargs, seen, put)
+                after = found.new_empty(hidden.shape) if after is None else after  # where the layer is
+                after[:, rows] = found
         self.hidden[at] = after
 
     def _joined(
@@ -342,7 +355,7 @@ class _Walk:
         new = joined - (0 if before is None else before.shape[1])
         hidden = None if before is None else before.to(base.device)  # [G, R, L, W]
         if new:
-            columns, prompts = side.base.columns.to(base.device), side.prompts.to(base.device)
+            columns, prompts = side.base.to(base.device).columns, side.prompts.to(base.device)
             own = base[prompts[:, None], columns][:, None].expand(-1, new, -1, -1)
             hidden = own.clone() if hidden is None else torch.cat([hidden, own], 1)
         return hidden

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -117,47 +119,54 @@ class Work:
             labels.append((lens.name, source.name, source.at, plan.target, *label))
         answers = self.answerer.answers(batch, knockouts, [source.positions for source in sources], targets)
         uncut = next(answers)[1]
-        base, before = Prediction.of(uncut, batch.targets), self._measured(uncut, batch)
+        scored = batch.targets.to(uncut.device, non_blocking=True)
+        base = Prediction.of(uncut, scored)
         probs = base.log_probs.exp()
-        rows: dict[int, list[tuple[Any, ...]]] = {}
+
+        def numbers(now: Prediction, logits: Float[Tensor, "batch vocabulary"]) -> Float[Tensor, "number batch"]:
+            """What the table says of a knockout, as float64, which holds ranks and tokens exactly."""
+            found = [now.prob, now.rank, now.top, kl_divergence(base.log_probs, now.log_probs, probs)]
+            if self.measure is not None:
+                found.append(self.measure(logits, scored))
+            return torch.stack([value.double() for value in found])
+
+        order, found = [], [numbers(base, uncut)]
         for number, logits in answers:
-            now = Prediction.of(logits, batch.targets)
-            positions = sources[knockouts[number].source].positions
-            kl = kl_divergence(base.log_probs, now.log_probs, probs)
-            measured = [one + other for one, other in zip(before, self._measured(logits, batch), strict=True)]
-            rows[number] = list(_rows(batch, positions, labels[number], base, now, kl, lens.tokenizer, measured))
+            order.append(number)
+            found.append(numbers(Prediction.of(logits, scored), logits))
             self.bar.update(len(batch.prompts))
+        # Together: to wait for the device at every knockout would take longer than the knockouts.
+        before, *after = torch.stack(found).cpu().unbind()
+        rows = {
+            number: list(
+                _rows(batch, sources[knockouts[number].source].positions, labels[number], before, now, lens.tokenizer)
+            )
+            for number, now in zip(order, after, strict=True)
+        }
         self.bar.update(len(batch.prompts) * (self.per_prompt - len(knockouts)))
         return [row for number in sorted(rows) for row in rows[number]], skipped
-
-    def _measured(self, logits: Float[Tensor, "batch vocabulary"], batch: Batch) -> list[tuple[float, ...]]:
-        """The measure of every prompt; nothing where the sweep has none."""
-        if self.measure is None:
-            return [()] * len(batch.prompts)
-        return [(value,) for value in self.measure(logits, batch.targets.to(logits.device)).tolist()]
 
 
 def _rows(
     batch: Batch,
     positions: list[list[int]],
     labels: tuple[Any, ...],
-    base: Prediction,
-    now: Prediction,
-    kl: Float[Tensor, " batch"],
+    base: Float[Tensor, "number batch"],
+    now: Float[Tensor, "number batch"],
     tokenizer: Any,
-    measured: list[tuple[float, ...]],
 ) -> Iterator[tuple[Any, ...]]:
     """One knockout's rows of the table, in the order of its columns; none for a prompt whose source is empty."""
-    changed = change(base.prob, now.prob)
-    broken = now.prob.isnan()  # recorded as it is: no number, no rank, nothing on top
+    changed = change(base[0], now[0]).tolist()
+    before, after = base.T.tolist(), now.T.tolist()
     for i, prompt in enumerate(batch.prompts):
         if positions[i]:
-            top, bad = int(now.top[i]), bool(broken[i])
-            base_rank = 0 if bool(base.prob[i].isnan()) else int(base.rank[i])
+            base_prob, base_rank, _, _, *measured = before[i]
+            prob, rank, top, kl, *then = after[i]
+            bad = math.isnan(prob)  # recorded as it is: no number, no rank, nothing on top
+            top_token = "" if bad else tokenizer.decode([int(top)])
             yield (
-                prompt.fact.id, *labels, float(base.prob[i]), float(now.prob[i]), float(changed[i]), base_rank,
-                0 if bad else int(now.rank[i]), not bad and top == prompt.target_id,
-                "" if bad else tokenizer.decode([top]), float(kl[i]), *measured[i],
+                prompt.fact.id, *labels, base_prob, prob, changed[i], 0 if math.isnan(base_prob) else int(base_rank),
+                0 if bad else int(rank), not bad and top == prompt.target_id, top_token, kl, *measured, *then,
             )  # fmt: skip
 
 

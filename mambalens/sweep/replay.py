@@ -119,18 +119,18 @@ class Replay:
         self.hooks, self.model, self.memory, self.instead = hooks, hooks.model, memory, instead
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
-        self.ids, self.last, self.sources = ids.to(device), last.to(device), sources.to(device)
+        self.ids, self.last, self.sources = ids.to(device, non_blocking=True), last.cpu(), sources.cpu()
         time = ids.shape[1]
-        every = torch.arange(time, device=device)
+        every = torch.arange(time)
         if targets is None:
             targets = every == self.last[:, None]
-        targets = targets.to(device) & (every <= self.last[:, None])
+        targets = targets.cpu() & (every <= self.last[:, None])
         self.around = hooks.cuts_around(self.last, time)
         targets = targets[None] if targets.ndim == 2 else targets
         first = torch.where(targets.any(0), every, time).amin(1).minimum(self.last)
         length = int((self.last - first).max()) + 1
         self.first = first.clamp_max(time - length)  # rows of equal length, none of them past the last column
-        columns = self.first[:, None] + torch.arange(length, device=device)
+        columns = self.first[:, None] + torch.arange(length)
         self.targets = targets.gather(2, columns.expand(len(targets), -1, -1))  # [target sets, B, L]
 
     def logits(self, cuts: Sequence[Row]) -> Iterator[tuple[int, Float[Tensor, "batch vocabulary"]]]:
@@ -198,7 +198,8 @@ class _Walk:
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
         instead = {} if replay.instead is None else replay.instead.of
-        self.of_mixer = {mixer: self._in(mixer, instead.get(mixer)) for mixer in replay.hooks.mixers}
+        shared: dict[Any, _InMixer] = {}
+        self.of_mixer = {mixer: self._in(mixer, instead.get(mixer), shared) for mixer in replay.hooks.mixers}
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
         """Row of each cut, in the order in which they were given."""
@@ -207,12 +208,19 @@ class _Walk:
         self.kept: dict[Mixer, list[Any]] = {}
         self.in_rows = False
 
-    def _in(self, mixer: Mixer, instead: Written | None) -> _InMixer:
-        """The cuts in one mixer, united with what runs around."""
-        around = self.replay.around.get(mixer, [])
-        united = United(self.base, around, instead)
-        pairs = [united.pairs(_own(cut, mixer)) for cut in self.cuts]
-        return _InMixer(united.base(), pairs)
+    def _in(self, mixer: Mixer, instead: Written | None, shared: dict[Any, _InMixer]) -> _InMixer:
+        """The cuts in one mixer, united with what runs around; `shared`: of others, which go to a device once."""
+        around, own = self.replay.around.get(mixer, []), [_own(cut, mixer) for cut in self.cuts]
+        key = (
+            id(instead),
+            *map(id, around),
+            *(tuple((*pair[:4], id(pair.features)) for pair in cut.pairs) for cut in own),
+        )
+        if key not in shared:
+            united = United(self.base, around, instead)
+            pairs = [united.pairs(cut) for cut in own]
+            shared[key] = _InMixer(united.base(), pairs)
+        return shared[key]
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "batch cut hidden"]:
@@ -229,9 +237,9 @@ class _Walk:
             self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
         assert self.hidden is not None
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
-        at = (self.replay.last - self.replay.first).to(hidden.device)
+        at = (self.replay.last - self.replay.first).to(hidden.device, non_blocking=True)
         hidden = hidden[torch.arange(len(at), device=hidden.device), :, at]
-        return hidden[:, self.rows.to(hidden.device)]
+        return hidden[:, self.rows.to(hidden.device, non_blocking=True)]
 
     def _behind(self, number: int, layer: nn.Module) -> Callable[..., None]:
         """A hook behind a layer of the base pass: the rows go through it too."""

@@ -650,14 +650,14 @@ def explore() -> bytes:
         "--target",
         "Lima",
         "--cut",
-        "3-4>5:0-11:main",
+        "3-4>5:0-11:both",
     ]
     command = [sys.executable, "-m", "mambalens", "explore", "--no-browser", *options, "atlas-mamba1", "atlas-gpt-neox"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server, sync_playwright() as driver:
         assert server.stderr is not None
         address = server.stderr.readline().split()[-1]
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1180, "height": 1060})
+        tab = browser.new_page(viewport={"width": 1180, "height": 1440})
         tab.goto(address)
         tab.wait_for_selector(".card[data-model=atlas-gpt-neox] .big", timeout=120_000)
         tab.click("[data-reading=flow]")

@@ -127,8 +127,8 @@ def test_heatmap_flow_and_layers_are_the_lenss_own(
         for cut in cuts:
             stack.enter_context(lens.hooks.knockout(cut.sources, cut.targets, cut.layers, path=cut.path))  # type: ignore[arg-type]
         table = lens.sweep([PERU.fact], "each", window=10, paths="both", progress=False).table
-        strongest = lens.flow([PERU.fact], progress=False, certify=20).strongest(40)
         last = lens.logits_by_layer(PERU.fact).at_last()
+    strongest = lens.flow([PERU.fact], progress=False, certify=20).strongest(40)  # of the model without the cuts
     assert len(table) == 18 and heat["starts"] == [0, 1, 2] and heat["positions"] == list(range(6))
     for row in table.itertuples():
         assert heat["prob"][row.position][row.window_start] == row.prob

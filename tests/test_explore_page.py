@@ -234,9 +234,8 @@ def test_a_heatmaps_cell_and_a_flows_edge_are_cut_by_a_click(
     expect(tab.locator(".reading .note")).to_contain_text("of an earlier state")
     tab.click("[data-reading=flow]")
     tab.wait_for_selector(".reading[data-shows=flow] .edge")
-    assert "With the cut above" in tab.inner_text(".reading")
-    with lens.hooks.knockout([4], [5], list(cell.layers), path="both"):
-        strongest = lens.flow([fact], progress=False, certify=20).strongest(40)
+    assert "without the cuts above" in tab.inner_text(".reading")
+    strongest = lens.flow([fact], progress=False, certify=20).strongest(40)
     edge, second = (strongest.iloc[i] for i in (0, 1))
     assert tab.locator(".edge").count() == 40
     tab.locator(".edge[data-edge='0'] .hit").click(force=True)
@@ -303,8 +302,8 @@ def test_layers_contributions_attention_and_routes_say_the_lenss_numbers(
         == shown(lens, *(Cut((s,), (t,), (layer,), path) for layer, path, s, t in every_edge), prompt=FAR)
         != answer
     )
-    tab.click("[data-reading=contributions]")
-    expect(tab.locator(".reading .note")).to_contain_text("clear the cuts first")
+    tab.click("[data-reading=attention]")
+    expect(tab.locator(".reading .caption")).to_contain_text("With the 2 cuts above.")
 
 
 def test_features_and_what_stands_in_the_place_of_a_cut(tab: Any, lenses: dict[str, Lens]) -> None:

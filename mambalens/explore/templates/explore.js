@@ -11,6 +11,7 @@ const GROUPS = ["all", "slow", "middle", "fast", "context-dependent", "context-i
 const LOOKS = { heatmap: "Heatmap", flow: "Flow", routes: "Routes", contributions: "Contributions", layers: "Layer by layer", attention: "Attention" };
 const MEANS = { heatmap: "every token cut, in windows of layers", flow: "which edges the answer runs along", routes: "chains of tokens",
   contributions: "what adds up to the answer", layers: "what each layer would say", attention: "what one layer reads" };
+const WHOLE = ["flow", "routes", "contributions"]; // of the model without cuts
 const ABLATIONS = { zero: "nothing", mean: "its mean over facts", resample: "another prompt's value" };
 const TEXTS = ["prompt", "subject", "target", "other", "other_subject"];
 let instances = 0;
@@ -158,14 +159,14 @@ export function explore(root, ask, options = {}) {
       el("div", { className: "row" }, ui.another, ui.undo, ui.clear),
       el("details", { className: "finer" }, el("summary", { text: "Which features, and what stands in their place" }),
         el("div", { className: "row" }, labelled("Features of this cut", fields.group), fields.feature, labelled("In the place of what is cut", fields.ablation)), ui.resample)),
-    section("answering", "Answers", ui.complaint, ui.wait, ui.answers, ui.said));
+    section("answering", "Answers", ui.complaint, ui.wait, ui.answers, ui.said),
+    section("looking", "Look closer", el("div", { className: "row" }, ui.of_model, ...ui.looks),
+      el("div", { className: "row" }, labelled("Heatmap: layers of a window", fields.window), labelled("Attention: layer", fields.layer)), ui.reading));
   ui.body = el("div", { hidden: true },
     section("prompting", "Prompt", ui.examples,
-      el("div", { className: "fields" }, labelled("Prompt", fields.prompt, "long"), labelled("Subject, may be empty", fields.subject), labelled("Watched answer; empty: the model's", fields.target)),
+      el("div", { className: "fields" }, labelled("Prompt", fields.prompt, "long"), labelled("Subject, may be empty", fields.subject), labelled("Watched answer, may be empty", fields.target)),
       el("div", { className: "row" }, ui.models, ui.finding)),
-    ...(ui.later = [ui.stage, section("looking", "Look closer", el("div", { className: "row" }, ui.of_model, ...ui.looks),
-      el("div", { className: "row" }, labelled("Heatmap: layers of a window", fields.window), labelled("Attention: layer", fields.layer)), ui.reading),
-    section("taking", "Take it with you",
+    ...(ui.later = [ui.stage, section("taking", "Take it with you",
       el("div", { className: "row" }, button("Copy as Python", () => copy("python"), { data: { copy: "python" } }), button("Copy as command", () => copy("command"), { data: { copy: "command" } }),
         ...(options.address ? [button("Copy link", () => copy("link"), { data: { copy: "link" } })] : []), button("Answers as CSV", answersCsv, { className: "csv" }), ui.copied),
       el("details", {}, el("summary", { text: "Python" }), ui.python), el("details", {}, el("summary", { text: "Command" }), ui.command))]));
@@ -512,7 +513,7 @@ export function explore(root, ask, options = {}) {
     try {
       const found = await waiting(`${LOOKS[name].toLowerCase()} of ${model}`, () => question({ verb: "ask", reading: name, model, state: now, ...more }, "reading"));
       if (found.dropped) return;
-      looked = { name, model, found, cuts: now.cuts.length, of: sense(state()) };
+      looked = { name, model, found, cuts: now.cuts.length, of: sense(name, state()) };
       drawReading();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
@@ -525,7 +526,7 @@ export function explore(root, ask, options = {}) {
   }
 
   /** What a reading depends on. */
-  const sense = (now) => JSON.stringify([now.prompt, now.subject, now.target, now.cuts, now.ablation, now.other, now.other_subject]);
+  const sense = (name, now) => JSON.stringify([now.prompt, now.subject, now.target, now.ablation, now.other, now.other_subject, WHOLE.includes(name) ? [] : now.cuts]);
 
   function drawReading() {
     const { name, model, found, cuts } = looked;
@@ -536,7 +537,8 @@ export function explore(root, ask, options = {}) {
       button("Numbers as CSV", () => download(`${named}.csv`, csv(made.rows)), { data: { save: "csv" } }),
     ];
     ui.stale = el("p", { className: "note", hidden: true }, "This is of an earlier state. ", button("Look again", guarded(() => look(name, { model }))));
-    ui.reading.replaceChildren(el("h3", { text: made.title }), el("p", { className: "caption", text: made.caption + (cuts ? ` With ${cuts === 1 ? "the cut" : `the ${cuts} cuts`} above.` : "") }), ui.stale,
+    const said = !cuts ? "" : WHOLE.includes(name) ? " Of the model as it is, without the cuts above." : ` With ${cuts === 1 ? "the cut" : `the ${cuts} cuts`} above.`;
+    ui.reading.replaceChildren(el("h3", { text: made.title }), el("p", { className: "caption", text: made.caption + said }), ui.stale,
       ...(made.figure ? [el("div", { className: "scroll figure" }, made.figure(theme()))] : []), ...(made.table ? [made.table] : []), el("p", { className: "row files" }, ...files));
     ui.reading.dataset.shows = name;
     ui.reading.dataset.of = model;
@@ -544,7 +546,7 @@ export function explore(root, ask, options = {}) {
   }
 
   function drawStale() {
-    if (looked && ui.stale) ui.stale.hidden = looked.of === sense(state());
+    if (looked && ui.stale) ui.stale.hidden = looked.of === sense(looked.name, state());
   }
 
   // --- facts

@@ -29,18 +29,18 @@ class SweepResult(SweepData):
     @classmethod
     def of(cls, data: SweepData) -> Self:
         """The same with faces."""
-        return cls(data.table, data.skipped, data.facts, data.configs, data.unfinished, data.prompts, data.checks)
+        return cls(data.rows, data.skipped, data.facts, data.configs, data.unfinished, data.prompts, data.checks)
 
     def _repr_html_(self) -> str:
         """What was swept, and the dearest window of every source."""
         roles = self.roles()
-        worst = roles.dearest()
+        worst, groups = roles.dearest(), self.groups()
         rows = worst.head(SHOWN_WINDOWS).to_dict("records")
         varying = [name for name in ("model", "target", "features", "path", "ablation", "window_size")
-                   if self.table[name].nunique() > 1]  # fmt: skip
+                   if groups[name].nunique() > 1]  # fmt: skip
         return render(
             "result.html", result=self, rows=rows, varying=varying, left=len(worst) - len(rows),
-            n_facts=self.table.fact_id.nunique(), tokens=len(roles.table) < len(self.table),
+            n_facts=len(self.rows.first(["fact_id"])), tokens=len(roles.rows) < len(self.rows),
         )  # fmt: skip
 
     def plot(

@@ -84,7 +84,7 @@ def sweep(config: Path | None, dry_run: bool, as_json: bool, **given: Any) -> No
     with output.interruptible(out):
         results, failed = sweep_all(settings, chosen, groups, load, _say(silent=as_json), progress=not as_json)
     result = SweepResult.concat(results)
-    tell("result", folder=str(out), models=result.models, rows=len(result.table), skipped=len(result.skipped))
+    tell("result", folder=str(out), models=result.models, rows=len(result.rows), skipped=len(result.skipped))
     if processes.first() and not as_json:
         output.swept(result, out)
     if failed:

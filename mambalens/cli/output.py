@@ -47,7 +47,7 @@ def swept(result: SweepResult, out: Path) -> None:
         click.echo(worst.to_string(index=False, float_format="{:.1f}".format))
     skipped(result)
     figure = " and flow.png" if flow.exists() else ""
-    click.echo(f"\n{len(result.table)} rows{figure} in {out}; a page of them: mambalens report {out}")
+    click.echo(f"\n{len(result.rows)} rows{figure} in {out}; a page of them: mambalens report {out}")
 
 
 def steered(table: pd.DataFrame, negative: str, positive: str) -> None:

@@ -53,10 +53,10 @@ def flow(
     if x not in _AXES:
         raise MambalensError(f"x={x!r} is not an axis: {choose(x, _AXES)}.")
     result = result.roles()
-    if not len(result.table):
+    if not len(result.rows):
         raise MambalensError("The sweep has single tokens as sources only (each): draw result.heatmap(fact_id).")
-    hue, rows, columns = _layout(result.table, rows, columns)
-    by = [name for name in (rows, columns) if name not in result.table.columns]
+    hue, rows, columns = _layout(result.groups(), rows, columns)
+    by = [name for name in (rows, columns) if name not in result.rows.columns]
     summary = result.summary(interval, metric, by)
     if x == "depth":
         summary["x"] = 100 * summary.window_start / summary.model.map(result.n_layers)
@@ -104,12 +104,12 @@ def flow(
     return figure
 
 
-def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple[str, str, str]:
+def _layout(groups: pd.DataFrame, rows: str | None, columns: str | None) -> tuple[str, str, str]:
     """What lines, rows and columns of panels stand for, so that each line has one value at each window."""
     names = ("path", "model", "ablation", "features", "target", "window_size")
-    varying = [name for name in names if table[name].nunique() > 1]
+    varying = [name for name in names if groups[name].nunique() > 1]
     hue = "source"
-    one_source = table.source.nunique() == 1 or "source" in (rows, columns)
+    one_source = groups.source.nunique() == 1 or "source" in (rows, columns)
     if one_source and "features" in varying and "features" not in (rows, columns):
         hue = "features"
     left = [name for name in varying if name not in (hue, rows, columns)]
@@ -120,7 +120,7 @@ def _layout(table: pd.DataFrame, rows: str | None, columns: str | None) -> tuple
     if left:
         raise MambalensError(
             f"One figure cannot show sources by {rows}, {columns} and {', '.join(left)}: keep one of them, for example "
-            f"result.where({left[0]}={table[left[0]].iloc[0]!r}), or --where {left[0]}={table[left[0]].iloc[0]}."
+            f"result.where({left[0]}={groups[left[0]].iloc[0]!r}), or --where {left[0]}={groups[left[0]].iloc[0]}."
         )
     return hue, rows, columns
 

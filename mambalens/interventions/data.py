@@ -74,7 +74,7 @@ class CellData:
 
         Results that were put together have the column 'measure' where all have the same.
         """
-        return self.columns | measured(self.configs, self.table)
+        return self.columns | measured(self.configs, self.table.columns)
 
     def where(self, **values: Any) -> Self:
         """The part whose columns have these values, of the table or of the facts; a list means any of them.
@@ -120,7 +120,7 @@ class CellData:
             return cls.concat([cls.load(path) for path in found])
         kept = stored_in(found[0], cls.kind)
         skipped = with_unusable(kept.skipped, kept.configs)
-        table = below_each_other(kept.tables)
+        table = below_each_other(list(kept.tables))
         return cls(table, skipped, kept.facts, kept.prompts, kept.configs, kept.unfinished, kept.checks)
 
     def check_metric(self, metric: str | None) -> str:

@@ -17,6 +17,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.report.assets import left_out, packed, plain, rounded, tables, texts, write
 from mambalens.runs.data import SweepData
+from mambalens.runs.rows import Groups, Rows
 from mambalens.runs.table import GROUP, SINGLE
 
 SUBSET_VALUES = 12
@@ -39,23 +40,26 @@ def write_report(result: SweepData, path: str | Path, title: str | None, details
 
 def _page(result: SweepData, title: str, details: int) -> str:
     roles = result.roles()
-    series = list(_series(roles))
+    series, groups = list(_series(roles)), roles.groups()
+    firsts = result.rows.first(["model", "fact_id"], ["base_rank", "base_prob"])
     data = {
         "metrics": result.metrics,
         "single": SINGLE,
         "models": [{"name": name, "layers": layers} for name, layers in result.n_layers.items()],
         "series": series,
-        "details": {model: _details(result, model, details) for model in result.models},
-        "styles": _styles(roles),
+        "details": {
+            model: _details(result, model, firsts.fact_id[firsts.model == model], details) for model in result.models
+        },
+        "styles": _styles(groups),
     }
     subsets = list(dict.fromkeys(name for one in series for name in one["curves"]))
-    choices = {name: [str(value) for value in roles.table[name].unique()] for name in DIMENSIONS}
+    choices = {name: [str(value) for value in groups[name].unique()] for name in DIMENSIONS}
     path = main_path(result)
     words = {"main": path, **PATHS}
     return render(
         "report.html", title=title, data=plain(data), metrics=result.metrics, subsets=subsets, choices=choices,
         words={name: f"{name} ({word})" for name, word in words.items()},
-        models=[_about(result, model) for model in result.models],
+        models=[_about(result, model, firsts[firsts.model == model]) for model in result.models],
         unfinished=result.unfinished, **left_out(result.skipped), **tables(), **texts("report.js"),
     )  # fmt: skip
 
@@ -70,26 +74,37 @@ def _whole(result: SweepData) -> SweepData:
     for config in result.configs:
         if layers.setdefault(config.model, config.n_layers) != config.n_layers:
             raise MambalensError(f"Two different models are called {config.model!r}: report them one by one.")
-    table = result.table
-    twice = table.duplicated(_ROW, keep=False)
-    if twice.any():
-        spread = table[twice].groupby(_ROW)["prob"].agg(["min", "max"])
-        if (spread["max"] - spread["min"] > 1e-5 * spread["max"]).any():
-            model = table[twice].model.iloc[0]
-            raise MambalensError(
-                f"The sweeps have different numbers for the same knockouts of {model!r}: they are of different weights "
-                "or precisions. Report them one by one."
-            )
-    return result._with(table.drop_duplicates(_ROW), result.configs)
+    rows = result.rows
+    kept = _numbers_of_knockouts(rows)
+    again = kept.duplicated()
+    if not again.any():
+        return result
+    twice = kept.duplicated(keep=False).to_numpy()
+    spread = rows.take(["prob"])[twice].groupby(kept[twice].to_numpy()).prob.agg(["min", "max"])
+    if (spread["max"] - spread["min"] > 1e-5 * spread["max"]).any():
+        model = rows.take(["model"]).model[twice].iloc[0]
+        raise MambalensError(
+            f"The sweeps have different numbers for the same knockouts of {model!r}: they are of different weights "
+            "or precisions. Report them one by one."
+        )
+    ends = np.cumsum([piece.size for piece in rows.pieces])
+    return result._with(rows.only(np.split(~again.to_numpy(), ends[:-1])), result.configs)
+
+
+def _numbers_of_knockouts(rows: Rows) -> pd.Series:
+    """The same number for rows of the same fact and knockout."""
+    facts = Groups(rows, ([frame.fact_id] for frame in rows.taken(["fact_id"]))).numbers()
+    groups = Groups(rows, ([frame[name] for name in GROUP] for frame in rows.taken(GROUP)))
+    return pd.Series(facts * len(groups.keys) + groups.numbers())
 
 
 def _series(roles: SweepData) -> Iterator[dict[str, Any]]:
     """Curves of means with intervals, one for each value of `DIMENSIONS`, over all facts and over parts of them."""
-    subsets = [(), *((column,) for column in _columns(roles))] if len(roles.table) else []
+    subsets = [(), *((column,) for column in _columns(roles))] if len(roles.rows) else []
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for metric in roles.metrics:
-        for by in subsets:
-            for found_key, curve in roles.summary(metric=metric, by=by).groupby([*by, *_SERIES], sort=False):
+    for by in subsets:
+        for metric, summary in roles.summaries(roles.metrics, by=by).items():
+            for found_key, curve in summary.groupby([*by, *_SERIES], sort=False):
                 key: tuple[Any, ...] = found_key  # type: ignore[assignment]
                 curve = curve.set_index("window_start").sort_index()
                 subset = f"{by[0]}: {key[0]}" if by else "all facts"
@@ -106,19 +121,19 @@ def _series(roles: SweepData) -> Iterator[dict[str, Any]]:
 
 def _columns(result: SweepData) -> list[str]:
     """Columns of the facts that have several values, and few."""
-    facts = result.facts[result.facts.fact_id.isin(result.table.fact_id)]
-    others = [name for name in facts.columns if name not in ("prompt", "subject", *result.table.columns)]
+    facts = result.facts[result.facts.fact_id.isin(set(result.rows.first(["fact_id"]).fact_id))]
+    others = [name for name in facts.columns if name not in ("prompt", "subject", *result.rows.columns)]
     return [name for name in others if 1 < facts[name].nunique() <= SUBSET_VALUES and facts[name].notna().all()]
 
 
-def _details(result: SweepData, model: str, most: int) -> dict[str, Any]:
+def _details(result: SweepData, model: str, every: pd.Series, most: int) -> dict[str, Any]:
     """Facts of one model with the numbers of every knockout, as arrays that the page reads when it needs them."""
-    table = result.table[result.table.model == model]
-    every = table.fact_id.unique()
-    single = table.position >= 0
-    with_tokens = set(table.fact_id[single])
+    rows = _only(result.rows, "model", {model})
+    tokens = rows.only(frame.position.to_numpy() >= 0 for frame in rows.taken(["position"]))
+    with_tokens = set(tokens.first(["fact_id"]).fact_id)
     ids = sorted(every, key=lambda fact_id: fact_id not in with_tokens)[:most]  # stable: those with heatmaps go first
-    table, single = table[table.fact_id.isin(ids)], single[table.fact_id.isin(ids)]
+    table = _only(rows, "fact_id", set(ids)).frame()
+    single = table.position >= 0
     facts = result.facts.set_index("fact_id").loc[ids]
     base = table.drop_duplicates("fact_id").set_index("fact_id").loc[ids]
     columns = [name for name in facts.columns if name not in ("prompt", "subject", "target")]
@@ -196,11 +211,14 @@ def _token_grids(
                        "values": of_metrics}  # fmt: skip
 
 
-def _about(result: SweepData, model: str) -> dict[str, Any]:
-    """What was run on a model."""
+def _only(rows: Rows, column: str, values: set[str]) -> Rows:
+    """Rows that have some of these values in a column."""
+    return rows.only(frame[column].isin(values).to_numpy() for frame in rows.taken([column]))
+
+
+def _about(result: SweepData, model: str, base: pd.DataFrame) -> dict[str, Any]:
+    """What was run on a model; `base` has the first row of each of its facts."""
     configs = [config for config in result.configs if config.model == model]
-    table = result.table[result.table.model == model]
-    base = table.drop_duplicates("fact_id")
 
     def words(values: Iterable[Any]) -> str:
         flat = [one for value in values for one in (value if isinstance(value, tuple) else [value])]
@@ -211,7 +229,7 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
         "name": model,
         "layers": result.n_layers[model],
         "facts": len(base),
-        "rows": len(table),
+        "rows": len(_only(result.rows, "model", {model})),
         "right": int((base.base_rank == 1).sum()),
         "median": float(base.base_prob.median()),
         "answered": list(dict.fromkeys(known for config in configs for known in config.answered)),
@@ -235,11 +253,11 @@ def _about(result: SweepData, model: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _styles(roles: SweepData) -> dict[str, dict[str, Any]]:
+def _styles(groups: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Colour and symbol of every value that a line may stand for: the same as in figures."""
     styles = {}
     for name in DIMENSIONS:
-        for index, value in enumerate(roles.table[name].unique()):
+        for index, value in enumerate(groups[name].unique()):
             colour, marker = style(str(value), index)
             styles[f"{name}={value}"] = {"color": colour, "symbol": _SYMBOLS[marker]}
     return styles

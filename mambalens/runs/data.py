@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool
 
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP, below_each_other, no_checks
 from mambalens.runs.intervals import INTERVALS, mean_intervals
-from mambalens.runs.stored import Stored, folders_of, stored_in
+from mambalens.runs.rows import HELD, Groups, Held, Kept, Rows
+from mambalens.runs.stored import Stored, folders_of, rows_in, stored_in
 from mambalens.runs.table import GROUP, MEASURES, METRICS, with_all_columns
 
 
@@ -21,7 +23,8 @@ class SweepData:
     """What a finished sweep found, or several put together: tables, and what is reckoned from them.
 
     Attributes:
-        table: one row per fact, source, features, path and window; columns in `runs.table.COLUMNS`.
+        rows: the rows of the table; those of a long one (`runs.rows.HELD`) stay in their folder, and columns of them
+            are read where they are asked for.
         skipped: fact_id, source ('' where the whole fact was left out) and reason.
         facts: the facts that were asked for, with all their columns.
         configs: what was run, one for each model.
@@ -32,7 +35,7 @@ class SweepData:
 
     def __init__(
         self,
-        table: pd.DataFrame,
+        table: pd.DataFrame | Rows,
         skipped: pd.DataFrame,
         facts: pd.DataFrame,
         configs: list[RunConfig],
@@ -40,15 +43,29 @@ class SweepData:
         prompts: pd.DataFrame | None = None,
         checks: pd.DataFrame | None = None,
     ) -> None:
-        self.table, self.skipped, self.facts, self.configs = table, skipped, facts, configs
+        self.rows = table if isinstance(table, Rows) else Rows([Held(table)])
+        self.skipped, self.facts, self.configs = skipped, facts, configs
         self.unfinished = unfinished
         self.prompts = pd.DataFrame(columns=list(PROMPT)) if prompts is None else prompts
         self.checks = no_checks() if checks is None else checks
 
     def __repr__(self) -> str:
-        facts = self.table.fact_id.nunique()
+        facts = len(self.rows.first(["fact_id"]))
         left = f"; {self.unfinished} block{'s' * (self.unfinished > 1)} of facts to come" if self.unfinished else ""
-        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.table)} rows{left}>"
+        return f"<SweepResult: {', '.join(self.models)}; {facts} facts, {len(self.rows)} rows{left}>"
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """One row per fact, source, features, path and window; columns in `runs.table.COLUMNS`.
+
+        Raises:
+            MambalensError: if it has more rows than the memory that is free can hold.
+        """
+        return self.rows.frame()
+
+    @table.setter
+    def table(self, table: pd.DataFrame) -> None:
+        self.rows = Rows([Held(table)])
 
     @property
     def models(self) -> list[str]:
@@ -66,23 +83,22 @@ class SweepData:
 
         Sweeps that were put together have the column 'measure' where all have the same.
         """
-        return METRICS | measured(self.configs, self.table)
+        return METRICS | measured(self.configs, self.rows.columns)
 
     @classmethod
     def concat(cls, results: Sequence[SweepData]) -> Self:
         """Several results as one, for comparing models."""
         if not results:
             raise MambalensError("There is no result to put together.")
-        tables = [result.table for result in results]
         skipped = [result.skipped for result in results]
         facts = facts_together([result.facts for result in results])
         configs = [config for result in results for config in result.configs]
         unfinished = sum(result.unfinished for result in results)
         prompts = pd.concat([result.prompts for result in results], ignore_index=True)
         prompts = prompts.drop_duplicates(["model", "fact_id"], ignore_index=True)
-        table, missing = pd.concat(tables, ignore_index=True), pd.concat(skipped).drop_duplicates(ignore_index=True)
+        missing = pd.concat(skipped).drop_duplicates(ignore_index=True)
         checks = below_each_other([result.checks for result in results])
-        return cls(table, missing, facts, configs, unfinished, prompts, checks)
+        return cls(_together([result.rows for result in results]), missing, facts, configs, unfinished, prompts, checks)
 
     def where(self, **values: Any) -> Self:
         """The part of the sweep whose columns have these values; a list means any of them.
@@ -90,25 +106,33 @@ class SweepData:
         Raises:
             MambalensError: for a column that neither the table nor the facts have, or if nothing is left.
         """
-        table = self.table
+        rows = self.rows
         for column, value in values.items():
             wanted = {str(v) for v in (value if isinstance(value, list | tuple | set) else [value])}
-            table = table[self.column(column, table).astype(str).isin(wanted)]
-        if not len(table):
+            rows = rows.only(_is_any_of(piece, wanted) for (piece,) in self._taken([column], rows))
+        if not len(rows):
             raise MambalensError(f"No row of the sweep has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
-        configs = [config for config in self.configs if config.model in set(table.model)]
-        return self._with(table, configs)
+        left = set(rows.first(["model"]).model)
+        return self._with(rows, [config for config in self.configs if config.model in left])
 
     def roles(self) -> Self:
         """The part without sources of `each`: what is a mean over facts, where positions of prompts are not."""
-        table = self.table
-        return self._with(table[table.position < 0], self.configs)
+        masks = (frame.position.to_numpy() < 0 for frame in self.rows.taken(["position"]))
+        return self._with(self.rows.only(masks), self.configs)
 
-    def _with(self, table: pd.DataFrame, configs: list[RunConfig]) -> Self:
+    def _with(self, rows: pd.DataFrame | Rows, configs: list[RunConfig]) -> Self:
         """The same with other rows."""
-        table = table.reset_index(drop=True)
+        if isinstance(rows, pd.DataFrame):
+            rows = rows.reset_index(drop=True)
         checks = self.checks[self.checks.model.isin([config.model for config in configs])].reset_index(drop=True)
-        return type(self)(table, self.skipped, self.facts, configs, self.unfinished, self.prompts, checks)
+        return type(self)(rows, self.skipped, self.facts, configs, self.unfinished, self.prompts, checks)
+
+    def _taken(self, names: Sequence[str], rows: Rows | None = None) -> Iterator[list[pd.Series]]:
+        """Columns of the table, or of the facts, for the rows of one piece after another."""
+        rows = self.rows if rows is None else rows
+        read = [name if name in rows.columns else "fact_id" for name in names]
+        for frame in rows.taken(read):
+            yield [column_of(name, frame, self.facts) for name in names]
 
     def column(self, name: str, table: pd.DataFrame | None = None) -> pd.Series:
         """A column of the table, or of the facts, for every row of the table."""
@@ -132,16 +156,23 @@ class SweepData:
             raise MambalensError(f"interval={interval!r} is not an interval: {choose(interval, INTERVALS)}.")
         if metric not in self.metrics:
             raise MambalensError(f"metric={metric!r} is not a column to summarize: {choose(metric, self.metrics)}.")
-        table = self.table.assign(**{name: self.column(name) for name in by})
+        return self.summaries([metric], by, interval, seed)[metric]
+
+    def groups(self) -> pd.DataFrame:
+        """What a mean over facts keeps apart: the values of `runs.table.GROUP` that the sweep has, in its order."""
+        return self.rows.first(GROUP)
+
+    def summaries(
+        self, metrics: Iterable[str], by: Sequence[str] = (), interval: str = "bootstrap", seed: int = 0
+    ) -> dict[str, pd.DataFrame]:
+        """Several columns' `summary`, for which groups are looked for once."""
         keys = [*by, *GROUP]
-        found, groups = [], []
-        for key, group in table.groupby(keys, sort=False, dropna=False):
-            values = group[metric].to_numpy(float)
-            found.append(key)
-            groups.append(values[~np.isnan(values)])
-        intervals = mean_intervals(groups, interval, seed)
-        rows = [(*key, len(group), *three) for key, group, three in zip(found, groups, intervals, strict=True)]
-        return pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+        groups, found = Groups(self.rows, self._taken(keys)), {}
+        for metric in metrics:
+            intervals = mean_intervals(groups.values(metric), interval, seed)
+            rows = [(*key, n, *three) for key, n, three in zip(groups.keys, groups.sizes, intervals, strict=True)]
+            found[metric] = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
+        return found
 
     def dearest(self) -> pd.DataFrame:
         """The window that costs the target most probability, for every source, group of features and path.
@@ -159,9 +190,13 @@ class SweepData:
             The folder.
 
         Raises:
-            MambalensError: if it cannot be written, or holds a run of its own.
+            MambalensError: if it cannot be written, holds a run of its own, or the rows of this result.
         """
-        stored = Stored([self.table], self.skipped, self.facts, self.prompts, self.configs, self.checks)
+        if Path(folder).resolve() in {
+            piece.path.resolve().parents[1] for piece in self.rows.pieces if isinstance(piece, Kept)
+        }:
+            raise MambalensError(f"{str(folder)!r} keeps the rows of this result: choose another folder to save it in.")
+        stored = Stored(self.rows.parts(), self.skipped, self.facts, self.prompts, self.configs, self.checks)
         return stored.save(folder, SWEEP)
 
     @classmethod
@@ -172,18 +207,39 @@ class SweepData:
         `unfinished` says how many blocks are missing.
         """
         found = folders_of(folder, SWEEP)
-        if found != [Path(folder)]:
-            return cls.concat([cls.load(path) for path in found])
-        stored = stored_in(found[0], SWEEP)
-        table = pd.concat([with_all_columns(table) for table in stored.tables], ignore_index=True)
+        held = rows_in(found, SWEEP) <= HELD
+        results = [cls._load(path, held) for path in found]
+        return results[0] if found == [Path(folder)] else cls.concat(results)
+
+    @classmethod
+    def _load(cls, folder: Path, held: bool) -> Self:
+        stored = stored_in(folder, SWEEP, held)
+        tables = [with_all_columns(table) for table in stored.tables]
+        rows = pd.concat(tables, ignore_index=True) if held else Rows(map(Kept.of, stored.kept))
         skipped = with_unusable(stored.skipped, stored.configs)
-        return cls(table, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts, stored.checks)
+        return cls(rows, skipped, stored.facts, stored.configs, stored.unfinished, stored.prompts, stored.checks)
 
 
-def measured(configs: Sequence[RunConfig], table: pd.DataFrame) -> dict[str, str]:
-    """The column of a measure that all runs of a table have, and what axes call it; nothing where they have none."""
+def _together(rows: Sequence[Rows]) -> Rows:
+    """Rows one below the other, in one table where all are held."""
+    pieces = [piece for one in rows for piece in one.pieces]
+    if all(isinstance(piece, Held) for piece in pieces):
+        return Rows([Held(pd.concat([piece.frame() for piece in pieces], ignore_index=True))])
+    return Rows(pieces)
+
+
+def _is_any_of(column: pd.Series, wanted: set[str]) -> Bool[np.ndarray, " row"]:
+    """Where a column's values are written like one of these."""
+    if column.dtype == object:
+        column = column.astype(str)  # 1 and True are one value to pandas, and two to whoever writes them
+    numbers, different = pd.factorize(column, use_na_sentinel=False)
+    return pd.Series(different).astype(str).isin(wanted).to_numpy(bool)[numbers]
+
+
+def measured(configs: Sequence[RunConfig], columns: Iterable[str]) -> dict[str, str]:
+    """The column of a measure that all runs of a table with these columns have, and what axes call it."""
     names = {config.measure for config in configs}
-    if len(names) != 1 or "" in names or "measure" not in table:
+    if len(names) != 1 or "" in names or "measure" not in columns:
         return {}
     (name,) = names
     return {"measure": MEASURES.get(name, name)}

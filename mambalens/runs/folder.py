@@ -20,8 +20,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -145,7 +145,7 @@ class RunFolder:
 
     def finished(self, block: int) -> bool:
         """Whether a block's part is there and whole; what is not is set aside, with a warning."""
-        path = self.path / PARTS / f"{_name(block)}.parquet"
+        path = part_file(self.path, block)
         if block in self._whole:
             return True
         if not path.exists():
@@ -164,7 +164,7 @@ class RunFolder:
     def write(self, block: int, part: Part) -> None:
         """Keep a block's result."""
         with writing(self.path):
-            write_part(self.path / PARTS / f"{_name(block)}.parquet", part, self.digest)
+            write_part(part_file(self.path, block), part, self.digest)
         self._whole.add(block)
 
 
@@ -279,14 +279,20 @@ def write_part(path: Path, part: Part, run: str) -> None:
     atomically(path, lambda file: pq.write_table(arrow, file))
 
 
-def read_part(path: Path, run: str) -> Part:
+def read_part(path: Path, run: str, categories: bool = False) -> Part:
     """One part; without checks where an older release wrote it.
+
+    Args:
+        path: the part's file.
+        run: the run that it belongs to; see `digest_of`.
+        categories: texts as categories, which are read and looked through sooner.
 
     Raises:
         BrokenPart: if the part is not whole, or not of this run.
     """
     try:
-        arrow = pq.read_table(path)
+        file = pq.ParquetFile(path, read_dictionary=texts_of(pq.read_schema(path)) if categories else None)
+        arrow = file.read()
         about = json.loads((arrow.schema.metadata or {})[_KEY])
         table = arrow.to_pandas()
         skipped = pd.DataFrame(about["skipped"], columns=list(SKIPPED))
@@ -301,18 +307,40 @@ def read_part(path: Path, run: str) -> Part:
     return Part(table, skipped, checks)
 
 
-def read_parts(path: Path, run: str, blocks: int) -> tuple[list[Part], int]:
-    """The whole parts of a run in order, and how many blocks are missing."""
-    found = []
-    for block in range(blocks):
-        part = path / PARTS / f"{_name(block)}.parquet"
-        if not part.exists():
-            continue
+def texts_of(schema: pa.Schema) -> list[str]:
+    """Columns of texts."""
+    return [
+        column.name for column in schema if pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    ]
+
+
+def part_file(path: Path, block: int) -> Path:
+    """Where a block's part is, or will be."""
+    return path / PARTS / f"{_name(block)}.parquet"
+
+
+def part_files(path: Path, blocks: int) -> list[Path]:
+    """The parts of a run that are there, in order."""
+    files = [part_file(path, block) for block in range(blocks)]
+    return [file for file in files if file.exists()]
+
+
+def rows_of(files: Iterable[Path]) -> int:
+    """Rows that some parts have, as far as they can be read."""
+    count = 0
+    for file in files:
+        with suppress(OSError, ValueError, pa.ArrowException):
+            count += pq.read_metadata(file).num_rows
+    return count
+
+
+def whole_parts(files: Iterable[Path], run: str, categories: bool = False) -> Iterator[tuple[Path, Part]]:
+    """The parts of a run that are whole, one by one; those that are not are left out with a warning."""
+    for file in files:
         try:
-            found.append(read_part(part, run))
+            yield file, read_part(file, run, categories)
         except BrokenPart as error:
-            warnings.warn(f"{str(part)!r} {error} and is left out.", stacklevel=3)
-    return found, blocks - len(found)
+            warnings.warn(f"{str(file)!r} {error} and is left out.", stacklevel=3)
 
 
 def config_of(path: Path, kind: str = SWEEP) -> Path:

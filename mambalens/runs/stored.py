@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,13 @@ from mambalens.runs.folder import (
     config_of,
     digest_of,
     is_run,
+    no_checks,
+    part_file,
+    part_files,
     read_config,
-    read_parts,
     read_prompts,
+    rows_of,
+    whole_parts,
     writable_folder,
     write_facts,
     write_part,
@@ -38,8 +43,8 @@ PLURAL = {"sweep": "sweeps", "flow": "flows", "patch": "patches", "trace": "trac
 class Stored(NamedTuple):
     """What a folder holds of a result."""
 
-    tables: list[pd.DataFrame]
-    """Rows, part by part."""
+    tables: Iterable[pd.DataFrame]
+    """Rows, part by part; none where they stay in the folder."""
     skipped: pd.DataFrame
     facts: pd.DataFrame
     prompts: pd.DataFrame
@@ -48,6 +53,8 @@ class Stored(NamedTuple):
     """How replays were held against the model."""
     unfinished: int = 0
     """Blocks of facts that are missing."""
+    kept: Sequence[Path] = ()
+    """Parts whose rows stay in the folder."""
 
     def save(self, folder: str | Path, kind: str) -> Path:
         """Write tables as parquet and what was run as JSON, in the format of a run's folder.
@@ -63,12 +70,20 @@ class Stored(NamedTuple):
             )
         with writing(folder):
             (folder / PARTS).mkdir(exist_ok=True)
-            part = Part(pd.concat(self.tables, ignore_index=True), self.skipped, self.checks)
-            write_part(folder / PARTS / "00000.parquet", part, SAVED)
+            files: list[Path] = []
+            about, before = (self.skipped, self.checks), config.exists() and read_config(folder, kind).get("blocks", 1)
+            for table in self.tables:
+                files.append(part_file(folder, len(files)))
+                if max(len(files), before) > 1:
+                    config.unlink(missing_ok=True)  # parts of two results are never read as one
+                write_part(files[-1], Part(table, *about), SAVED)
+                about = self.skipped[:0], no_checks()  # the first part has them all
+            for left in {*(folder / PARTS).glob("*.parquet")}.difference(files):
+                left.unlink()
             write_facts(folder, self.facts)
             write_prompts(folder, self.prompts)
             configs = [one.to_json() for one in self.configs]
-            text = json.dumps({"configs": configs, "blocks": 1, "definition": None}, indent=1) + "\n"
+            text = json.dumps({"configs": configs, "blocks": len(files), "definition": None}, indent=1) + "\n"
             atomically(config, lambda file: file.write_text(text))
         return folder
 
@@ -114,17 +129,32 @@ def folders_of(folder: str | Path, kind: str) -> list[Path]:
     return found
 
 
-def stored_in(folder: Path, kind: str) -> Stored:
+def rows_in(folders: Iterable[Path], kind: str) -> int:
+    """Rows of the results in some folders."""
+    return sum(rows_of(part_files(folder, int(read_config(folder, kind).get("blocks", 1)))) for folder in folders)
+
+
+def stored_in(folder: Path, kind: str, tables: bool = True) -> Stored:
     """What one folder holds, also while a run is still filling it.
 
     Parts that are damaged are left out with a warning.
+
+    Args:
+        folder: the folder.
+        kind: what it holds.
+        tables: hold the rows of all parts; without, parts are looked through one by one and their rows stay there.
 
     Raises:
         MambalensError: if it has no finished block, or cannot be read.
     """
     about = read_config(folder, kind)
     configs = [RunConfig.from_json(one) for one in about["configs"]]
-    parts, missing = read_parts(folder, digest_of(about.get("definition")), int(about.get("blocks", 1)))
+    blocks = int(about.get("blocks", 1))
+    files: list[Path] = []
+    parts: list[Part] = []
+    for file, part in whole_parts(part_files(folder, blocks), digest_of(about.get("definition")), not tables):
+        files.append(file)
+        parts.append(part if tables else part._replace(table=pd.DataFrame()))
     if not parts:
         raise MambalensError(f"The run in {str(folder)!r} has no finished block yet.")
     try:
@@ -133,6 +163,7 @@ def stored_in(folder: Path, kind: str) -> Stored:
         raise MambalensError(f"The facts of the run in {str(folder)!r} cannot be read ({error}).") from error
     skipped = pd.concat([part.skipped for part in parts], ignore_index=True)
     checks = below_each_other([part.checks for part in parts])
+    prompts, missing = read_prompts(folder), blocks - len(parts)
     # A block of which nothing could be used has columns, but does not say what they hold.
-    tables = [part.table for part in parts if len(part.table)] or [parts[0].table]
-    return Stored(tables, skipped, facts, read_prompts(folder), configs, checks, missing)
+    held = ([part.table for part in parts if len(part.table)] or [parts[0].table]) if tables else []
+    return Stored(held, skipped, facts, prompts, configs, checks, missing, () if tables else files)

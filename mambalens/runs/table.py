@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 from mambalens.defaults import ABLATION
 
@@ -58,11 +59,25 @@ def with_all_columns(table: pd.DataFrame) -> pd.DataFrame:
 
     Of the position only the source's name tells there, and nothing stood in the place of what was cut.
     """
-    if "ablation" not in table:
-        table.insert(list(table.columns).index("path") + 1, "ablation", ABLATION)
-    if "position" in table:
-        return table
-    names = table.source.astype(str)
-    positions = names.where(names.str.startswith(SINGLE), f"{SINGLE}{ROLE}").str.removeprefix(SINGLE).astype(int)
-    table.insert(list(COLUMNS).index("position"), "position", positions)
+    for at, name in enumerate(columns_of(table.columns)):
+        if name not in table:
+            table.insert(at, name, missing_column(name, table))
     return table
+
+
+def columns_of(stored: Iterable[str]) -> list[str]:
+    """Names of the columns of a table with these, and with those that folders of older releases lack."""
+    names = list(stored)
+    if "position" not in names:
+        names.insert(COLUMNS.index("position"), "position")
+    if "ablation" not in names:
+        names.insert(names.index("path") + 1, "ablation")
+    return names
+
+
+def missing_column(name: str, table: pd.DataFrame) -> Any:
+    """What a column is that a table lacks, of its sources."""
+    if name == "ablation":
+        return ABLATION
+    names = table.source.astype(str)
+    return names.where(names.str.startswith(SINGLE), f"{SINGLE}{ROLE}").str.removeprefix(SINGLE).astype(int)

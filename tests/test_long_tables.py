@@ -1,0 +1,217 @@
+"""Tables whose rows stay in their folder give what the same rows in memory do, and plain loops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.pandas import column, data_frames, range_indexes
+
+from mambalens import Lens, MambalensError, SweepResult, load_facts
+from mambalens.figures import flow
+from mambalens.runs import data, rows
+from mambalens.runs.folder import PARTS
+from mambalens.runs.intervals import mean_intervals
+from mambalens.runs.rows import Held, Kept, Rows, numbered
+from mambalens.runs.table import GROUP
+
+FACTS = load_facts("atlas").where(wording="near").sample(7)
+BLOCK = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("long") / "run"
+    lens = Lens.load("atlas-mamba1")
+    lens.sweep(FACTS, ("subject", "context", "each"), window=6, paths=("main", "both"), out=out, progress=False,
+               block_size=BLOCK, measure="log_odds")  # fmt: skip
+    return out
+
+
+@pytest.fixture(scope="module")
+def held(folder: Path) -> SweepResult:
+    return SweepResult.load(folder)
+
+
+@pytest.fixture
+def kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SweepResult]:
+    """The same, as if it were too long to be held."""
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    yield result
+    assert all(isinstance(piece, Kept) for piece in result.rows.pieces), "something has read the whole table"
+
+
+def summary_by_loops(result: SweepResult, interval: str, metric: str, by: list[str]) -> pd.DataFrame:
+    table = result.table
+    facts = result.facts.set_index("fact_id")
+    table = table.assign(**{name: table.fact_id.map(facts[name]) for name in by})
+    found = []
+    for key, group in table.groupby([*by, *GROUP], sort=False, dropna=False):
+        values = group[metric].to_numpy(float)
+        ((mean, low, high),) = mean_intervals([values[~np.isnan(values)]], interval, 0)
+        found.append((*key, len(group), mean, low, high))
+    return pd.DataFrame(found, columns=[*by, *GROUP, "n", "mean", "low", "high"])
+
+
+@pytest.mark.parametrize("by", [[], ["relation"], ["wording", "relation"]])
+@pytest.mark.parametrize("metric", ["change_pct", "hit", "rank", "measure"])
+def test_a_summary_equals_plain_loops_wherever_the_rows_are(
+    held: SweepResult, kept: SweepResult, by: list[str], metric: str
+) -> None:
+    assert len(kept.rows.pieces) == 4 and len(kept.rows) == len(held.table) > 100
+    for interval in ("bootstrap", "t"):
+        expected = summary_by_loops(held, interval, metric, by)
+        for result in (held, kept):
+            found = result.summary(interval, metric, by)
+            pd.testing.assert_frame_equal(found, expected, rtol=1e-12, atol=1e-12)
+            assert (found["mean"].to_numpy() == expected["mean"].to_numpy()).all()
+
+
+def test_parts_of_a_long_table_are_those_of_a_short_one(held: SweepResult, kept: SweepResult) -> None:
+    fact = str(held.table.fact_id.iloc[-1])
+    wheres = [
+        {"source": "subject"}, {"fact_id": fact}, {"path": "both", "window_start": [0, 3]}, {"hit": True},
+        {"relation": str(held.facts.relation.iloc[0])}, {"base_prob": float(held.table.base_prob.iloc[5])},
+    ]  # fmt: skip
+    for where in wheres:
+        text = {str(one) for one in np.atleast_1d(np.array(list(where.values())[-1], dtype=object))}
+        expected, found = held.where(**where), kept.where(**where)
+        last = list(where)[-1]
+        assert set(found.column(last).astype(str)) == text
+        pd.testing.assert_frame_equal(found.table, expected.table, check_exact=True)
+        assert found.configs == expected.configs
+    for result in (held, kept):
+        with pytest.raises(MambalensError, match="No row of the sweep has source='nobody'"):
+            result.where(source="nobody")
+        with pytest.raises(MambalensError, match="'soruce' is no column"):
+            result.where(soruce="subject")
+    pd.testing.assert_frame_equal(kept.roles().dearest(), held.roles().dearest(), check_exact=True)
+    pd.testing.assert_frame_equal(kept.groups(), held.groups(), check_exact=True)
+    pd.testing.assert_frame_equal(held.groups(), held.table[GROUP].drop_duplicates(ignore_index=True), check_exact=True)
+    twice = kept.where(path="both").where(source="subject")
+    pd.testing.assert_frame_equal(twice.table, held.where(path="both").where(source="subject").table, check_exact=True)
+    assert repr(kept) == repr(held) and kept._repr_html_() == held._repr_html_()
+
+
+def lines(result: SweepResult, **options: str) -> list[np.ndarray]:
+    return [line.get_xydata() for axis in flow(result, **options).axes for line in axis.lines]
+
+
+def test_figures_of_a_long_table_are_those_of_a_short_one(held: SweepResult, kept: SweepResult) -> None:
+    for options in ({}, {"rows": "relation"}, {"metric": "kl", "x": "depth", "interval": "sem"}):
+        expected, found = lines(held, **options), lines(kept, **options)
+        assert len(expected) == len(found) > 3
+        for one, other in zip(expected, found, strict=True):
+            np.testing.assert_array_equal(one, other)
+    fact = str(held.table.fact_id.iloc[-1])
+    one, other = (result.heatmap(fact, path="main").axes[0] for result in (held, kept))
+    np.testing.assert_array_equal(one.images[0].get_array(), other.images[0].get_array())
+
+
+def test_the_page_of_a_long_table_is_that_of_a_short_one(held: SweepResult, kept: SweepResult, tmp_path: Path) -> None:
+    for details in (0, 3, 1000):
+        pages = [result.report(tmp_path / "page.html", details=details).read_text() for result in (held, kept)]
+        assert pages[0] == pages[1] and "all facts" in pages[0]
+    both = SweepResult.concat([kept, kept])
+    assert len(both.rows) == 2 * len(kept.rows)
+    assert both.report(tmp_path / "page.html").read_text() == pages[0], "knockouts that stand twice count once"
+
+
+def test_different_numbers_for_one_knockout_are_refused_wherever_they_are(
+    held: SweepResult, kept: SweepResult, tmp_path: Path
+) -> None:
+    changed = held.table.copy()
+    changed.loc[changed.index[-1], "prob"] += 0.1
+    other = held._with(changed, held.configs)
+    with pytest.raises(MambalensError, match="have different numbers for the same knockouts of 'atlas-mamba1'"):
+        SweepResult.concat([kept, other]).report(tmp_path / "page.html")
+
+
+def test_a_long_table_is_put_together_where_it_fits_and_else_says_what_to_do(
+    held: SweepResult, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "HELD", 10)
+    monkeypatch.setattr(rows, "HELD", 10)
+    result = SweepResult.load(folder)
+    pd.testing.assert_frame_equal(result.rows.take(["source", "prob"]), held.table[["source", "prob"]])
+    monkeypatch.setattr(rows, "_free", lambda: 10_000)
+    with pytest.raises(MambalensError, match=rf"has {len(held.table):,} rows, which take .*result\.rows\.take"):
+        _ = result.table
+    monkeypatch.undo()
+    pd.testing.assert_frame_equal(result.table, held.table, check_exact=True)
+    assert result.table is result.table
+    result.table = held.table[:3]
+    assert len(result.rows) == 3
+
+
+def test_a_long_result_is_saved_part_by_part_and_never_over_itself(
+    held: SweepResult, kept: SweepResult, tmp_path: Path, folder: Path
+) -> None:
+    saved = SweepResult.load(kept.where(path="both").save(tmp_path / "saved"))
+    assert len(list((tmp_path / "saved" / PARTS).iterdir())) == 4
+    pd.testing.assert_frame_equal(saved.table, held.where(path="both").table, check_exact=True)
+    pd.testing.assert_frame_equal(saved.skipped, held.skipped)
+    pd.testing.assert_frame_equal(saved.checks, held.checks)
+    again = SweepResult.load(tmp_path / "saved")
+    again.table = held.table  # what is held may take the place of what was there
+    assert len(SweepResult.load(again.save(tmp_path / "saved")).rows) == len(held.table)
+    assert [path.name for path in (tmp_path / "saved" / PARTS).iterdir()] == ["00000.parquet"]
+    with pytest.raises(MambalensError, match="keeps the rows of this result: choose another folder"):
+        SweepResult.load(kept.save(tmp_path / "other")).save(tmp_path / "other")
+
+
+def test_damaged_and_missing_parts_of_a_long_table_are_left_out(
+    held: SweepResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        target = tmp_path / file.relative_to(folder)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    (tmp_path / PARTS / "00002.parquet").unlink()
+    part = tmp_path / PARTS / "00001.parquet"
+    content = bytearray(part.read_bytes())
+    table = pd.read_parquet(part)
+    at = content.index(np.float64(table.prob.iloc[7]).tobytes())
+    content[at] ^= 1
+    part.write_bytes(content)
+    monkeypatch.setattr(data, "HELD", 10)
+    with pytest.warns(UserWarning, match=r"00001\.parquet' .* left out"):
+        result = SweepResult.load(tmp_path)
+    assert result.unfinished == 2 and len(result.rows.pieces) == 2
+    blocks = [FACTS[begin : begin + BLOCK] for begin in range(0, len(FACTS), BLOCK)]
+    left = {fact.id for block in (blocks[0], blocks[3]) for fact in block}
+    expected = held.table[held.table.fact_id.isin(left)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(result.table, expected, check_exact=True)
+
+
+TEXTS = st.sampled_from(["a", "b", "", "c", None])
+SOME = data_frames(
+    [column("x", elements=TEXTS, dtype=object), column("y", elements=st.integers(-1, 2)),
+     column("z", elements=st.sampled_from([0.5, np.nan, 1.0]))],
+    index=range_indexes(max_size=12),
+)  # fmt: skip
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(SOME, min_size=1, max_size=4))
+def test_groups_are_those_of_pandas_over_all_pieces(frames: list[pd.DataFrame]) -> None:
+    whole = pd.concat(frames, ignore_index=True)
+    pieces = Rows([Held(frame) for frame in frames])
+    names = ["x", "y"]
+    groups = rows.Groups(pieces, ([frame[name] for name in names] for frame in pieces.taken(names)))
+    expected = list(whole.groupby(names, sort=False, dropna=False))
+    assert repr(groups.keys) == repr([tuple(np.nan if pd.isna(one) else one for one in key) for key, _ in expected])
+    assert list(groups.sizes) == [len(group) for _, group in expected]
+    for found, (_, group) in zip(groups.values("z"), expected, strict=True):
+        np.testing.assert_array_equal(found, group.z.dropna())
+    first = pieces.first(names, ["z"])
+    pd.testing.assert_frame_equal(first, whole.drop_duplicates(names, ignore_index=True), check_dtype=False)
+    numbers, at = numbered([whole.x, whole.y])
+    assert repr(whole[names].iloc[at[numbers]].to_numpy().tolist()) == repr(whole[names].to_numpy().tolist())
+    assert list(at) == [numbers.tolist().index(number) for number in range(len(at))]

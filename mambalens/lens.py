@@ -473,7 +473,8 @@ class Lens(LoadedModel):
         Sources of a scan are positions of what it reads: behind a convolution, these have seen a few tokens before.
 
         Inside `hooks.knockout` or `knockout` they are those of the cut model, in which an edge that is cut adds
-        nothing, or what stands in its place; inside `hooks.add` or `steer`, what is added behind a layer is a part of its own.
+        nothing, or what stands in its place; inside `hooks.add` or `steer`, what is added behind a layer is a part of
+        its own.
 
         Args:
             facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.

@@ -35,8 +35,8 @@ class AttentionArrivals(Arrivals):
 
     def __init__(
         self,
-        weights: Float[Tensor, "batch head time time"],
-        values: Float[Tensor, "batch group time width"],
+        weights: Float[Tensor, "batch head time key"],
+        values: Float[Tensor, "batch group key width"],
         read: Float[Tensor, "batch time head width"],
         weakened: Weakened | None,
         features: Bool[Tensor, " head"] | None,
@@ -46,7 +46,7 @@ class AttentionArrivals(Arrivals):
         self.sink = sink
         self.weights = weights
         shared = weights.shape[1] // values.shape[1]  # by so many heads
-        self.values = repeat(values, "batch group time width -> batch (group head) time width", head=shared)
+        self.values = repeat(values, "batch group key width -> batch (group head) key width", head=shared)
         node = read.to(torch.promote_types(read.dtype, torch.float32))
         self.nodes = {Paths.MAIN: node}
         places = None if weakened is None else weakened.places.get(Paths.MAIN)

@@ -49,6 +49,8 @@ class LayerParts(NamedTuple):
     sublayers: list[SublayerPart]
     rest: Float[Tensor, " batch"]
     """What the layer does to the residual stream itself, biases of norms behind its sublayers included."""
+    added: Float[Tensor, " batch"] | None = None
+    """What `HookManager.add` adds behind the layer; None where it adds nothing."""
 
 
 class Parts(NamedTuple):
@@ -67,6 +69,9 @@ def parts_of(
     direction: Float[Tensor, "batch hidden"],
 ) -> Parts:
     """Part the residual stream behind the layers at one position of every prompt.
+
+    Inside knockouts the parts are those of the cut model, and of what is added behind layers (`HookManager.add`) each
+    layer's share is a part of its own.
 
     Args:
         hooks: the model's hooks.
@@ -101,7 +106,7 @@ def parts_of(
             call = Captured(args, kwargs, output, None)
             if not found:
                 embedding.append(_along(_entering(module, call), at, direction))
-            found.append(_part(module, call, dict(gave), at, direction))
+            found.append(_part(hooks, len(found), call, dict(gave), at, direction))
 
         return behind
 
@@ -113,7 +118,8 @@ def parts_of(
 
 
 def _part(
-    layer: nn.Module,
+    hooks: HookManager,
+    number: int,
     call: Captured,
     gave: dict[Sublayer, Gave],
     at: Int[Tensor, " batch"],
@@ -122,14 +128,20 @@ def _part(
     """Part what one layer adds.
 
     Args:
-        layer: the layer.
-        call: its call.
+        hooks: the model's hooks.
+        number: of the layer.
+        call: its call, behind it what is added there.
         gave: what its sublayers gave in it.
         at: the positions.
         direction: in the residual stream.
     """
+    layer = hooks.layers[number]
     entered = _along(_entering(layer, call), at, direction)
     whole = _along(hidden_of(call.output), at, direction) - entered
+    vectors = hooks.added_behind(number, hidden_of(call.output))
+    added = None if vectors is None else _along(vectors, at, direction)
+    if added is not None:
+        whole = whole - added
 
     def run(values: dict[Sublayer, Tensor]) -> Float[Tensor, " batch"]:
         """What the layer gives where its sublayers give these values, along the direction."""
@@ -157,7 +169,7 @@ def _part(
         rest = rest - total
         summands = None
         if sublayer.mixer is not None:
-            found = sublayer.mixer.summands(of.call, at.to(towards.device), towards)
+            found = sublayer.mixer.summands(of.call, at.to(towards.device), towards, hooks.cuts_of(sublayer.mixer))
             summands = found.to(whole.device)
             _refuse_unequal(total, summands.total, summands.sources.abs().sum((1, 2)), of.own.dtype, sublayer)
             # Exactly what is left: the same up to rounding.
@@ -165,7 +177,7 @@ def _part(
         parts.append(SublayerPart(sublayer, total, summands))
     size = torch.stack([part.total.abs() for part in parts] or [whole.abs()]).sum(0) + whole.abs() + entered.abs()
     _refuse_unequal(rest, left, size, hidden_of(call.output).dtype, layer)
-    return LayerParts(parts, rest)
+    return LayerParts(parts, rest, added)
 
 
 def _refuse_unequal(

@@ -284,6 +284,25 @@ class HookManager:
         """Every block that runs."""
         return [*self._blocks, *self._steering]
 
+    def cuts_of(self, mixer: Mixer) -> list[Cut]:
+        """What is cut of a mixer in the running pass."""
+        return self._current().cuts_of(mixer) if self._blocks else []
+
+    def added_behind(
+        self, layer: int, hidden: Float[Tensor, "batch time hidden"]
+    ) -> Float[Tensor, "batch time hidden"] | None:
+        """What running blocks add behind a layer in the running pass; None where none does.
+
+        Args:
+            layer: its number.
+            hidden: what it gave, for shape, dtype and device.
+        """
+        of_layer = [steering for steering in self._steering if layer in steering.layers]
+        if not of_layer:
+            return None
+        nothing = torch.zeros_like(hidden)
+        return sum((steering.added(steering.layers.index(layer), nothing) for steering in of_layer), nothing)
+
     @property
     def inside(self) -> list[Any]:
         """What the running blocks were told, as JSON; empty where none runs."""

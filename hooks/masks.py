@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from mambalens.hooks.knockout import Paths
@@ -151,6 +151,42 @@ def in_patterns(
                     values = [None if cut.instead is None else cut.instead.main for cut, _ in rows]
                     instead = standing_in([dropped[..., None] for dropped in each], values)
         yield (codes == pattern).all(-1), Kept(kept[Paths.MAIN], kept[Paths.ERASE], instead)
+
+
+def kept_at(cuts: Sequence[Cut], at: Int[Tensor, " batch"]) -> Kept:
+    """What one position of every prompt keeps of the sources, on the paths 'main' and 'erase'.
+
+    Args:
+        cuts: of one mixer.
+        at: the positions.
+    """
+    written = on(Paths.MAIN | Paths.ERASE, cuts)
+    found = Kept(None, None)
+    if not written:
+        return found
+    rows = torch.arange(len(at), device=at.device)
+    for where, kept in in_patterns(written, patterns(written)):
+        here = where[rows, at][:, None, None]  # [B, 1, 1]
+        values = _where(here, kept.values, found.values, True)
+        erasures = _where(here, kept.erasures, found.erasures, True)
+        instead = _where(here[..., None], kept.instead, found.instead, 0.0)
+        found = Kept(values, erasures, instead)
+    return found
+
+
+def _where(
+    here: Bool[Tensor, " batch *ones"],
+    value: Shaped[Tensor, " batch *rest"] | None,
+    other: Shaped[Tensor, " batch *others"] | None,
+    default: float | bool,
+) -> Shaped[Tensor, " batch *found"] | None:
+    """One where it holds, and the other elsewhere; what is None is the default."""
+    if value is None and other is None:
+        return None
+    like = value if value is not None else other
+    assert like is not None
+    default_like = torch.full((), default, dtype=like.dtype, device=like.device)
+    return torch.where(here, default_like if value is None else value, default_like if other is None else other)
 
 
 def kept_taps(cuts: Sequence[Cut], kernel: int) -> list[Bool[Tensor, "batch time feature"]] | None:

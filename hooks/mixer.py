@@ -188,13 +188,20 @@ class Mixer(ABC):
         """
 
     @abstractmethod
-    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+    def summands(
+        self,
+        call: Captured,
+        at: Int[Tensor, " batch"],
+        direction: Float[Tensor, "batch hidden"],
+        cuts: Sequence[Cut] = (),
+    ) -> Summands:
         """What the module's output at one position of every prompt is a sum of, along a direction.
 
         Args:
-            call: of a pass under `probing`, without knockouts.
+            call: of a pass under `probing`.
             at: the positions.
             direction: in the residual stream, for every prompt.
+            cuts: of that pass; a source that is cut has no share, or that of what stands in its place.
         """
 
     @property

@@ -462,8 +462,8 @@ class AttentionMixer(Mixer):
         sink = any("sink" in name for name, _ in self.module.named_parameters(recurse=False))
 
         def arrive(
-            weights: Float[Tensor, "batch head time time"],
-            values: Float[Tensor, "batch group time width"],
+            weights: Float[Tensor, "batch head time key"],
+            values: Float[Tensor, "batch group key width"],
             read: Float[Tensor, "batch time head width"],
         ) -> Float[Tensor, "batch time head width"]:
             arrivals = AttentionArrivals(weights, values, read, weakened, features, sink)
@@ -499,21 +499,37 @@ class AttentionMixer(Mixer):
                 stack.callback(replace_forward(self.module, forward))
             yield found
 
-    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
-        """The module runs again; its own code leads from what the heads read to the output."""
+    def summands(
+        self,
+        call: Captured,
+        at: Int[Tensor, " batch"],
+        direction: Float[Tensor, "batch hidden"],
+        cuts: Sequence[Cut] = (),
+    ) -> Summands:
+        """The module runs again, as it is or is cut; its own code leads from what the heads read to the output."""
+        if any(cut.instead is not None for cut in cuts) and not reads_by_function(self.module):
+            raise MambalensError(
+                f"layer {self.layer}: {type(self.module).__name__} reads by code of its own, in which other values "
+                "cannot be told from its own sources': ask for contributions in a knockout without instead (zero)."
+            )
         rows = torch.arange(len(at), device=at.device)
         args, kwargs = _without_residual(self.module, call.args, call.kwargs)
         projection = _output_projection(self.module)
         assert projection is not None
         with torch.enable_grad(), FixedScales(), self.attributing() as found:
             output = self.module.forward(*args, **kwargs)[0]
-            arrivals = found[-1]
-            assert isinstance(arrivals, AttentionArrivals)
             at_last = (direction * output[rows, at]).sum()
-            (gradient,) = torch.autograd.grad(at_last, arrivals.nodes[Paths.MAIN])  # [B, T, H, P]
-        weights, values = arrivals.weights.detach()[rows, :, at], arrivals.values.detach()  # [B, H, T], [B, H, T, P]
-        handed = torch.einsum("bhsp,bhp->bhs", values.to(gradient.dtype), gradient[rows, at])
-        shares = rearrange(handed * weights, "batch head time -> batch time head")
+            nodes = [arrivals.nodes[Paths.MAIN] for arrivals in found]
+            gradients = torch.autograd.grad(at_last, nodes, allow_unused=True)  # [B, T, H, P]
+        time = output.shape[1]
+        shares = direction.new_zeros(())
+        # Where other values stand behind its own the module reads twice, and targets that are cut what it read then.
+        for arrivals, gradient in zip(found, gradients, strict=True):
+            assert isinstance(arrivals, AttentionArrivals)
+            if gradient is not None:
+                weights, values = arrivals.weights.detach()[rows, :, at], arrivals.values.detach()  # [B, H, (S P)]
+                handed = torch.einsum("bhsp,bhp->bhs", values.to(gradient.dtype), gradient[rows, at]) * weights
+                shares = shares + rearrange(handed, "batch head (run time) -> run batch time head", time=time).sum(0)
 
         def nothing(module: nn.Module, given: tuple[Any, ...]) -> Any:
             return (torch.zeros_like(given[0]), *given[1:])

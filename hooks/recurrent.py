@@ -310,12 +310,19 @@ class RecurrentMixer(Recurrence):
         finally:
             restore()
 
-    def summands(self, call: Captured, at: Int[Tensor, " batch"], direction: Float[Tensor, "batch hidden"]) -> Summands:
+    def summands(
+        self,
+        call: Captured,
+        at: Int[Tensor, " batch"],
+        direction: Float[Tensor, "batch hidden"],
+        cuts: Sequence[Cut] = (),
+    ) -> Summands:
         hidden, padding = self.told(call.arguments(self.module))
+        cuts = [cut.to(hidden.device) for cut in cuts]
         with weights_at_hand(self.module):
             with torch.no_grad():
-                inputs, projected = self.inputs(hidden, padding, ())
-            return of_recurrence(self, inputs, projected, hidden.dtype, at, direction)
+                inputs, projected = self.inputs(hidden, padding, cuts)
+            return of_recurrence(self, inputs, projected, hidden.dtype, at, direction, cuts)
 
     def parity(self, call: Captured) -> float:
         hidden, padding = self.told(call.arguments(self.module))

@@ -472,6 +472,10 @@ class Lens(LoadedModel):
 
         Sources of a scan are positions of what it reads: behind a convolution, these have seen a few tokens before.
 
+        Inside `hooks.knockout` or `knockout` they are those of the cut model, in which an edge that is cut adds
+        nothing, or what stands in its place; inside `hooks.add` or `steer`, what is added behind a layer is a part of
+        its own.
+
         Args:
             facts: a fact, facts, a name or a path; those that cannot be used are listed in `skipped`.
             measure: 'log_odds' (nats), 'log_prob', 'logit' or 'prob' of the answer, or a function of logits [batch,
@@ -486,8 +490,8 @@ class Lens(LoadedModel):
             A table, sums, means over facts and a figure; see `interventions.contribution_data.ContributionData`.
 
         Raises:
-            MambalensError: for an unknown measure, no usable fact, inside a knockout, or where a layer is not linear in
-                what is added up.
+            MambalensError: for an unknown measure, no usable fact, or where a layer is not linear in what is
+                added up.
         """
         from mambalens.interventions.contributions import contributions
 

@@ -276,8 +276,6 @@ def test_what_cannot_be_asked_is_refused() -> None:
     ):
         with pytest.raises(MambalensError, match=said):
             lens.contributions(FACTS, **wrong)
-    with lens.knockout(FACTS[0]), pytest.raises(MambalensError, match="outside the knockout"):
-        lens.contributions(FACTS[0])
     found = lens.contributions(FACTS[:1])
     with pytest.raises(MambalensError, match="'pieces'.*did you mean 'piece'"):
         found.summary(by=("pieces",))

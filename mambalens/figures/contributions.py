@@ -22,12 +22,13 @@ if TYPE_CHECKING:
 
     from mambalens.interventions.contribution_data import ContributionData
 
-COLOURS = {"mixer": "#0072B2", "mlp": "#E69F00", "embedding": "#009E73", "rest": "#CC79A7"}
+COLOURS = {"mixer": "#0072B2", "mlp": "#E69F00", "embedding": "#009E73", "rest": "#CC79A7", "added": "#D55E00"}
 WORDS = {
     "mixer": "token mixers",
     "mlp": "MLPs",
     "embedding": "embedding",
     "rest": "the stream itself",
+    "added": "added vectors",
     "bias": "biases",
 }
 

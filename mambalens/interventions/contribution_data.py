@@ -17,8 +17,8 @@ COLUMNS: dict[str, str] = {
     "model": "the model's name",
     "fact_id": "the fact",
     "layer": "number of the layer; -1: before the first, and behind the last one more than that",
-    "part": "what adds: embedding, mixer, mlp (experts too), rest (what a layer does to the residual stream itself) or "
-    "bias (what is said where the residual stream is empty)",
+    "part": "what adds: embedding, mixer, mlp (experts too), rest (what a layer does to the residual stream itself), "
+    "added (a vector that is added behind the layer) or bias (what is said where the residual stream is empty)",
     "kind": "kind of the mixer; '' elsewhere",
     "path": "of a mixer: main (scan or attention), conv (a short convolution), skip (the position itself, past the "
     "scan) or bias; '' elsewhere",
@@ -29,7 +29,7 @@ COLUMNS: dict[str, str] = {
     "contribution": "in units of the score",
 }
 """Columns of a table of contributions, and what each is."""
-PARTS = ("embedding", "mixer", "mlp", "rest", "bias")
+PARTS = ("embedding", "mixer", "mlp", "rest", "added", "bias")
 BY = ("layer", "part", "kind", "path", "piece")
 """What a summary tells apart by default."""
 

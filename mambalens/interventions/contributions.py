@@ -98,8 +98,6 @@ def contributions(
     import pandas as pd
 
     asked = Asked.of(measure, against, features, facts)
-    if lens.hooks.cutting:
-        raise MambalensError("Contributions are of the model as it is: ask for them outside the knockout.")
     prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
     if not prompts:
         raise none_usable(facts, skipped)
@@ -114,7 +112,8 @@ def contributions(
             streams, beside = streams_behind(lens, ids, at)
 
             def head(rows: Float[Tensor, "row 1 hidden"], beside: Beside = beside) -> Float[Tensor, "row vocabulary"]:
-                return logits_behind(lens.model, lens.hooks.layers, beside, rows)
+                with lens.hooks.aside():
+                    return logits_behind(lens.model, lens.hooks.layers, beside, rows)
 
             found: list[Ray] = []
             for prompt, stream in zip(batch.prompts, streams, strict=True):
@@ -255,6 +254,9 @@ def _tables(lens: LoadedModel, batch: Batch, rays: Sequence[Ray], parts: Parts, 
             if abs(rest[0]) > ROUNDING * size:
                 total += float(rest[0])
                 rows.add(number, "rest", rest)
+            if layer.added is not None:
+                total += float(layer.added[row])
+                rows.add(number, "added", one(layer.added))
         # Exactly what is left: the score of no residual stream, and what rounding has lost in the layers.
         rows.add(lens.n_layers, "bias", np.array([of.score - total]))
         found.append(rows.table(lens.name, str(prompt.fact.id)))

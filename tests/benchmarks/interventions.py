@@ -25,7 +25,7 @@ from common import NAMES, PROMPTS, SHAPES, load, parser_of, peak_bytes, peak_in_
 from torch import Tensor
 
 from mambalens.hooks import HookManager
-from mambalens.interventions.groups import Prompts, Spot, rows_of
+from mambalens.interventions.groups import Prompts, Spot, begins_of
 from mambalens.interventions.walk import PatchReplay
 from mambalens.measures import log_odds
 from mambalens.system.memory import budget
@@ -90,7 +90,7 @@ class Heatmap:
     def rows(self) -> float:
         """Tokens through layers of the rows and of the base pass, in plain passes."""
         layers = self.hooks.n_layers
-        alike = rows_of(self.prompts, self.spots, [set(window) for window in self.windows], self.site, layers)
+        alike = begins_of(self.prompts, self.spots, [set(window) for window in self.windows], self.site, layers)
         through = sum(
             len(spots) * length * sum(layers - start for start in starts if start is not None)
             for (length, starts), spots in alike.items()

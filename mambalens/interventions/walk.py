@@ -182,7 +182,8 @@ class _Side(NamedTuple):
         sources[1][at] = True
         instead = values.each(lambda part: part[giver.to(part.device), given.to(part.device)])
         united = United(Base(base.first, torch.ones_like(base.targets), sources), (), instead)
-        pairs = united.pairs(RowCut((Pair(*(int(mixer.value_path is way) for way in WAYS), 0),)))
+        main, conv, erase = (int(mixer.value_path is way) for way in WAYS)
+        pairs = united.pairs(RowCut((Pair(main, conv, erase, 0),)))
         return united.base(), pairs
 
     def put(

@@ -258,7 +258,7 @@ def compare(name: str, runs: int) -> list[dict[str, Any]]:
                 "knockouts": len(bench.starts) * len(SOURCES),
                 **line,
                 "plain_passes": line["cpu_s"] / line["plain_cpu_s"],
-                "difference_nats": float(np.abs(theirs - shared).max()),
+                "difference_nats": f"{np.abs(theirs - shared).max():.1e}",  # text: `report` rounds numbers
                 "largest_effect_nats": float(np.ptp(ours, axis=(0, 1)).max()),
             }))  # fmt: skip
     return lines

@@ -219,15 +219,16 @@ def measure(tool: str, folder: Path, runs: int) -> None:
     work = TOOLS[tool](bench)
     starts = bench.starts if tool == "mambalens" else MEASURED
     peak = peak_bytes(lambda: work(starts if tool == "mambalens" else starts[:1]))  # peers' batches are all alike
-    found: list[Answers] = []
-    times = [_cpu(lambda: found.append(work(starts))) for _ in range(runs)]
-    plain = bench.plain()
+    plain, found, times, plains = bench.plain(), [], [], []
     plain()
-    plains = [_cpu(plain) for _ in range(runs)]
+    for _ in range(runs):
+        plains.append(_cpu(plain))  # before and behind, since other work on the machine comes and goes
+        times.append(_cpu(lambda: found.append(work(starts))))
+        plains.append(_cpu(plain))
     np.save(folder / f"{tool}.npy", found[0])
     line = {
         "cpu_s": sorted(times)[runs // 2] * len(bench.starts) / len(starts),
-        "plain_cpu_s": sorted(plains)[runs // 2],
+        "plain_cpu_s": float(np.median(plains)),
         "peak_mb": peak / 1e6,
         "knockouts_measured": len(starts) * len(SOURCES),
     }

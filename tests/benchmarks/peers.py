@@ -219,15 +219,16 @@ def measure(tool: str, folder: Path, runs: int) -> None:
     work = TOOLS[tool](bench)
     starts = bench.starts if tool == "mambalens" else MEASURED
     peak = peak_bytes(lambda: work(starts if tool == "mambalens" else starts[:1]))  # peers' batches are all alike
-    found: list[Answers] = []
-    times = [_cpu(lambda: found.append(work(starts))) for _ in range(runs)]
-    plain = bench.plain()
+    plain, found, times, plains = bench.plain(), [], [], []
     plain()
-    plains = [_cpu(plain) for _ in range(runs)]
+    for _ in range(runs):
+        plains.append(_cpu(plain))  # before and behind, since other work on the machine comes and goes
+        times.append(_cpu(lambda: found.append(work(starts))))
+        plains.append(_cpu(plain))
     np.save(folder / f"{tool}.npy", found[0])
     line = {
         "cpu_s": sorted(times)[runs // 2] * len(bench.starts) / len(starts),
-        "plain_cpu_s": sorted(plains)[runs // 2],
+        "plain_cpu_s": float(np.median(plains)),
         "peak_mb": peak / 1e6,
         "knockouts_measured": len(starts) * len(SOURCES),
     }
@@ -258,7 +259,7 @@ def compare(name: str, runs: int) -> list[dict[str, Any]]:
                 "knockouts": len(bench.starts) * len(SOURCES),
                 **line,
                 "plain_passes": line["cpu_s"] / line["plain_cpu_s"],
-                "difference_nats": float(np.abs(theirs - shared).max()),
+                "difference_nats": f"{np.abs(theirs - shared).max():.1e}",  # text: `report` rounds numbers
                 "largest_effect_nats": float(np.ptp(ours, axis=(0, 1)).max()),
             }))  # fmt: skip
     return lines

@@ -104,7 +104,7 @@ class Base:
     def sources_before(self) -> Bool[Tensor, " sourceset"]:
         """Which source sets have a position left of what is replayed: a state without them is another."""
         of = self.known
-        return (of.sources & of.before).flatten(1).any(1)
+        return ((of.sources | of.any_instead) & of.before).flatten(1).any(1)
 
     @cached_property
     def all_targets(self) -> bool:

@@ -412,7 +412,7 @@ def test_gradients_may_be_on_or_off(context: Callable[[], Any]) -> None:
 def test_a_check_costs_four_passes_and_a_refusal_two_more() -> None:
     model = tiny("llama")
     passes: list[tuple[int, ...]] = []
-    model.register_forward_pre_hook(
+    model.model.register_forward_pre_hook(
         lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     HookManager(model, check=True)

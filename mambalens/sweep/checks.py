@@ -36,10 +36,6 @@ ROUNDS = 4
 only there others are taken, which move what every layer gives, as rounding does."""
 
 
-SHORT = 256
-"""Tokens that a pass may have whatever the batch has."""
-
-
 class Check(NamedTuple):
     """A batch's replay that cuts nothing, held against the model on the batch's shortest prompt."""
 
@@ -168,7 +164,7 @@ def held_against(
         ids: the prompt, and what fills it up.
         last: its last position.
         uncut: logits behind it that a replay without a cut gives.
-        tokens: how many a pass may have, if neither the prompt itself nor `SHORT` is more: what fits the memory.
+        tokens: how many a pass may have, if the prompt itself has no more: what fits the memory.
 
     Returns:
         `Check.difference` and `Check.noise`.
@@ -184,7 +180,7 @@ def held_against(
     difference = _difference(uncut.to(own.device).double().log_softmax(-1), own)
     # The head rounds too, at least by this.
     noise = 2 * _step(lens) * float((own - own.nanmean()).nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt())
-    at_once = min(LOOKS, max(1, max(tokens, SHORT) // len(ids)))
+    at_once = min(LOOKS, max(1, tokens // len(ids)))
     for seed in range(ROUNDS):
         with _rounded_otherwise(lens, seed):
             for begin in range(0, LOOKS, at_once):

@@ -66,3 +66,35 @@ def test_the_logit_lens_has_a_cell_for_every_layer_and_token() -> None:
         found.plot("z")
     with pytest.raises(MambalensError, match="'ranks' is not a metric"):
         found.plot("a", "ranks")
+
+
+def beside(axis: Axes) -> dict[int, str]:
+    """What stands at the right of rows."""
+    (right,) = axis.child_axes
+    return {round(at): label.get_text() for at, label in zip(right.get_yticks(), right.get_yticklabels(), strict=True)}
+
+
+@pytest.mark.parametrize("metric", ["log_odds", "rank"])
+def test_the_mean_logit_lens_says_the_interval_of_the_best_layer(metric: str) -> None:
+    found = lens_on("llama").logits_by_layer(FACTS)
+    axis = found.plot(metric=metric).axes[0]
+    summary, said = found.summary(metric), beside(axis)
+    frames = {round(frame.get_y() + 0.46): round(frame.get_x() + 0.46) for frame in axis.patches}
+    for row, label in enumerate(axis.get_yticklabels()):
+        of_piece = summary[summary.piece == label.get_text().split("  (")[0]].sort_values("layer")
+        means = of_piece["mean"].to_numpy()
+        best = of_piece.iloc[means.argmin() if metric == "rank" else means.argmax()]
+        assert frames[row] == best.layer
+        assert said[row].replace("−", "-") == f"{best['mean']:z.2f} [{best.low:z.2f}, {best.high:z.2f}]"
+
+
+def test_contributions_of_several_facts_say_the_interval_of_the_largest_of_a_source() -> None:
+    found = lens_on("llama").contributions(FACTS)
+    mixers = found.plot().axes[2]
+    summary, said = found.where(part="mixer").summary(by=("layer", "piece")), beside(mixers)
+    assert said
+    for row, text in said.items():
+        of_piece = summary[summary.piece == mixers.get_yticklabels()[row].get_text().split("  (")[0]]
+        known = of_piece[(of_piece.low > 0) | (of_piece.high < 0)]
+        best = known.loc[known["mean"].abs().idxmax()]
+        assert text.replace("−", "-") == f"{best['mean']:z.2f} [{best.low:z.2f}, {best.high:z.2f}]"

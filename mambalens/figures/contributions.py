@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
+from mambalens.figures.framed import Framed, changing, frame
 from mambalens.figures.style import plain, signed, visible
 from mambalens.hooks.errors import MambalensError
 
@@ -41,6 +42,8 @@ class Grid(NamedTuple):
     values: Float[np.ndarray, "row layer"]
     has: Bool[np.ndarray, " layer"]
     """Layers that have a token mixer."""
+    framed: list[Framed]
+    """Cells of which the interval is said."""
 
 
 def contributions(found: ContributionData, fact_id: str | None = None, title: str | None = None) -> Figure:
@@ -80,6 +83,7 @@ def contributions(found: ContributionData, fact_id: str | None = None, title: st
         shown, aspect="auto", cmap=colours, norm=TwoSlopeNorm(0.0, -reach, reach), interpolation="nearest"
     )
     mixers.spines[:].set_visible(False)
+    frame(mixers, grid.framed)
     mixers.set_yticks(range(len(grid.rows)), grid.rows, fontsize=9)
     for row in grid.bold:
         mixers.get_yticklabels()[row].set_fontweight("bold")
@@ -140,23 +144,26 @@ def _by_token(found: ContributionData, fact_id: str, layers: int) -> Grid:
     subject = [int(p) for p in found.prompts[found.prompts.fact_id == fact_id].subject.iloc[0]]
     sums = _of_mixers(found).groupby(["source", "layer"]).contribution.sum().unstack("layer")
     values = sums.reindex(index=range(len(tokens)), columns=range(layers)).fillna(0.0).to_numpy(float)
-    return Grid([visible(token) for token in tokens], subject, values, _with_mixers(found, layers))
+    return Grid([visible(token) for token in tokens], subject, values, _with_mixers(found, layers), [])
 
 
 def _by_piece(found: ContributionData, layers: int) -> Grid:
     """Pieces of prompts down, means over the facts that have them."""
-    table = _of_mixers(found)
-    count = table.groupby("piece").fact_id.nunique()
-    sums = table.groupby(["piece", "layer"]).contribution.sum().unstack("layer").div(count, axis=0)
-    pieces = [piece for piece in PIECES if piece in sums.index]
-    values = sums.reindex(index=pieces, columns=range(layers)).fillna(0.0).to_numpy(float)
-    return Grid([f"{piece}  ({count[piece]})" for piece in pieces], [], values, _with_mixers(found, layers))
+    summary = found.where(part="mixer").summary(by=("piece", "layer"))
+    summary = summary[summary.piece.isin(PIECES)]
+    grid = summary.pivot(index="piece", columns="layer", values="mean")
+    grid = grid.reindex(index=[piece for piece in PIECES if piece in grid.index], columns=range(layers))
+    grid = grid.rename_axis(index="piece", columns="layer").fillna(0.0)
+    count = summary.groupby("piece").n.max()
+    rows = [f"{piece}  ({count[piece]})" for piece in grid.index]
+    return Grid(rows, [], grid.to_numpy(float), _with_mixers(found, layers), changing(summary, grid))
 
 
 def _heading(found: ContributionData, fact_id: str | None) -> str:
     (model,) = found.n_layers
     if fact_id is None:
-        return f"{model}: what adds to the answer, means over {len(found.scores)} facts with 95 % intervals"
+        about = f"means over {len(found.scores)} facts with 95 % intervals; framed: the largest of a source"
+        return f"{model}: what adds to the answer, {about}"
     return f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"
 
 

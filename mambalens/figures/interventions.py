@@ -9,9 +9,9 @@ import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from mambalens.figures.framed import changing, frame
 from mambalens.figures.one import of_one
 from mambalens.figures.style import plain, visible
 from mambalens.hooks.errors import MambalensError, choose
@@ -32,8 +32,6 @@ SITE_NAMES = {
 """What titles call the sites."""
 CHANGES = ("moved", "effect")
 """Metrics that are zero where nothing changes."""
-LEAST = 0.02
-"""Share of the largest change from which on one is framed."""
 
 
 def cells(
@@ -77,7 +75,7 @@ def cells(
         labels = [f"{piece}  ({counts[piece]})" for piece in grid.index]
         bold: list[int] = []
         inside = summary[summary.window_start < depth]
-        framed = _largest(inside, grid) if name in CHANGES else []
+        framed = changing(inside, grid) if name in CHANGES else []
         about = f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"
         about += "; framed, and at the right with its 95 % interval: the largest of each" if framed else ""
     else:
@@ -100,12 +98,7 @@ def cells(
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for position in bold:
         axis.get_yticklabels()[position].set_fontweight("bold")
-    for row, start, _ in framed:
-        axis.add_patch(Rectangle((start - 0.46, row - 0.46), 0.92, 0.92, fill=False, edgecolor="black", linewidth=1.0))
-    if framed:
-        beside = axis.secondary_yaxis("right")
-        beside.set_yticks([row for row, _, _ in framed], [said for _, _, said in framed], fontsize=8)
-        beside.tick_params(length=0)
+    frame(axis, framed)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=12))
     starts = list(grid.columns)
     axis.xaxis.set_major_formatter(
@@ -128,20 +121,6 @@ def cells(
 def _before(table: pd.DataFrame, name: str) -> str:
     """The column that has the same without a patch, or of the corrupted run."""
     return f"corrupted_{name}" if f"corrupted_{name}" in table else f"base_{name}"
-
-
-def _largest(summary: pd.DataFrame, grid: pd.DataFrame) -> list[tuple[int, int, str]]:
-    """Of every row with a change to speak of, whose interval leaves zero: where it is largest, and what it is."""
-    found = []
-    least = LEAST * summary["mean"].abs().max()
-    for row, piece in enumerate(grid.index):
-        known = summary[(summary.piece == piece) & ((summary.low > 0) | (summary.high < 0))]
-        known = known[known["mean"].abs() >= least]
-        if len(known):
-            best = known.loc[known["mean"].abs().idxmax()]
-            said = f"{best['mean']:z.2f} [{best.low:z.2f}, {best.high:z.2f}]".replace("-", "−")
-            found.append((row, list(grid.columns).index(best.window_start), said))
-    return found
 
 
 def _samples(table: pd.DataFrame) -> str:

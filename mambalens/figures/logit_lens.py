@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
+from mambalens.figures.framed import best, frame
 from mambalens.figures.style import plain, visible
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.lens_data import METRICS, checked_metric
@@ -52,15 +53,18 @@ def logit_lens(
         raise MambalensError(f"The logit lens has no fact {fact_id!r}: it has {', '.join(map(repr, facts[:5]))}.")
     ((model, layers),) = found.n_layers.items()
     bold: list[int] = []
-    tops = None
+    tops, framed = None, []
     if fact_id is None:
         summary = found.summary(metric)
         grid = summary.pivot(index="piece", columns="layer", values="mean")
         count = summary.groupby("piece").n.max()
         pieces = [piece for piece in PIECES if piece in grid.index]
-        values = grid.loc[pieces].to_numpy(float)
+        grid = grid.loc[pieces]
+        framed = best(summary, grid, smallest=metric == "rank")
+        values = grid.to_numpy(float)
         rows = [f"{piece}  ({count[piece]})" for piece in pieces]
-        heading = f"{model}: the answer behind every layer, means over {len(facts)} facts"
+        heading = f"{model}: the answer behind every layer, means over {len(facts)} facts; framed, and at the right "
+        heading += "with its 95 % interval: the best of each"
     else:
         table = found.table[found.table.fact_id == fact_id]
         values = table.pivot(index="position", columns="layer", values=metric).to_numpy(float)
@@ -73,13 +77,15 @@ def logit_lens(
         heading += "; in the cells the top token" if words else ""
     cell = 0.62 if tops is not None else 0.3
     figure, axis = plt.subplots(
-        figsize=(max(cell * values.shape[1], 3.0) + 2.9, max(0.28 * len(rows), 1.0) + 1.5), layout="constrained"
+        figsize=(max(cell * values.shape[1], 3.0) + (4.4 if framed else 2.9), max(0.28 * len(rows), 1.0) + 1.5),
+        layout="constrained",
     )
     norm: Normalize = LogNorm(1, max(float(values.max()), 2.0)) if metric == "rank" else Normalize()
     colours = plt.get_cmap("viridis_r" if metric == "rank" else "viridis")
     image = axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     if tops is not None:
         _write(axis, tops, values, colours, norm)
+    frame(axis, framed)
     axis.set_yticks(range(len(rows)), rows, fontsize=9)
     for row in bold:
         axis.get_yticklabels()[row].set_fontweight("bold")

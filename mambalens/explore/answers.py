@@ -169,10 +169,10 @@ class Answers:
         })  # fmt: skip
 
     def flow(self, asked: Question) -> dict[str, Any]:
-        """The strongest edges of the model without cuts; half of those that are told are cut exactly."""
+        """The strongest edges beside the cuts; half of those that are told are cut exactly."""
         lens, fact, batch = self._read(asked, GRID)
         given = self._asked(asked.state)
-        with self._until_gone(asked):
+        with self._within(asked):
             found = lens.flow([fact], progress=False)
             found = found.certify(
                 EDGES // 2, 0, progress=False, ablation=given.name, over=given.over, other=given.other
@@ -182,11 +182,11 @@ class Answers:
         return self._reading(asked, batch, {"edges": strongest.to_dict("records"), "of": len(found.table)})
 
     def routes(self, asked: Question) -> dict[str, Any]:
-        """The strongest chains from the subject to the last token in the model without cuts, scored by exact cuts."""
+        """The strongest chains from the subject to the last token, scored by exact cuts beside those that there are."""
         lens, fact, batch = self._read(asked, GRID)
         if not asked.state.subject:
             raise MambalensError("Routes begin at the subject: name it beside the prompt.")
-        with self._until_gone(asked):
+        with self._within(asked):
             table = lens.flow([fact], progress=False).routes(k=ROUTES, progress=False)
         rows = table[["rank", "relays", "relay_tokens", "carried_pct", "joint_pct", "edges"]].to_dict("records")
         return self._reading(asked, batch, {"routes": rows})
@@ -203,9 +203,9 @@ class Answers:
         })  # fmt: skip
 
     def contributions(self, asked: Question) -> dict[str, Any]:
-        """What each layer's mixer adds to the answer's log-odds from every token, and the rest adds; without cuts."""
+        """What each layer's mixer adds to the answer's log-odds from every token, and the rest adds."""
         lens, fact, batch = self._read(asked, GRID)
-        with self._until_gone(asked):
+        with self._within(asked):
             found = lens.contributions(fact)
         table, n = found.table, len(batch.prompts[0].ids)
         mixer = np.zeros((lens.n_layers, n))

@@ -11,7 +11,6 @@ const GROUPS = ["all", "slow", "middle", "fast", "context-dependent", "context-i
 const LOOKS = { heatmap: "Heatmap", flow: "Flow", routes: "Routes", contributions: "Contributions", layers: "Layer by layer", attention: "Attention" };
 const MEANS = { heatmap: "every token cut, in windows of layers", flow: "which edges the answer runs along", routes: "chains of tokens",
   contributions: "what adds up to the answer", layers: "what each layer would say", attention: "what one layer reads" };
-const WHOLE = ["flow", "routes", "contributions"]; // of the model without cuts
 const ABLATIONS = { zero: "nothing", mean: "its mean over facts", resample: "another prompt's value" };
 const TEXTS = ["prompt", "subject", "target", "other", "other_subject"];
 let instances = 0;
@@ -513,7 +512,7 @@ export function explore(root, ask, options = {}) {
     try {
       const found = await waiting(`${LOOKS[name].toLowerCase()} of ${model}`, () => question({ verb: "ask", reading: name, model, state: now, ...more }, "reading"));
       if (found.dropped) return;
-      looked = { name, model, found, cuts: now.cuts.length, of: sense(name, state()) };
+      looked = { name, model, found, cuts: now.cuts.length, of: sense(state()) };
       drawReading();
     } catch (error) {
       if (!(error instanceof Refused)) throw error;
@@ -526,7 +525,7 @@ export function explore(root, ask, options = {}) {
   }
 
   /** What a reading depends on. */
-  const sense = (name, now) => JSON.stringify([now.prompt, now.subject, now.target, now.ablation, now.other, now.other_subject, WHOLE.includes(name) ? [] : now.cuts]);
+  const sense = (now) => JSON.stringify([now.prompt, now.subject, now.target, now.ablation, now.other, now.other_subject, now.cuts]);
 
   function drawReading() {
     const { name, model, found, cuts } = looked;
@@ -537,7 +536,7 @@ export function explore(root, ask, options = {}) {
       button("Numbers as CSV", () => download(`${named}.csv`, csv(made.rows)), { data: { save: "csv" } }),
     ];
     ui.stale = el("p", { className: "note", hidden: true }, "This is of an earlier state. ", button("Look again", guarded(() => look(name, { model }))));
-    const said = !cuts ? "" : WHOLE.includes(name) ? " Of the model as it is, without the cuts above." : ` With ${cuts === 1 ? "the cut" : `the ${cuts} cuts`} above.`;
+    const said = !cuts ? "" : ` With ${cuts === 1 ? "the cut" : `the ${cuts} cuts`} above.`;
     ui.reading.replaceChildren(el("h3", { text: made.title }), el("p", { className: "caption", text: made.caption + said }), ui.stale,
       ...(made.figure ? [el("div", { className: "scroll figure" }, made.figure(theme()))] : []), ...(made.table ? [made.table] : []), el("p", { className: "row files" }, ...files));
     ui.reading.dataset.shows = name;
@@ -546,7 +545,7 @@ export function explore(root, ask, options = {}) {
   }
 
   function drawStale() {
-    if (looked && ui.stale) ui.stale.hidden = looked.of === sense(looked.name, state());
+    if (looked && ui.stale) ui.stale.hidden = looked.of === sense(state());
   }
 
   // --- facts

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool
@@ -165,6 +165,11 @@ class United:
                 replaced = self._instead is not None and path is not Paths.ERASE
                 parts.append(_Part(order, own.on(path), replaced))
         return self._sets.setdefault(tuple(parts), len(self._sets))
+
+    @property
+    def sets(self) -> tuple[Any, ...]:
+        """The source sets and target sets so far: what tells its base from another of the same given things."""
+        return tuple(self._sets), tuple(self._targets)
 
     def base(self) -> Base:
         """What the mixer has to know, when all rows have been asked for."""

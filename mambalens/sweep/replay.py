@@ -198,7 +198,7 @@ class _Walk:
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
         instead = {} if replay.instead is None else replay.instead.of
-        shared: dict[Any, _InMixer] = {}
+        shared: dict[Any, Base] = {}
         self.of_mixer = {mixer: self._in(mixer, instead.get(mixer), shared) for mixer in replay.hooks.mixers}
         row = {i: row for row, i in enumerate(order, 1)}
         self.rows = torch.tensor([row.get(i, 0) for i in range(len(cuts))])
@@ -208,19 +208,15 @@ class _Walk:
         self.kept: dict[Mixer, list[Any]] = {}
         self.in_rows = False
 
-    def _in(self, mixer: Mixer, instead: Written | None, shared: dict[Any, _InMixer]) -> _InMixer:
+    def _in(self, mixer: Mixer, instead: Written | None, shared: dict[Any, Base]) -> _InMixer:
         """The cuts in one mixer, united with what runs around; `shared`: of others, which go to a device once."""
-        around, own = self.replay.around.get(mixer, []), [_own(cut, mixer) for cut in self.cuts]
-        key = (
-            id(instead),
-            *map(id, around),
-            *(tuple((*pair[:4], id(pair.features)) for pair in cut.pairs) for cut in own),
-        )
+        around = self.replay.around.get(mixer, [])
+        united = United(self.base, around, instead)
+        pairs = [united.pairs(_own(cut, mixer)) for cut in self.cuts]
+        key = (id(instead), *map(id, around), united.sets)
         if key not in shared:
-            united = United(self.base, around, instead)
-            pairs = [united.pairs(cut) for cut in own]
-            shared[key] = _InMixer(united.base(), pairs)
-        return shared[key]
+            shared[key] = united.base()
+        return _InMixer(shared[key], pairs)
 
     @torch.no_grad()
     def run(self) -> Float[Tensor, "batch cut hidden"]:

@@ -350,7 +350,9 @@ def test_a_piece_that_adds_nothing_comes_after_the_chain_without_it() -> None:
     hops = (Hop((0,), (1,)), Hop((1,), (2,)))
     chains = {"source → a → last": 0.3, "source → a + b → last": 0.9, "source → c → last": 0.91,
               "source → a + b + d → last": 0.905, "source → a + b + e → last": 0.95}  # fmt: skip
-    table = by_pieces("model", list(chains), [[Route(hops, (share, share), share) for share in chains.values()]])
+    table = by_pieces(
+        "model", list(chains), [[Route(hops, (share, share), share) for share in chains.values()]], "zero"
+    )
     assert list(table.pieces) == [
         "source → a + b + e → last", "source → c → last", "source → a + b → last", "source → a + b + d → last",
         "source → a → last",

@@ -24,6 +24,8 @@ from transformers import (
     Qwen2Config,
 )
 
+from mambalens.hooks import HookManager
+
 VOCABULARY, LAYERS = 61, 4
 
 _COMMON = {"vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": LAYERS, "pad_token_id": 0,
@@ -240,3 +242,8 @@ def in_double(*models: Any) -> Iterator[None]:
 def token_ids(batch: int, time: int, seed: int = 0) -> torch.Tensor:
     """Random tokens other than padding [batch, time]."""
     return torch.randint(1, VOCABULARY, (batch, time), generator=torch.Generator().manual_seed(seed))
+
+
+def has_keys(hooks: HookManager) -> bool:
+    """Whether keys can stand in with values: in attention."""
+    return "attention" in hooks.kinds

@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, CONFIGS, SSM, TRANSFORMERS, architecture, in_double, tiny, token_ids
+from models import ARCHITECTURES, CONFIGS, SSM, TRANSFORMERS, architecture, has_keys, in_double, tiny, token_ids
 from replays import Replayed, replayed
 from torch import Tensor
 
@@ -40,11 +40,6 @@ def exactly() -> Iterator[None]:
     """Transformers computes in float64 here, also where its code rounds to float32."""
     with in_double(*(hooked(name).model for name in (*CONFIGS, *ARCHITECTURES))):
         yield
-
-
-def has_keys(hooks: HookManager) -> bool:
-    """Whether keys can stand in with values: in attention."""
-    return "attention" in hooks.kinds
 
 
 def largest(a: Tensor, b: Tensor) -> float:

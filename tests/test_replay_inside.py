@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, CONFIGS, TRANSFORMERS, VOCABULARY, architecture, in_double, tiny, token_ids
+from models import ARCHITECTURES, CONFIGS, TRANSFORMERS, VOCABULARY, architecture, has_keys, in_double, tiny, token_ids
 from replays import Replayed, replayed
 from torch import Tensor
 
@@ -72,7 +72,7 @@ def around(
         instead = None
         if replaced and path != "erase" and draw(st.booleans()):
             other = torch.randint(1, VOCABULARY, (1, time), generator=generator)
-            instead = hooks.values(other, keys=draw(st.booleans()))
+            instead = hooks.values(other, keys=draw(st.booleans()) and has_keys(hooks))
         if draw(st.booleans()):
             edges = torch.rand(time, time, generator=generator) < draw(st.sampled_from([0.1, 0.6]))
             given: dict[str, Any] = {"edges": edges}
@@ -122,7 +122,8 @@ def misses(hooks: HookManager, draw: Draw) -> float:
         targets = positions([0.3, 1.0], 1)[0]
     instead = None
     if draw(st.booleans()):
-        other = hooks.values(torch.randint(1, VOCABULARY, (batch, time), generator=generator), keys=draw(st.booleans()))
+        ids = torch.randint(1, VOCABULARY, (batch, time), generator=generator)
+        other = hooks.values(ids, keys=draw(st.booleans()) and has_keys(hooks))
         instead = other
     knockouts, arguments = [], []
     for _ in range(draw(st.integers(1, 3))):

@@ -434,7 +434,13 @@ class Lens(LoadedModel):
         return Flow.with_verbs(found).of(self, asked, flowing.attributed, memory)
 
     def logits_by_layer(
-        self, facts: FactLike, k: int = 5, batch_size: int | None = None, progress: bool = False
+        self,
+        facts: FactLike,
+        k: int = 5,
+        batch_size: int | None = None,
+        progress: bool = False,
+        out: str | Path | None = None,
+        block_size: int = defaults.CELL_BLOCK,
     ) -> LogitLens:
         """The logit lens: what the model's own code behind its layers makes of the residual stream of every layer.
 
@@ -443,17 +449,20 @@ class Lens(LoadedModel):
             k: how many of the most probable tokens are listed.
             batch_size: prompts a batch.
             progress: show a progress bar.
+            out: a folder to keep the results in, block of facts by block of facts; it goes on where it stopped.
+            block_size: facts of a block.
 
         Returns:
             A table of layers (0: the embeddings) and positions, with means over facts and a figure; see
             `interventions.lens_data.LogitLensData`.
 
         Raises:
-            MambalensError: for a k that is out of range, or no usable fact.
+            MambalensError: for a k that is out of range, no usable fact, or a folder that holds something else.
         """
         from mambalens.interventions.logit_lens import logits_by_layer
 
-        return LogitLens.of(logits_by_layer(self, as_facts(facts), k, batch_size, progress))
+        found = logits_by_layer(self, as_facts(facts), k, batch_size, progress, out, block_size)
+        return LogitLens.of(found)
 
     def contributions(
         self,
@@ -463,6 +472,8 @@ class Lens(LoadedModel):
         features: bool = False,
         batch_size: int | None = None,
         progress: bool = False,
+        out: str | Path | None = None,
+        block_size: int = defaults.CELL_BLOCK,
     ) -> Contributions:
         """What every part of the model adds to the answer's score at the last position; it adds up exactly.
 
@@ -485,17 +496,20 @@ class Lens(LoadedModel):
             features: split mixers by channel or head too.
             batch_size: prompts a batch.
             progress: show a progress bar.
+            out: a folder to keep the results in, block of facts by block of facts; it goes on where it stopped.
+            block_size: facts of a block.
 
         Returns:
             A table, sums, means over facts and a figure; see `interventions.contribution_data.ContributionData`.
 
         Raises:
-            MambalensError: for an unknown measure, no usable fact, or where a layer is not linear in what is
-                added up.
+            MambalensError: for an unknown measure, no usable fact, a folder that holds something else, or where a layer
+                is not linear in what is added up.
         """
         from mambalens.interventions.contributions import contributions
 
-        found = contributions(self, as_facts(facts), measure, against, features, batch_size, progress)
+        asked = as_facts(facts)
+        found = contributions(self, asked, measure, against, features, batch_size, progress, out, block_size)
         return Contributions.of(found)
 
     def patch(

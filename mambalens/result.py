@@ -129,11 +129,6 @@ class CausalFeatures(CausalData):
 class Contributions(ContributionData):
     """What every part of a model adds to answers; its tables are those of `interventions.contribution_data`."""
 
-    @classmethod
-    def of(cls, data: ContributionData) -> Self:
-        """The same with a face."""
-        return cls(data.table, data.scores, data.skipped, data.prompts, data.measure, data.n_layers)
-
     def plot(self, fact_id: str | None = None, **options: Any) -> Figure:
         """Parts by layer, and mixers by source: of one fact, or means over several; see `figures.contributions`."""
         from mambalens.figures import contributions
@@ -143,11 +138,6 @@ class Contributions(ContributionData):
 
 class LogitLens(LogitLensData):
     """What a model would answer behind every layer; its tables are those of `interventions.lens_data`."""
-
-    @classmethod
-    def of(cls, data: LogitLensData) -> Self:
-        """The same with a face."""
-        return cls(data.table, data.skipped, data.prompts, data.answers, data.n_layers)
 
     def plot(self, fact_id: str | None = None, metric: str = "log_odds", **options: Any) -> Figure:
         """A heatmap of layers and positions of one fact, or of pieces for several; see `figures.logit_lens`."""

@@ -12,7 +12,7 @@ from jaxtyping import install_import_hook
 # What a user hands over is checked by these two themselves, in sentences.
 FIRST_TO_HEAR = ("manager", "knockout", "steering")
 # Their methods give the class they are called on, which beartype knows only where it has the whole class.
-GIVE_THEMSELVES = ("data", "verbs", "contribution_data", "lens_data")
+GIVE_THEMSELVES = ("data", "verbs", "contribution_data", "lens_data", "kept_data")
 ROOT = Path(__file__).parent.parent
 HOOKS = [path.stem for path in (ROOT / "hooks").glob("[a-z]*.py")]
 FLOW = [f"flow.{path.stem}" for path in (ROOT / "mambalens" / "flow").glob("[a-z]*.py")

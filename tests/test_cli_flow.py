@@ -137,7 +137,7 @@ def test_sweeps_and_flows_are_kept_apart(one: tuple[Path, str], tmp_path: Path) 
     with pytest.raises(MambalensError, match="do not go into one page"):
         run("report", sweep, str(one[0]))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MambalensError, match="holds no sweep, flow, patch or trace"):
+    with pytest.raises(MambalensError, match="holds no sweep, flow, patch, trace, contribution or logit"):
         run("plot", str(tmp_path / "empty"))
 
 

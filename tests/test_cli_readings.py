@@ -10,6 +10,8 @@ from click.testing import CliRunner
 
 from mambalens.cli.app import app, main
 from mambalens.figures.style import signed
+from mambalens.hooks.errors import MambalensError
+from mambalens.result import Contributions
 
 PROMPT = ["--prompt", "In Peru the capital is", "--subject", "Peru", "--target", "Lima"]
 
@@ -29,13 +31,41 @@ def test_the_contributions_of_one_prompt(tmp_path: Path) -> None:
     assert f"atlas-deltanet, 'Lima': Log-odds of the target (nats) {signed(total)} = " in text
     strongest = table[table.part != "bias"].contribution.abs().max()
     assert f"{strongest:.2f}" in text
-    assert {path.name for path in tmp_path.iterdir()} == {"contributions.csv", "contributions.png", "summary.csv"}
+    files = {"contributions.csv", "contributions.png", "summary.csv"}
+    run_s = {"contribution.json", "facts.parquet", "prompts.parquet", "parts", "locks"}
+    assert {path.name for path in tmp_path.iterdir()} == files | run_s
 
 
 def test_the_contributions_to_facts_that_are_known(tmp_path: Path) -> None:
     text = run("contributions", "atlas-mamba1", "--limit", "3", "--against", "London", "--out", str(tmp_path))
     assert "the contributions to 3 facts that it knows" in text and "3 facts, means: Logit difference (nats)" in text
     assert pd.read_csv(tmp_path / "contributions.csv").fact_id.nunique() == 3
+    assert Contributions.load(tmp_path).scores.fact_id.nunique() == 3
+    (tmp_path / "contributions.png").unlink()
+    run("plot", str(tmp_path), "--where", "part=mixer")
+    assert (tmp_path / "contributions.png").stat().st_size > 10_000
+
+
+def test_the_same_question_goes_on_in_its_folder_and_another_is_refused(tmp_path: Path) -> None:
+    asking = ["logits", "atlas-mamba1", "--limit", "3", "-k", "2", "--block-size", "2", "--out", str(tmp_path)]
+    run(*asking)
+    first = pd.read_csv(tmp_path / "logits.csv")
+    one, two = sorted((tmp_path / "parts").iterdir())
+    before = one.stat().st_mtime_ns
+    two.unlink()
+    run(*asking)
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "logits.csv"), first, atol=1e-5)
+    assert one.stat().st_mtime_ns == before and two.exists()
+    run("plot", str(tmp_path), "--metric", "rank", "--out", str(tmp_path / "rank.png"))
+    assert (tmp_path / "rank.png").stat().st_size > 10_000
+    with pytest.raises(MambalensError, match="holds another run .*k: 2 there, 3 now"):
+        run(*asking[:5], "3", *asking[6:])
+    for asking, said in (
+        (["plot", str(tmp_path), "--where", "layer=1"], "holds logits, which --where does not choose from"),
+        (["contributions", "atlas-mamba1", *PROMPT, "--out", str(tmp_path)], r"holds a logit \(logit.json\)"),
+    ):
+        with pytest.raises(MambalensError, match=said):
+            run(*asking)
 
 
 def test_the_layers_of_one_prompt_and_of_facts(tmp_path: Path) -> None:

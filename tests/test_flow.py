@@ -277,7 +277,9 @@ def test_a_folder_holds_a_sweep_or_a_flow_and_says_which(flow: Flow, far: tuple[
     with pytest.raises(MambalensError, match="holds sweeps and flows"):
         kind_of(tmp_path)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(MambalensError, match=r"holds no sweep, flow, patch or trace \(no sweep.json, no flow.json, "):
+    with pytest.raises(
+        MambalensError, match=r"holds no sweep, flow, patch, trace, contribution or logit \(no sweep.json, no "
+    ):
         kind_of(tmp_path / "empty")
 
 

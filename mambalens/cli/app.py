@@ -419,29 +419,34 @@ def attention(
 @settings("facts", "where", "all_facts", limit=100)
 @option("-k", help="Most probable tokens to list.", kind=int, least=1, default=5)
 @option("--metric", help="log_odds, prob or rank.", default=MEASURE)
-@option("--out", help="Folder for tables and figure.", kind=Path, required=True)
-@settings("batch_size", "dtype", "tokenizer")
+@option("--out", help="Folder for results, tables and figure.", kind=Path, required=True)
+@settings("batch_size", block_size=CELL_BLOCK)
+@settings("dtype", "tokenizer")
 def logits(
     model: str, prompt: str | None, subject: str, target: str | None, facts: str, where: tuple[str, ...],
-    all_facts: bool, limit: int, k: int, metric: str, out: Path, batch_size: int | None, dtype: str,
-    tokenizer: str | None,
+    all_facts: bool, limit: int, k: int, metric: str, out: Path, batch_size: int | None, block_size: int,
+    dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """What would the model answer if a layer were its last? At every position of a prompt, or over facts.
 
+    The same question in the same folder goes on where it stopped.
+
     Example: mambalens logits atlas-mamba1 --prompt 'In Peru the capital is' --target Lima --out runs/layers
     """
-    from mambalens.cli import readings
+    from mambalens.cli import output, readings
     from mambalens.interventions.lens_data import checked_metric
-    from mambalens.runs.folder import writable_folder
+    from mambalens.runs.folder import LOGIT, writable_folder
 
     checked_metric(metric)
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
-    writable_folder(out)
+    writable_folder(out, LOGIT)
     lens = asked.lens(model, dtype, tokenizer)
     chosen = readings.known(
         lens, asked_facts, prompt is not None, limit, all_facts, batch_size, _say(False), "the layers of"
     )
-    written = readings.told_logits(lens.logits_by_layer(chosen, k, batch_size), metric, out)
+    with output.interruptible(out):
+        found = lens.logits_by_layer(chosen, k, batch_size, prompt is None, out, block_size)
+    written = readings.told_logits(found, metric, out)
     click.echo(f"\n{', '.join(written)} in {out}")
 
 
@@ -454,27 +459,33 @@ def logits(
 @option("--measure", help="log_odds, logit_difference, log_prob, logit or prob.", default=MEASURE)
 @option("--against", help="Another answer, for the logit difference.")
 @option("--split-features", help="Split mixers by channel or head too.", kind=bool)
-@option("--out", help="Folder for tables and figure.", kind=Path, required=True)
-@settings("batch_size", "dtype", "tokenizer")
+@option("--out", help="Folder for results, tables and figure.", kind=Path, required=True)
+@settings("batch_size", block_size=CELL_BLOCK)
+@settings("dtype", "tokenizer")
 def contributions(
     model: str, prompt: str | None, subject: str, target: str | None, facts: str, where: tuple[str, ...],
     all_facts: bool, limit: int, measure: str, against: str | None, split_features: bool, out: Path,
-    batch_size: int | None, dtype: str, tokenizer: str | None,
+    batch_size: int | None, block_size: int, dtype: str, tokenizer: str | None,
 ) -> None:  # fmt: skip
     """What does every layer add to the answer, and from which token? Contributions add up to the score exactly.
 
+    The same question in the same folder goes on where it stopped.
+
     Example: mambalens contributions atlas-mamba1 --prompt 'In Peru the capital is' --target Lima --out runs/parts
     """
-    from mambalens.cli import readings
-    from mambalens.runs.folder import writable_folder
+    from mambalens.cli import output, readings
+    from mambalens.runs.folder import CONTRIBUTION, writable_folder
 
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
-    writable_folder(out)
+    writable_folder(out, CONTRIBUTION)
     lens = asked.lens(model, dtype, tokenizer)
     chosen = readings.known(
         lens, asked_facts, prompt is not None, limit, all_facts, batch_size, _say(False), "the contributions to"
     )
-    found = lens.contributions(chosen, measure, against, split_features, batch_size, progress=prompt is None)
+    with output.interruptible(out):
+        found = lens.contributions(
+            chosen, measure, against, split_features, batch_size, prompt is None, out, block_size
+        )  # fmt: skip
     written = readings.told_contributions(found, out)
     click.echo(f"\n{', '.join(written)} in {out}")
 
@@ -562,18 +573,19 @@ def plot(
     out: Path | None,
 ) -> None:  # fmt: skip
     """Draw the information-flow curves of a finished sweep, a flow (a prompt's graph, or pieces over many facts), or
-    the heatmap of patches or traces.
+    the figure of patches, traces, contributions or logits.
 
-    Of a flow, --where is the only option beside --out; of patches and traces, --metric too.
+    Of a flow and of contributions, --where is the only option beside --out; of patches and traces, --metric too, which
+    is the only one of logits.
 
     Example: mambalens plot runs/first --columns wording --x depth
     """
-    from mambalens.runs.folder import FLOW, SWEEP
+    from mambalens.runs.folder import CONTRIBUTION, FLOW, LOGIT, SWEEP
     from mambalens.runs.stored import kind_of
 
     kind = kind_of(folder)
     if kind not in (FLOW, SWEEP):
-        from mambalens.cli import patches
+        from mambalens.cli import patches, readings
 
         unused = typed("x", "rows", "columns", "interval")
         if unused:
@@ -581,7 +593,8 @@ def plot(
                 f"{str(folder)!r} holds no sweep, and {', '.join(unused)} draw curves of one: leave them out."
             )
         chosen = metric if typed("metric") else None
-        name, figure = patches.figure_of(folder, kind, asked.conditions(where), chosen)
+        figure_of = readings.figure_of if kind in (CONTRIBUTION, LOGIT) else patches.figure_of
+        name, figure = figure_of(folder, kind, asked.conditions(where), chosen)
     elif kind == FLOW:
         from mambalens.cli import flow_files
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mambalens.cli import asked
 from mambalens.cli.output import skipped
 from mambalens.cli.programs import Say, known_or_all
+from mambalens.defaults import MEASURE
 from mambalens.facts.fact import Fact
 from mambalens.facts.sequence import Facts
 from mambalens.figures.style import signed
 from mambalens.hooks.errors import MambalensError
 from mambalens.lens import Lens
 from mambalens.result import Contributions, LogitLens
+from mambalens.runs.folder import CONTRIBUTION
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 SHOWN = 10
 """Parts or layers on the screen."""
@@ -40,6 +46,28 @@ def known(
 ) -> Facts:
     """The one prompt, or the facts that the model knows."""
     return facts if single else known_or_all(lens, facts, limit, all_facts, batch_size, say, True, doing)
+
+
+def figure_of(folder: Path, kind: str, where: dict[str, list[str]], metric: str | None) -> tuple[str, Figure]:
+    """The figure of the contributions or the logit lens that a folder holds, and its file's name.
+
+    Args:
+        folder: the folder.
+        kind: which.
+        where: columns of contributions, and the values that are kept.
+        metric: of a logit lens; None: the usual one.
+
+    Raises:
+        MambalensError: for a metric of contributions, or conditions on a logit lens.
+    """
+    if kind == CONTRIBUTION:
+        if metric is not None:
+            raise MambalensError(f"{str(folder)!r} holds contributions, which have no --metric {metric}: leave it out.")
+        found = Contributions.load(folder)
+        return "contributions.png", (found.where(**where) if where else found).plot()
+    if where:
+        raise MambalensError(f"{str(folder)!r} holds logits, which --where does not choose from: leave it out.")
+    return "logits.png", LogitLens.load(folder).plot(metric=metric or MEASURE)
 
 
 def told_contributions(found: Contributions, out: Path) -> list[str]:

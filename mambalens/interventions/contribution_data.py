@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from mambalens.facts.pieces import PIECES
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.interventions.kept_data import ReadingData
+from mambalens.runs.config import RunConfig
+from mambalens.runs.folder import CONTRIBUTION, below_each_other
 from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.stored import Stored
 from mambalens.runs.table import MEASURES
 
 if TYPE_CHECKING:
@@ -34,33 +38,63 @@ BY = ("layer", "part", "kind", "path", "piece")
 """What a summary tells apart by default."""
 
 
-class ContributionData:
+class ContributionData(ReadingData):
     """Contributions of every part of a model to the scores of answers.
 
     Attributes:
         table: one row per fact and addition; columns in `COLUMNS`. The rows of a fact add up to its score.
         scores: model, fact_id, target and score, one row a fact.
         skipped: fact_id, source ('') and reason.
+        facts: the facts that were asked for, with all their columns.
         prompts: one row per fact: the prompt's tokens, as texts, and the subject's positions.
-        measure: name of the score.
-        n_layers: layers of each model.
+        config: what was run.
+        unfinished: blocks of facts that are still missing, of a run that is not at its end.
     """
+
+    kind: ClassVar[str] = CONTRIBUTION
 
     def __init__(
         self,
         table: pd.DataFrame,
         scores: pd.DataFrame,
         skipped: pd.DataFrame,
+        facts: pd.DataFrame,
         prompts: pd.DataFrame,
-        measure: str,
-        n_layers: dict[str, int],
+        config: RunConfig,
+        unfinished: int = 0,
     ) -> None:
-        self.table, self.scores, self.skipped, self.prompts = table, scores, skipped, prompts
-        self.measure, self.n_layers = measure, n_layers
+        super().__init__(table, skipped, facts, prompts, config, unfinished)
+        self.scores = scores
+
+    @classmethod
+    def of(cls, data: ContributionData) -> Self:
+        """The same with the faces of this class."""
+        return cls(data.table, data.scores, data.skipped, data.facts, data.prompts, data.config, data.unfinished)
+
+    @classmethod
+    def from_stored(cls, stored: Stored) -> Self:
+        """The contributions that a folder holds, or that would be in one: every row has its fact's score."""
+        rows = below_each_other(list(stored.tables))
+        scores = rows[["model", "fact_id", "score"]].drop_duplicates("fact_id", ignore_index=True)
+        targets = dict(zip(stored.facts.fact_id, stored.facts.target, strict=True))
+        scores.insert(2, "target", scores.fact_id.map(targets))
+        table, config = rows[list(COLUMNS)], stored.configs[0]
+        return cls(table, scores, stored.skipped, stored.facts, stored.prompts, config, stored.unfinished)
+
+    def _rows(self) -> pd.DataFrame:
+        scores = dict(zip(self.scores.fact_id, self.scores.score, strict=True))
+        return self.table.assign(score=self.table.fact_id.map(scores))
+
+    @property
+    def measure(self) -> str:
+        """Name of the score."""
+        return self.config.measure
 
     def __repr__(self) -> str:
         names = ", ".join(self.n_layers)
-        return f"<Contributions: {names}; {len(self.scores)} facts, {len(self.table)} rows, {self.measure}>"
+        return (
+            f"<Contributions: {names}; {len(self.scores)} facts, {len(self.table)} rows, {self.measure}{self._left()}>"
+        )
 
     @property
     def axis(self) -> str:
@@ -150,7 +184,7 @@ class ContributionData:
             raise MambalensError(f"No contribution has {', '.join(f'{k}={v!r}' for k, v in values.items())}.")
         scores = self.scores[self.scores.fact_id.isin(table.fact_id.unique())].reset_index(drop=True)
         table = table.reset_index(drop=True)
-        return type(self)(table, scores, self.skipped, self.prompts, self.measure, self.n_layers)
+        return type(self)(table, scores, self.skipped, self.facts, self.prompts, self.config, self.unfinished)
 
     def _sums(self, by: list[str]) -> pd.DataFrame:
         keys = ["model", "fact_id", *by]

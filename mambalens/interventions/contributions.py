@@ -11,25 +11,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mambalens.defaults import CELL_BLOCK
 from mambalens.facts.pieces import piece_of
-from mambalens.facts.prompts import Batch, Prompt, none_usable, read_fact, read_facts
+from mambalens.facts.prompts import Batch, Prompt, read_fact
 from mambalens.facts.sequence import Facts
-from mambalens.hooks.behind import Beside, beside_of, hidden_of, logits_behind
+from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
 from mambalens.hooks.errors import MambalensError
 from mambalens.hooks.layer_parts import Parts, parts_of
 from mambalens.hooks.summands import Summands
 from mambalens.interventions.contribution_data import COLUMNS, ContributionData
 from mambalens.interventions.ray import Ray, Score, ray
+from mambalens.interventions.reading import ReadingWork
+from mambalens.interventions.run import check_kept, configuration, found_or_kept
 from mambalens.measures import PAIRED, Measure, logit, measure_of, name_of
 from mambalens.model import LoadedModel
-from mambalens.sweep.identity import prompt_table
 from mambalens.system.progress import tqdm
 
 if TYPE_CHECKING:
@@ -93,49 +96,53 @@ def contributions(
     features: bool = False,
     batch_size: int | None = None,
     progress: bool = True,
+    out: str | Path | None = None,
+    block_size: int = CELL_BLOCK,
 ) -> ContributionData:
     """See `Lens.contributions`."""
-    import pandas as pd
-
     asked = Asked.of(measure, against, features, facts)
-    prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
-    if not prompts:
-        raise none_usable(facts, skipped)
-    others = _others(lens, facts, prompts, asked.against)
-    tables, scores = [], []
-    with (
-        tqdm(total=len(prompts), desc=f"contributions {lens.name}", unit="fact", disable=not progress) as bar,
-        _evaluating(lens),
-    ):
-        for batch in lens.batches(prompts, batch_size):
+    check_kept(out, asked.measure)
+    with tqdm(desc=f"contributions {lens.name}", unit="fact", disable=not progress) as bar:
+        work = ContributionWork(lens, facts, asked, batch_size, bar)
+        config = configuration(lens, facts, (), asked.measure)
+        size = max(1, len(facts)) if out is None else block_size
+        return cast(ContributionData, found_or_kept(work, facts, config, ContributionData, out, size))
+
+
+class ContributionWork(ReadingWork):
+    """Contributions of blocks of facts; every row has its fact's score beside it."""
+
+    columns = (*COLUMNS, "score")
+
+    def __init__(self, lens: LoadedModel, facts: Facts, asked: Asked, batch_size: int | None, bar: Any) -> None:
+        super().__init__(lens, facts, batch_size, bar)
+        self.asked = asked
+        self.others = _others(lens, facts, self.prompts, asked.against)
+
+    def definition(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON, but for the block's size."""
+        asked = self.asked
+        of_asked = {"measure": name_of(asked.measure), "against": list(asked.against), "features": asked.features}
+        return of_asked | super().definition()
+
+    def tables(self, batch: Batch) -> list[pd.DataFrame]:
+        """A table for each prompt of a batch."""
+        lens, asked = self.lens, self.asked
+        with _evaluating(lens):
             ids, at = batch.ids.to(lens.device), batch.last.to(lens.device)
             streams, beside = streams_behind(lens, ids, at)
 
-            def head(rows: Float[Tensor, "row 1 hidden"], beside: Beside = beside) -> Float[Tensor, "row vocabulary"]:
+            def head(rows: Float[Tensor, "row 1 hidden"]) -> Float[Tensor, "row vocabulary"]:
                 with lens.hooks.aside():
                     return logits_behind(lens.model, lens.hooks.layers, beside, rows)
 
             found: list[Ray] = []
             for prompt, stream in zip(batch.prompts, streams, strict=True):
-                found.append(ray(head, stream, asked.score(prompt.target_id, others[str(prompt.fact.id)])))
-                bar.update(1)
+                found.append(ray(head, stream, asked.score(prompt.target_id, self.others[str(prompt.fact.id)])))
+                self.bar.update(1)
             parts = parts_of(lens.hooks, ids, at, torch.stack([of.direction for of in found]))
-            tables += _tables(lens, batch, found, parts, asked.features)
-            scores += [
-                (lens.name, str(prompt.fact.id), prompt.fact.target, of.score)
-                for prompt, of in zip(batch.prompts, found, strict=True)
-            ]
-    order = {str(prompt.fact.id): number for number, prompt in enumerate(prompts)}
-    tables.sort(key=lambda table: order[table.fact_id.iloc[0]])
-    scores.sort(key=lambda row: order[row[1]])
-    return ContributionData(
-        pd.concat(tables, ignore_index=True),
-        pd.DataFrame(scores, columns=["model", "fact_id", "target", "score"]),
-        pd.DataFrame(skipped, columns=["fact_id", "source", "reason"]),
-        prompt_table(lens, prompts),
-        name_of(asked.measure),
-        {lens.name: lens.n_layers},
-    )
+            tables = _tables(lens, batch, found, parts, asked.features)
+        return [table.assign(score=of.score) for table, of in zip(tables, found, strict=True)]
 
 
 @torch.no_grad()

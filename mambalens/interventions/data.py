@@ -11,6 +11,7 @@ import pandas as pd
 
 from mambalens.facts.pieces import PIECES
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.interventions.kept_data import KeptData
 from mambalens.interventions.table import GROUP, PATCH_METRICS, TRACE_METRICS
 from mambalens.runs.config import RunConfig
 from mambalens.runs.data import column_of, facts_together, measured, with_unusable
@@ -19,7 +20,7 @@ from mambalens.runs.intervals import INTERVALS, mean_intervals
 from mambalens.runs.stored import Stored, folders_of, stored_in
 
 
-class CellData:
+class CellData(KeptData):
     """One number for every place of a prompt and window of layers.
 
     Attributes:
@@ -32,8 +33,6 @@ class CellData:
         checks: how replays were held against the model; columns in `runs.folder.CHECKS`.
     """
 
-    kind: ClassVar[str]
-    """What kind of run it is; see `runs.folder.KINDS`."""
     columns: ClassVar[dict[str, str]] = {}
     """Columns that can be summarized and drawn, but for the measure; the first where nothing is said."""
     apart: ClassVar[tuple[str, ...]] = ()
@@ -119,9 +118,15 @@ class CellData:
         if found != [Path(folder)]:
             return cls.concat([cls.load(path) for path in found])
         kept = stored_in(found[0], cls.kind)
-        skipped = with_unusable(kept.skipped, kept.configs)
-        table = below_each_other(list(kept.tables))
-        return cls(table, skipped, kept.facts, kept.prompts, kept.configs, kept.unfinished, kept.checks)
+        return cls.from_stored(kept._replace(skipped=with_unusable(kept.skipped, kept.configs)))
+
+    @classmethod
+    def from_stored(cls, stored: Stored) -> Self:
+        """The result that a folder holds, or that would be in one."""
+        table = below_each_other(list(stored.tables))
+        return cls(
+            table, stored.skipped, stored.facts, stored.prompts, stored.configs, stored.unfinished, stored.checks
+        )
 
     def check_metric(self, metric: str | None) -> str:
         """The metric itself, or the first one.

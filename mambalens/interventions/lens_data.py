@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from mambalens.facts.pieces import PIECES
 from mambalens.hooks.errors import MambalensError, choose
+from mambalens.interventions.kept_data import ReadingData
+from mambalens.runs.folder import LOGIT, below_each_other
 from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.stored import Stored
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,12 +30,19 @@ LOGIT_COLUMNS: dict[str, str] = {
     "top_probs": "their probabilities",
 }
 """Columns of a logit lens's table, and what each is."""
+LISTS = ("top_tokens", "top_probs")
+"""Columns of lists, which a folder has as JSON."""
 METRICS = {
     "log_odds": "Log-odds of the answer (nats)",
     "prob": "Probability of the answer",
     "rank": "Rank of the answer",
 }
 """What can be summarised and drawn, and what axes call it."""
+
+
+def with_texts(table: pd.DataFrame) -> pd.DataFrame:
+    """A table whose lists are JSON."""
+    return table.assign(**{name: [json.dumps(listed) for listed in table[name]] for name in LISTS})
 
 
 def checked_metric(metric: str) -> str:
@@ -41,31 +52,45 @@ def checked_metric(metric: str) -> str:
     return metric
 
 
-class LogitLensData:
+class LogitLensData(ReadingData):
     """What the model would answer behind every layer, at every position.
 
     Attributes:
         table: one row per fact, layer and position; columns in `LOGIT_COLUMNS`.
         skipped: fact_id, source ('') and reason.
+        facts: the facts that were asked for, with all their columns.
         prompts: one row per fact: the prompt's tokens, as texts, and the subject's positions.
-        answers: the answers, by fact.
-        n_layers: layers of each model.
+        config: what was run.
+        unfinished: blocks of facts that are still missing, of a run that is not at its end.
     """
 
-    def __init__(
-        self,
-        table: pd.DataFrame,
-        skipped: pd.DataFrame,
-        prompts: pd.DataFrame,
-        answers: dict[str, str],
-        n_layers: dict[str, int],
-    ) -> None:
-        self.table, self.skipped, self.prompts = table, skipped, prompts
-        self.answers, self.n_layers = answers, n_layers
+    kind: ClassVar[str] = LOGIT
+
+    @classmethod
+    def of(cls, data: LogitLensData) -> Self:
+        """The same with the faces of this class."""
+        return cls(data.table, data.skipped, data.facts, data.prompts, data.config, data.unfinished)
+
+    @classmethod
+    def from_stored(cls, stored: Stored) -> Self:
+        """The logit lens that a folder holds, or that would be in one."""
+        rows = below_each_other(list(stored.tables))
+        table = rows.assign(**{name: [json.loads(text) for text in rows[name]] for name in LISTS})
+        return cls(table, stored.skipped, stored.facts, stored.prompts, stored.configs[0], stored.unfinished)
+
+    def _rows(self) -> pd.DataFrame:
+        return with_texts(self.table)
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """The answers, by fact."""
+        read = set(self.table.fact_id)
+        pairs = zip(self.facts.fact_id, self.facts.target, strict=True)
+        return {fact_id: answer for fact_id, answer in pairs if fact_id in read}
 
     def __repr__(self) -> str:
         names = ", ".join(self.n_layers)
-        return f"<LogitLens: {names}; {len(self.answers)} facts, {len(self.table)} rows>"
+        return f"<LogitLens: {names}; {len(self.answers)} facts, {len(self.table)} rows{self._left()}>"
 
     def at_last(self) -> pd.DataFrame:
         """The rows of every prompt's last position, where the answer is read."""

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import itertools
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mambalens.defaults import CELL_BLOCK
 from mambalens.facts.pieces import piece_of
-from mambalens.facts.prompts import Batch, none_usable, read_facts
+from mambalens.facts.prompts import Batch
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.behind import beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.errors import MambalensError
-from mambalens.interventions.lens_data import LOGIT_COLUMNS, LogitLensData
+from mambalens.interventions.lens_data import LOGIT_COLUMNS, LogitLensData, with_texts
+from mambalens.interventions.reading import ReadingWork
+from mambalens.interventions.run import configuration, found_or_kept
 from mambalens.measures import log_odds
 from mambalens.model import LoadedModel
-from mambalens.sweep.identity import prompt_table
 from mambalens.sweep.prediction import Prediction
 from mambalens.system.progress import tqdm
 
@@ -32,7 +35,13 @@ LOGITS_AT_ONCE = 2**25
 
 
 def logits_by_layer(
-    lens: LoadedModel, facts: Facts, k: int = 5, batch_size: int | None = None, progress: bool = True
+    lens: LoadedModel,
+    facts: Facts,
+    k: int = 5,
+    batch_size: int | None = None,
+    progress: bool = True,
+    out: str | Path | None = None,
+    block_size: int = CELL_BLOCK,
 ) -> LogitLensData:
     """See `Lens.logits_by_layer`.
 
@@ -43,29 +52,34 @@ def logits_by_layer(
 
         head and norm are the model's own code behind its layers, with soft-capping and scaling of logits.
     """
-    import pandas as pd
-
     vocabulary = lens.model.get_output_embeddings().weight.shape[0]
     if not 1 <= k <= vocabulary:
         raise MambalensError(f"k={k}: give how many tokens to list, 1 to {vocabulary}.")
-    prompts, skipped = read_facts(facts, lens.tokenizer, subject=False)
-    if not prompts:
-        raise none_usable(facts, skipped)
-    tables = []
-    bar = tqdm(total=len(prompts), desc=f"logits {lens.name}", unit="fact", disable=not progress)
-    with bar:
-        for batch in lens.batches(prompts, batch_size):
-            tables += _tables(lens, batch, k)
-            bar.update(len(batch.prompts))
-    order = {str(prompt.fact.id): number for number, prompt in enumerate(prompts)}
-    tables.sort(key=lambda table: order[table.fact_id.iloc[0]])
-    return LogitLensData(
-        pd.concat(tables, ignore_index=True),
-        pd.DataFrame(skipped, columns=["fact_id", "source", "reason"]),
-        prompt_table(lens, prompts),
-        {str(prompt.fact.id): prompt.fact.target for prompt in prompts},
-        {lens.name: lens.n_layers},
-    )
+    with tqdm(desc=f"logits {lens.name}", unit="fact", disable=not progress) as bar:
+        work = LogitWork(lens, facts, k, batch_size, bar)
+        config = configuration(lens, facts, (), None)
+        size = max(1, len(facts)) if out is None else block_size
+        return cast(LogitLensData, found_or_kept(work, facts, config, LogitLensData, out, size))
+
+
+class LogitWork(ReadingWork):
+    """The logit lens on blocks of facts."""
+
+    columns = tuple(LOGIT_COLUMNS)
+
+    def __init__(self, lens: LoadedModel, facts: Facts, k: int, batch_size: int | None, bar: Any) -> None:
+        super().__init__(lens, facts, batch_size, bar)
+        self.k = k
+
+    def definition(self) -> dict[str, Any]:
+        """Everything that the numbers depend on, as JSON, but for the block's size."""
+        return {"k": self.k} | super().definition()
+
+    def tables(self, batch: Batch) -> list[pd.DataFrame]:
+        """A table for each prompt of a batch."""
+        found = [with_texts(table) for table in _tables(self.lens, batch, self.k)]
+        self.bar.update(len(found))
+        return found
 
 
 @torch.no_grad()

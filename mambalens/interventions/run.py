@@ -1,4 +1,4 @@
-"""Patches and traces over many facts, block by block, in a folder that they go on in."""
+"""Patches, traces and readings over many facts, block by block, in a folder that they go on in."""
 
 from __future__ import annotations
 
@@ -11,27 +11,26 @@ from mambalens.facts.pairs import Pairs
 from mambalens.facts.prompts import Prompt
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
-from mambalens.interventions.data import CellData
+from mambalens.interventions.kept_data import KeptData
 from mambalens.measures import Measure, name_of
 from mambalens.model import LoadedModel
 from mambalens.runs.config import RunConfig
 from mambalens.runs.data import with_unusable
 from mambalens.runs.folder import RunFolder, joined
+from mambalens.runs.stored import Stored
 from mambalens.sweep.identity import prompt_table
 from mambalens.sweep.run import BlockWork, blocks_of, fill, versions
 
 
 @runtime_checkable
-class CellWork(BlockWork, Protocol):
-    """Something that computes blocks of patches or traces."""
-
-    windows: list[list[int]]
+class KeptWork(BlockWork, Protocol):
+    """Something that computes blocks of patches, traces or readings."""
 
     def definition(self) -> dict[str, Any]:
         """Everything that the numbers depend on, as JSON, but for the block's size."""
 
     def prompts_read(self) -> list[Prompt]:
-        """The prompts that are patched or traced."""
+        """The prompts that are patched, traced or read."""
 
 
 def check_kept(out: str | Path | None, measure: str | Measure | None) -> None:
@@ -57,13 +56,13 @@ def configuration(
 
 
 def found_or_kept(
-    work: CellWork,
+    work: KeptWork,
     facts: Facts | Pairs,
     config: RunConfig,
-    kind: type[CellData],
+    kind: type[KeptData],
     out: str | Path | None,
     block_size: int,
-) -> CellData:
+) -> KeptData:
     """What the work finds: in memory, or in a folder, in which blocks that are there are not computed again.
 
     Args:
@@ -80,7 +79,7 @@ def found_or_kept(
     if out is None:
         found = joined([work.block(block) for block in blocks])
         skipped = with_unusable(found.skipped, [config])
-        return kind(found.table, skipped, facts.table, prompts, [config], checks=found.checks)
+        return kind.from_stored(Stored([found.table], skipped, facts.table, prompts, [config], found.checks))
     defined = work.definition() | {"block_size": block_size}
     about = {"configs": [config.to_json()], "blocks": len(blocks), "versions": versions()}
     fill(RunFolder(out, defined, about, facts.table, prompts, kind.kind), work, blocks)

@@ -1,7 +1,7 @@
 """A run's folder: what is run, and its results in parts, so that a run that was cut off goes on where it stopped.
 
     sweep.json            what defines the run, and what it was run with; flow.json for a flow, patch.json and
-                          trace.json for patches and traces
+                          trace.json for patches and traces, contribution.json and logit.json for readings
     facts.parquet         the facts that were asked for
     prompts.parquet       their prompts as the model's tokenizer cuts them, for figures of single prompts
     parts/00000.parquet   one block of facts each: the table's rows, and in the file's metadata what was skipped, how
@@ -33,8 +33,9 @@ from mambalens.hooks.errors import MambalensError
 
 FACTS, PROMPTS, PARTS, LOCKS = "facts.parquet", "prompts.parquet", "parts", "locks"
 SWEEP, FLOW, PATCH, TRACE = "sweep", "flow", "patch", "trace"
+CONTRIBUTION, LOGIT = "contribution", "logit"
 """Kinds of runs that a folder holds: `sweep.json`, `flow.json`, ... says what was run."""
-KINDS = (SWEEP, FLOW, PATCH, TRACE)
+KINDS = (SWEEP, FLOW, PATCH, TRACE, CONTRIBUTION, LOGIT)
 SAVED = "saved"
 """Stands for the run of a result that was saved, not filled block by block."""
 _KEY = b"mambalens"

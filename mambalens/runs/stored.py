@@ -36,7 +36,8 @@ from mambalens.runs.folder import (
     writing,
 )
 
-PLURAL = {"sweep": "sweeps", "flow": "flows", "patch": "patches", "trace": "traces"}
+PLURAL = {"sweep": "sweeps", "flow": "flows", "patch": "patches", "trace": "traces",
+          "contribution": "contributions", "logit": "logits"}  # fmt: skip
 """What several results of a kind are called."""
 
 

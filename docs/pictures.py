@@ -657,7 +657,7 @@ def explore() -> bytes:
         assert server.stderr is not None
         address = server.stderr.readline().split()[-1]
         browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
-        tab = browser.new_page(viewport={"width": 1180, "height": 1500})
+        tab = browser.new_page(viewport={"width": 1180, "height": 1560})
         tab.goto(address)
         tab.wait_for_selector(".card[data-model=atlas-gpt-neox] .big", timeout=120_000)
         tab.click("[data-reading=flow]")

@@ -168,7 +168,9 @@ def test_a_sweep_inside_a_knockout_keeps_it(lens: Lens) -> None:
     plan = Plan(("subject",), "last", 2)
     with lens.hooks.knockout([0], [-1], path="both" if lens.name.startswith("mamba") else "main"):
         inside, slow = (run(lens, as_facts(FACTS[:1]), plan, progress=False, replay=r).table for r in (True, False))
-    pd.testing.assert_frame_equal(inside, slow, check_exact=True)
+    pd.testing.assert_frame_equal(
+        inside, slow, check_exact=False, rtol=1e-4, atol=1e-6
+    )  # float32, by replay and by hooks
     assert not np.allclose(
         inside.prob, lens.sweep(FACTS[:1], "subject", window=2, progress=False).table.prob, rtol=1e-3
     )

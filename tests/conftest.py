@@ -35,6 +35,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                     "sweep.replay",
                     "sweep.prediction",
                     "runs.intervals",
+                    "runs.rows",
                     "figures.flow_pieces",
                     "figures.tokens",
                     "report.assets",

@@ -10,7 +10,6 @@ import threading
 import webbrowser
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
@@ -22,6 +21,7 @@ from starlette.types import ASGIApp
 from mambalens.explore.line import Dropped, Line
 from mambalens.explore.security import Guard, new_token
 from mambalens.hooks.errors import MambalensError
+from mambalens.html.modules import named
 
 if TYPE_CHECKING:
     from mambalens.explore.questions import Questions
@@ -78,11 +78,10 @@ def application(loading: Loading, token: str, port: int) -> ASGIApp:
     async def file(request: Request) -> Response:
         name = request.path_params.get("name") or "explore.html"
         kind = _KINDS.get(name[name.rfind(".") :])
-        # One part of a path, and only of what is carried: no name leads elsewhere.
-        known = {one.name: one for one in (files("mambalens.explore") / "templates").iterdir()}
-        if kind is None or name not in known:
+        found = named(name, "mambalens.explore")
+        if kind is None or found is None:
             return Response("There is nothing here.", 404, media_type="text/plain")
-        return Response(known[name].read_bytes(), media_type=kind)
+        return Response(found.read_bytes(), media_type=kind)
 
     async def answer(told: Mapping[str, Any], request: Request) -> dict[str, Any]:
         if loading.error is not None:

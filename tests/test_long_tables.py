@@ -17,7 +17,7 @@ from mambalens.figures import flow
 from mambalens.runs import data, rows
 from mambalens.runs.folder import PARTS
 from mambalens.runs.intervals import mean_intervals
-from mambalens.runs.rows import Held, Kept, Rows, numbered
+from mambalens.runs.rows import Groups, Held, Kept, Rows, numbered
 from mambalens.runs.table import GROUP
 
 FACTS = load_facts("atlas").where(wording="near").sample(7)
@@ -204,7 +204,7 @@ def test_groups_are_those_of_pandas_over_all_pieces(frames: list[pd.DataFrame]) 
     whole = pd.concat(frames, ignore_index=True)
     pieces = Rows([Held(frame) for frame in frames])
     names = ["x", "y"]
-    groups = rows.Groups(pieces, ([frame[name] for name in names] for frame in pieces.taken(names)))
+    groups = Groups.of(pieces, ([frame[name] for name in names] for frame in pieces.taken(names)))
     expected = list(whole.groupby(names, sort=False, dropna=False))
     assert repr(groups.keys) == repr([tuple(np.nan if pd.isna(one) else one for one in key) for key, _ in expected])
     assert list(groups.sizes) == [len(group) for _, group in expected]

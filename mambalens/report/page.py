@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mambalens.defaults import ABLATION
 from mambalens.facts.roles import pieces
@@ -17,7 +17,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.report.assets import left_out, packed, plain, rounded, tables, texts, write
 from mambalens.runs.data import SweepData
-from mambalens.runs.rows import Groups, Rows
+from mambalens.runs.rows import Rows
 from mambalens.runs.table import GROUP, SINGLE
 
 SUBSET_VALUES = 12
@@ -75,10 +75,11 @@ def _whole(result: SweepData) -> SweepData:
         if layers.setdefault(config.model, config.n_layers) != config.n_layers:
             raise MambalensError(f"Two different models are called {config.model!r}: report them one by one.")
     rows = result.rows
-    kept = _numbers_of_knockouts(rows)
-    again = kept.duplicated()
-    if not again.any():
+    numbers = _numbers_of_knockouts(rows)
+    if numbers is None:
         return result
+    kept = pd.Series(numbers)
+    again = kept.duplicated()
     twice = kept.duplicated(keep=False).to_numpy()
     spread = rows.take(["prob"])[twice].groupby(kept[twice].to_numpy()).prob.agg(["min", "max"])
     if (spread["max"] - spread["min"] > 1e-5 * spread["max"]).any():
@@ -91,11 +92,17 @@ def _whole(result: SweepData) -> SweepData:
     return result._with(rows.only(np.split(~again.to_numpy(), ends[:-1])), result.configs)
 
 
-def _numbers_of_knockouts(rows: Rows) -> pd.Series:
-    """The same number for rows of the same fact and knockout."""
-    facts = Groups(rows, ([frame.fact_id] for frame in rows.taken(["fact_id"]))).numbers()
-    groups = Groups(rows, ([frame[name] for name in GROUP] for frame in rows.taken(GROUP)))
-    return pd.Series(facts * len(groups.keys) + groups.numbers())
+def _numbers_of_knockouts(rows: Rows) -> Int[np.ndarray, " row"] | None:
+    """The same number for rows of the same fact and knockout; none where no two are."""
+    facts, groups = rows.groups(["fact_id"]), rows.groups(GROUP)
+    numbers = facts.numbers() * len(groups.keys) + groups.numbers()
+    if (every := len(facts.keys) * len(groups.keys)) <= 64 * len(rows):
+        seen = np.zeros(every, bool)
+        seen[numbers] = True
+        different = int(np.count_nonzero(seen))
+    else:
+        different = len(pd.unique(numbers))
+    return numbers if different < len(numbers) else None
 
 
 def _series(roles: SweepData) -> Iterator[dict[str, Any]]:

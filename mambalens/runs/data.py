@@ -13,7 +13,7 @@ from jaxtyping import Bool
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.config import RunConfig
 from mambalens.runs.folder import PROMPT, SKIPPED, SWEEP, below_each_other, no_checks
-from mambalens.runs.intervals import INTERVALS, mean_intervals
+from mambalens.runs.intervals import INTERVALS, Draws, mean_intervals
 from mambalens.runs.rows import HELD, Groups, Held, Kept, Rows
 from mambalens.runs.stored import Stored, folders_of, rows_in, stored_in
 from mambalens.runs.table import GROUP, MEASURES, METRICS, with_all_columns
@@ -160,19 +160,34 @@ class SweepData:
 
     def groups(self) -> pd.DataFrame:
         """What a mean over facts keeps apart: the values of `runs.table.GROUP` that the sweep has, in its order."""
-        return self.rows.first(GROUP)
+        return pd.DataFrame(self.rows.groups(GROUP).keys, columns=GROUP)
 
     def summaries(
         self, metrics: Iterable[str], by: Sequence[str] = (), interval: str = "bootstrap", seed: int = 0
     ) -> dict[str, pd.DataFrame]:
         """Several columns' `summary`, for which groups are looked for once."""
-        keys = [*by, *GROUP]
-        groups, found = Groups(self.rows, self._taken(keys)), {}
+        keys, groups = [*by, *GROUP], self._apart(by)
+        found, draws = {}, Draws(seed)
         for metric in metrics:
-            intervals = mean_intervals(groups.values(metric), interval, seed)
+            intervals = mean_intervals(groups.values(metric), interval, seed, draws)
             rows = [(*key, n, *three) for key, n, three in zip(groups.keys, groups.sizes, intervals, strict=True)]
             found[metric] = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])
         return found
+
+    def _apart(self, by: Sequence[str]) -> Groups:
+        """Rows that a mean over facts keeps apart, by columns of the facts as well."""
+        for name in by:
+            if name not in self.facts.columns or name in self.rows.columns:
+                return Groups.of(self.rows, self._taken([*by, *GROUP]))
+        groups = self.rows.groups(GROUP)
+        if not by:
+            return groups
+        facts = self.rows.groups(["fact_id"])
+        asked = pd.DataFrame(facts.keys, columns=["fact_id"])
+        columns = [column_of(name, asked, self.facts).tolist() for name in by]
+        return groups.split(
+            facts, [tuple(np.nan if pd.isna(one) else one for one in row) for row in zip(*columns, strict=True)]
+        )
 
     def dearest(self) -> pd.DataFrame:
         """The window that costs the target most probability, for every source, group of features and path.

@@ -14,9 +14,10 @@ from hypothesis.extra.pandas import column, data_frames, range_indexes
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.figures import flow
-from mambalens.runs import data, rows
+from mambalens.report import page
+from mambalens.runs import data, intervals, rows
 from mambalens.runs.folder import PARTS
-from mambalens.runs.intervals import mean_intervals
+from mambalens.runs.intervals import Draws, mean_intervals
 from mambalens.runs.rows import Groups, Held, Kept, Rows, numbered
 from mambalens.runs.table import GROUP
 
@@ -188,6 +189,119 @@ def test_damaged_and_missing_parts_of_a_long_table_are_left_out(
     left = {fact.id for block in (blocks[0], blocks[3]) for fact in block}
     expected = held.table[held.table.fact_id.isin(left)].reset_index(drop=True)
     pd.testing.assert_frame_equal(result.table, expected, check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> tuple[SweepResult, Path]:
+    """Two models, some facts in fewer windows, missing numbers, facts left out, single tokens and parts without some."""
+    folder = tmp_path_factory.mktemp("uneven")
+    one = Lens.load("atlas-mamba1").sweep(FACTS, ("subject", "context", "each"), window=6, progress=False)
+    two = Lens.load("atlas-mamba2").sweep(FACTS[:5], ("subject", "relation"), window=4, progress=False,
+                                          measure="log_odds")  # fmt: skip
+    draw = np.random.default_rng(0)
+    for name, result in (("one", one), ("two", two)):
+        table = result.table[draw.random(len(result.table)) > 0.1].reset_index(drop=True)  # windows, facts and sources
+        for metric in ("change_pct", "kl", "prob"):
+            table.loc[draw.random(len(table)) < 0.1, metric] = np.nan
+        some = table.fact_id.isin(table.fact_id.unique()[1:4])
+        for number, rows_of_part in enumerate((table[some], table[~some])):
+            part = result._with(rows_of_part, result.configs)
+            part.unfinished = number
+            part.save(folder / f"{name}-{number}")
+    return SweepResult.load(folder), folder
+
+
+def by_loops(result: SweepResult, metric: str, by: list[str]) -> pd.DataFrame:
+    """A summary by a loop over rows, its bootstrap by one over resamples."""
+    facts = {row["fact_id"]: row for row in result.facts.to_dict("records")}
+    groups: dict[tuple, list[float]] = {}
+    for row in result.table.to_dict("records"):
+        key = (*(facts[row["fact_id"]][name] for name in by), *(row[name] for name in GROUP))
+        groups.setdefault(key, []).append(float(row[metric]))
+    found = []
+    for key, every in groups.items():
+        values = np.array([value for value in every if value == value])
+        n, mean = len(values), values.mean() if len(values) else np.nan
+        rng, means = np.random.default_rng(0), []
+        if n > 1:
+            means = [values[drawn].mean() for _ in range(20) for drawn in rng.integers(0, n, (100, n))]
+        low, high = np.percentile(means, [2.5, 97.5]) if n > 1 else (np.nan, np.nan)
+        found.append((*key, len(every), mean, low, high))
+    return pd.DataFrame(found, columns=[*by, *GROUP, "n", "mean", "low", "high"])
+
+
+@pytest.mark.parametrize("most", [None, 0])
+def test_uneven_tables_are_summarized_as_by_loops(
+    uneven: tuple[SweepResult, Path], monkeypatch: pytest.MonkeyPatch, most: int | None
+) -> None:
+    held, folder = uneven
+    assert held.table.kl.isna().any() and held.table.position.max() > 3 and held.table.model.nunique() == 2
+    assert held.table.groupby(GROUP).size().nunique() > 2
+    monkeypatch.setattr(data, "HELD", 10)
+    if most is not None:
+        monkeypatch.setattr(rows, "_most", lambda _: most)  # as where numbers are too many for a list
+    kept = SweepResult.load(folder)
+    for result in (held, kept):
+        for by in ([], ["relation"], ["relation", "wording"]):
+            for metric in ("change_pct", "hit", "rank"):
+                found, expected = result.summary(metric=metric, by=by), by_loops(held, metric, by)
+                pd.testing.assert_frame_equal(found, expected, rtol=1e-9, atol=1e-9)
+        both = result.summaries(["kl", "prob"])
+        for metric in both:
+            pd.testing.assert_frame_equal(both[metric], by_loops(held, metric, []), rtol=1e-9, atol=1e-9)
+    assert all(isinstance(piece, Kept) for piece in kept.rows.pieces)
+
+
+@pytest.mark.parametrize("sparse", [page.SPARSE, 0])
+def test_the_page_of_an_uneven_table_has_every_knockout_once(
+    uneven: tuple[SweepResult, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sparse: int
+) -> None:
+    monkeypatch.setattr(page, "SPARSE", sparse)
+    held, folder = uneven
+    expected = held.report(tmp_path / "held.html").read_text()
+    monkeypatch.setattr(data, "HELD", 10)
+    kept = SweepResult.load(folder)
+    assert kept.report(tmp_path / "kept.html").read_text() == expected
+    once = held.table.drop_duplicates(["fact_id", *GROUP], ignore_index=True)
+    assert len(once) == len(held.table)
+    again = SweepResult.concat([kept, kept.where(source="subject"), kept])
+    whole = page._whole(again)
+    pd.testing.assert_frame_equal(whole.rows.frame(), once, check_exact=True)
+    assert again.report(tmp_path / "again.html").read_text() == expected
+    assert page._whole(kept) is kept
+
+
+def test_whole_numbers_are_resampled_exactly_in_32_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(1)
+    groups = [
+        (rng.random(400) < 0.3).astype(float), rng.integers(1, 40_000, 400).astype(float),
+        rng.integers(1, 60_000, 400).astype(float), rng.normal(size=400), np.array([1.0, 2.0, np.inf]),
+    ]  # fmt: skip
+    assert [intervals._is_exact(group[None]) for group in groups] == [True, True, False, False, False]
+    for group in groups[:4]:
+        for kept in (2**28, 0):  # bytes of draws
+            monkeypatch.setattr(intervals, "KEPT", kept)
+            draws = Draws(3)
+            found = [mean_intervals([group, group[:50], group], "bootstrap", 3, draws) for _ in range(2)]
+            monkeypatch.setattr(intervals, "_EXACT", 0)
+            expected = mean_intervals([group, group[:50], group], "bootstrap", 3)
+            monkeypatch.undo()
+            if intervals._is_exact(group[None]):
+                assert found == [expected, expected]
+            np.testing.assert_allclose(found, [expected, expected], rtol=1e-13)
+
+
+def test_groups_outlive_what_their_rows_are_turned_into(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    before, roles = result.summary(), result.roles()
+    apart = roles.summary("t", by=["relation"])
+    _ = result.table
+    assert isinstance(result.rows.pieces[0], Held)
+    pd.testing.assert_frame_equal(result.summary(), before)
+    pd.testing.assert_frame_equal(roles.summary("t", by=["relation"]), apart)
+    result.table["prob"] = 0.0
+    assert (result.summary(metric="prob")["mean"] == 0).all()
 
 
 TEXTS = st.sampled_from(["a", "b", "", "c", None])

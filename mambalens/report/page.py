@@ -22,6 +22,8 @@ from mambalens.runs.table import GROUP, SINGLE
 
 SUBSET_VALUES = 12
 """A column of the facts with at most so many values splits the curves."""
+SPARSE = 64
+"""Knockouts that could be, for each that is: above, those that stand twice are not looked for in a list of all."""
 DIMENSIONS = ("model", "source", "features", "path", "ablation", "target", "window_size")
 """What curves differ in."""
 _SERIES = [name for name in GROUP if name != "window_start"]
@@ -96,7 +98,7 @@ def _numbers_of_knockouts(rows: Rows) -> Int[np.ndarray, " row"] | None:
     """The same number for rows of the same fact and knockout; none where no two are."""
     facts, groups = rows.groups(["fact_id"]), rows.groups(GROUP)
     numbers = facts.numbers() * len(groups.keys) + groups.numbers()
-    if (every := len(facts.keys) * len(groups.keys)) <= 64 * len(rows):
+    if (every := len(facts.keys) * len(groups.keys)) <= SPARSE * len(rows):
         seen = np.zeros(every, bool)
         seen[numbers] = True
         different = int(np.count_nonzero(seen))

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.pandas import column, data_frames, range_indexes
+from matplotlib.figure import Figure
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
+from mambalens.cli.app import app
 from mambalens.figures import flow
 from mambalens.report import page
 from mambalens.runs import data, intervals, rows
@@ -302,6 +305,57 @@ def test_groups_outlive_what_their_rows_are_turned_into(folder: Path, monkeypatc
     pd.testing.assert_frame_equal(roles.summary("t", by=["relation"]), apart)
     result.table["prob"] = 0.0
     assert (result.summary(metric="prob")["mean"] == 0).all()
+
+
+def test_long_tables_say_how_far_they_are_and_short_ones_do_not(
+    held: SweepResult, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    SweepResult.load(folder).report(tmp_path / "page.html")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    assert f"load {folder.name}: " in (said := capsys.readouterr().err) and "0/4" in said
+    result.report(tmp_path / "page.html")
+    said = capsys.readouterr().err
+    assert "means: " in said and "means by relation: " in said and "0/6" in said
+
+
+@pytest.mark.parametrize("at", ["mambalens.runs.data.mean_intervals", "mambalens.report.assets.Path.write_text",
+                                "mambalens.runs.folder.os.fsync"])  # fmt: skip
+def test_an_interrupt_leaves_the_page_that_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    (tmp_path / "page.html").write_text("the one before")
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(at, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            result.report(tmp_path / "page.html")
+    assert [path.name for path in tmp_path.iterdir()] == ["page.html"]
+    assert (tmp_path / "page.html").read_text() == "the one before"
+
+
+def test_an_interrupt_leaves_the_figure_that_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figure = tmp_path / "flow.png"
+    assert CliRunner().invoke(app, ["plot", str(folder), "--out", str(figure)]).exit_code == 0
+    before = figure.read_bytes()
+    assert before.startswith(b"\x89PNG") and before.endswith(b"IEND\xaeB`\x82")
+
+    def half(self: Figure, file: Path, **_: object) -> None:
+        Path(file).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Figure, "savefig", half)
+        assert CliRunner().invoke(app, ["plot", str(folder), "--out", str(figure)]).exit_code != 0
+    assert list(tmp_path.iterdir()) == [figure] and figure.read_bytes() == before
 
 
 TEXTS = st.sampled_from(["a", "b", "", "c", None])

@@ -580,6 +580,7 @@ def plot(
 
     Example: mambalens plot runs/first --columns wording --x depth
     """
+    from mambalens.cli import output
     from mambalens.runs.folder import CONTRIBUTION, FLOW, LOGIT, SWEEP
     from mambalens.runs.stored import kind_of
 
@@ -612,8 +613,7 @@ def plot(
         if where:
             result = result.where(**asked.conditions(where))
         name, figure = "flow.png", flow(result, metric, x, rows, columns, interval)
-    figure.savefig(out or folder / name, dpi=130)
-    click.echo(f"Figure: {out or folder / name}")
+    click.echo(f"Figure: {output.draw(figure, out or folder / name)}")
 
 
 @app.command(short_help="Write a page to look at sweeps or flows with.")

@@ -11,8 +11,11 @@ import click
 import pandas as pd
 
 from mambalens.hooks.errors import MambalensError
+from mambalens.runs.folder import atomically, writing
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from mambalens.cli.programs import Estimate
     from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, SweepResult
 
@@ -34,11 +37,19 @@ def _duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
+def draw(figure: Figure, path: Path) -> Path:
+    """Write a figure, whole or not at all."""
+    kind = path.suffix.removeprefix(".") or "png"
+    with writing(path):
+        atomically(path, lambda file: figure.savefig(file, dpi=130, format=kind))
+    return path
+
+
 def swept(result: SweepResult, out: Path) -> None:
     """What a sweep found, in short, and as a figure."""
     flow = out / "flow.png"
     try:
-        result.plot().savefig(flow, dpi=130)
+        draw(result.plot(), flow)
     except MambalensError as error:
         click.echo(f"No figure: {error} Then: mambalens plot {out}", err=True)
     worst = result.roles().dearest()

@@ -17,6 +17,7 @@ from mambalens.runs.intervals import INTERVALS, Draws, mean_intervals
 from mambalens.runs.rows import HELD, Groups, Held, Kept, Rows
 from mambalens.runs.stored import Stored, folders_of, rows_in, stored_in
 from mambalens.runs.table import GROUP, MEASURES, METRICS, with_all_columns
+from mambalens.system.progress import tqdm
 
 
 class SweepData:
@@ -165,10 +166,11 @@ class SweepData:
     def summaries(
         self, metrics: Iterable[str], by: Sequence[str] = (), interval: str = "bootstrap", seed: int = 0
     ) -> dict[str, pd.DataFrame]:
-        """Several columns' `summary`, for which groups are looked for once."""
+        """Several columns' `summary`, for which groups are looked for once; long tables show how far it is."""
         keys, groups = [*by, *GROUP], self._apart(by)
         found, draws = {}, Draws(seed)
-        for metric in metrics:
+        doing = f"means by {by[0]}" if by else "means"
+        for metric in tqdm(list(metrics), doing, unit="column", disable=not self.rows.kept, leave=False):
             intervals = mean_intervals(groups.values(metric), interval, seed, draws)
             rows = [(*key, n, *three) for key, n, three in zip(groups.keys, groups.sizes, intervals, strict=True)]
             found[metric] = pd.DataFrame(rows, columns=[*keys, "n", "mean", "low", "high"])

@@ -128,6 +128,11 @@ class Rows:
         return sum(piece.size for piece in self.pieces)
 
     @property
+    def kept(self) -> bool:
+        """Whether some stay in their folder."""
+        return any(isinstance(piece, Kept) for piece in self.pieces)
+
+    @property
     def columns(self) -> list[str]:
         """Names of the columns."""
         return list(dict.fromkeys(name for piece in self.pieces for name in piece.columns))
@@ -187,7 +192,7 @@ class Rows:
         found = self._groups.get(tuple(names))
         if found is None:
             found = Groups.of(self, ([frame[name] for name in names] for frame in self.taken(names)))
-            if any(isinstance(piece, Kept) for piece in self.pieces):
+            if self.kept:
                 self._groups[tuple(names)] = found
         return found
 

@@ -35,6 +35,7 @@ from mambalens.runs.folder import (
     write_prompts,
     writing,
 )
+from mambalens.system.progress import tqdm
 
 PLURAL = {"sweep": "sweeps", "flow": "flows", "patch": "patches", "trace": "traces",
           "contribution": "contributions", "logit": "logits"}  # fmt: skip
@@ -143,7 +144,8 @@ def stored_in(folder: Path, kind: str, tables: bool = True) -> Stored:
     Args:
         folder: the folder.
         kind: what it holds.
-        tables: hold the rows of all parts; without, parts are looked through one by one and their rows stay there.
+        tables: hold the rows of all parts; without, parts are looked through one by one, with a progress bar, and
+            their rows stay there.
 
     Raises:
         MambalensError: if it has no finished block, or cannot be read.
@@ -153,7 +155,8 @@ def stored_in(folder: Path, kind: str, tables: bool = True) -> Stored:
     blocks = int(about.get("blocks", 1))
     files: list[Path] = []
     parts: list[Part] = []
-    for file, part in whole_parts(part_files(folder, blocks), digest_of(about.get("definition")), not tables):
+    there = tqdm(part_files(folder, blocks), f"load {folder.name}", unit="part", disable=tables, leave=False)
+    for file, part in whole_parts(there, digest_of(about.get("definition")), not tables):
         files.append(file)
         parts.append(part if tables else part._replace(table=pd.DataFrame()))
     if not parts:

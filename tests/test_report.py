@@ -181,7 +181,7 @@ def tab(request: pytest.FixtureRequest, browser: Any, page: Path) -> Iterator[An
     width, height = request.param
     tab = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
     complaints: list[str] = []
-    tab.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
     tab.goto(page.as_uri())

@@ -526,7 +526,7 @@ export function explore(root, ask, options = {}) {
 
   function drawReading() {
     const { name, model, found, cuts } = looked;
-    const given = { cut, layers: known(model).n_layers, room: () => ui.reading.clientWidth, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
+    const given = { cut, layers: known(model).n_layers, room: () => ui.reading.clientWidth - 8 /* the frame */, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
     const made = readings[name](found, given), named = `${made.name}-${model}`;
     const files = [
       ...(made.figure ? [button("SVG", () => saveSvg(named, made.figure(LIGHT)), { data: { save: "svg" } }), button("PNG", () => savePng(named, made.figure(LIGHT)), { data: { save: "png" } })] : []),

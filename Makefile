@@ -65,6 +65,7 @@ docs: $(VENV)/installed-docs
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/oxlint mambalens
 	rm -rf build/lint build/lib build/bdist* && $(PIP) --no-deps --target build/lint .
 	MYPYPATH=build/lint $(BIN)/mypy --package mambalens
 

@@ -142,6 +142,9 @@ def test_heatmap_flow_and_layers_are_the_lenss_own(
             row.target,
         )
         assert told["effect"] == pytest.approx(row.effect, rel=1e-5)
+        # What the convolution hands over is read by the scan of the same layer.
+        rows = (0, 0.5) if row.path == "conv" else (0.5, 1)
+        assert (told["begin"] - row.layer, told["end"] - row.layer) == rows
     assert sum(edge["exact"] is not None for edge in flow["edges"]) >= 20 and flow["of"] == 324
     assert [row[-1] for row in layers["prob"]] == last["prob"].tolist() and len(layers["prob"]) == 13
     assert [row[-1] for row in layers["top"]] == last["top_token"].tolist() and {len(row) for row in layers["top"]} == {
@@ -315,7 +318,16 @@ def test_the_page_is_carried_and_has_no_script_or_style_of_its_own(client: TestC
         assert client.get(f"/{TOKEN}/{name}").status_code in (403, 404), name
     scripts = [
         client.get(f"/{TOKEN}/{name}").text
-        for name in ("explore.js", "page.js", "dom.js", "figures.js", "readings.js", "explore.css", "page.css")
+        for name in (
+            "explore.js",
+            "page.js",
+            "dom.js",
+            "figures.js",
+            "graph.js",
+            "readings.js",
+            "explore.css",
+            "page.css",
+        )
     ]
     assert all(
         text and "innerHTML" not in text and "http" not in text.replace("http://www.w3.org/2000/svg", "")

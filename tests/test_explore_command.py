@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -109,7 +110,11 @@ def test_a_tab_that_is_closed_in_the_middle_of_a_run_leaves_the_models_to_others
 
 def test_half_a_request_and_noise_are_refused_and_the_next_one_is_answered(address: str) -> None:
     place = urlsplit(address)
-    for noise in (b"\x00\xff" * 500, b"GET / HTTP/9.9\r\n\r\n", b"POST " + b"/x" * 40_000, b"GET / HTTP/1.1\r\nHost: \r\nHost: a\r\n\r\n"):  # fmt: skip
+    head = (
+        f"POST {place.path}ask HTTP/1.1\r\nHost: {place.netloc}\r\nContent-Type: application/json\r\nContent-Length: 90"
+    )
+    half = f'{head}\r\n\r\n{{"verb":'.encode()
+    for noise in (half, b"\x00\xff" * 500, b"GET / HTTP/9.9\r\n\r\n", b"POST " + b"/x" * 40_000, b"GET / HTTP/1.1\r\nHost: \r\nHost: a\r\n\r\n"):  # fmt: skip
         with socket.create_connection((place.hostname, place.port), timeout=PATIENCE) as tab:  # type: ignore[arg-type]
             tab.sendall(noise)
             tab.shutdown(socket.SHUT_WR)
@@ -139,6 +144,20 @@ def test_models_that_cannot_be_loaded_are_said_in_the_page_and_end_the_command()
     finally:
         process.kill()
     assert process.returncode == 2 and "mambalens: 'atlas-mamba7' is no folder" in said and "Traceback" not in said
+
+
+def test_the_command_ends_without_a_traceback_in_the_middle_of_a_question() -> None:
+    process, address = start(MODEL)
+    loaded(address)
+    long = replace(PERU, prompt="The capital of Peru is " * 20 + "The capital of Peru is")  # many seconds of cuts
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(httpx.post, f"{address}ask", json=ask(long, "routes"), timeout=PATIENCE)
+        time.sleep(0.5)
+        assert not asked.done()
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=PATIENCE)
+        assert asked.result().json() == {"dropped": True}
+    assert process.returncode == 130 and "Traceback" not in said
 
 
 def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:

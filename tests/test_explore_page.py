@@ -123,7 +123,7 @@ def percent(value: float) -> str:
     """A probability as the page writes it."""
     hundredfold = value * 100
     if 0 < hundredfold < 0.001:
-        return f"{hundredfold:.0e} %".replace("e-0", "e-")
+        return "< 0.001 %"
     return f"{hundredfold:.2f} %" if 99.95 <= hundredfold < 100 else f"{float(f'{hundredfold:.3g}'):g} %"
 
 

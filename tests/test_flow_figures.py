@@ -15,10 +15,11 @@ from matplotlib.lines import Line2D
 
 from mambalens import Fact, Lens, MambalensError, load_facts
 from mambalens.figures import certificate, faithfulness, flow_by_piece, graph
-from mambalens.figures.flow_graph import HALO, levels
+from mambalens.figures.flow_graph import HALO
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.figures.style import PATH_STYLES
 from mambalens.flow.data import FlowData
+from mambalens.flow.table import levels
 
 LENS = Lens.load("atlas-mamba1")
 SHORT = Fact("The capital of Peru is", "Peru", " Lima", "capital", "short")

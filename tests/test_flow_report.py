@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pandas as pd
 import pytest
 from flows import features_of, made
+from pages import until
 
 from mambalens import Fact, Facts, Lens, MambalensError, load_facts
 from mambalens.figures.flow_pieces import pieces_of
@@ -335,11 +337,49 @@ def test_a_node_lists_what_it_reads_and_hands_on(tab: Any, flow: FlowData) -> No
 
 
 def test_the_route_is_marked_where_there_is_one(tab: Any) -> None:
-    assert tab.locator("#graph .halo").count() == 0 and "marked route" not in tab.inner_text("#legend")
+    assert tab.locator("#graph .halo").count() == 0 and "marked route" not in tab.text_content(".legend")
     fact(tab, FAR.id)
-    assert tab.locator("#graph .halo").count() == 4 and "marked route" in tab.inner_text("#legend")
+    assert tab.locator("#graph .halo").count() == 4 and "marked route" in tab.text_content(".legend")
     slide(tab, 1)
     assert len(drawn(tab)) == 2  # the route stays
+
+
+def test_the_graph_can_be_saved_and_its_file_is_light_whatever_is_chosen(
+    browser: Any, page: Path, tmp_path: Path
+) -> None:
+    tab = browser.new_page(color_scheme="dark", accept_downloads=True)
+    tab.goto(page.as_uri())
+    fact(tab, ODD.id)
+    tab.click("#edges tr[data-edge='3'] button")
+    assert tab.get_attribute("#graph rect", "fill") == "#161616" and tab.locator("#graph .edge.dim").count() == 39
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(22, 22, 22)"
+    with tab.expect_download() as download:
+        tab.click("#graph-svg")
+    download.value.save_as(tmp_path / "graph.svg")
+    text = (tmp_path / "graph.svg").read_text()
+    assert "<script" not in text and 'fill="#ffffff"' in text and 'fill="#161616"' not in text
+    root = ElementTree.fromstring(text)
+    groups = [one.get("class") for one in root.iter("{http://www.w3.org/2000/svg}g")]
+    assert groups.count("mark edge") == 40 and groups.count("pinned") == 1
+    with tab.expect_download() as download:
+        tab.click("#graph-png")
+    assert Path(download.value.path()).read_bytes()[:4] == b"\x89PNG"
+    tab.emulate_media(color_scheme="light")
+    until(tab, "document.querySelector('#graph rect').getAttribute('fill') === '#ffffff'")
+    assert tab.locator("#graph .edge.chosen").get_attribute("data-edge") == "3"  # drawn again, with what is chosen
+    tab.close()
+
+
+def test_layers_and_legend_stay_in_sight_where_the_graph_scrolls(tab: Any) -> None:
+    fact(tab, FAR.id)
+    tab.evaluate("document.getElementById('graph').scrollLeft = 10_000")
+    at = "(() => document.querySelector('#graph .pinned').getBoundingClientRect().left - document.getElementById('graph').getBoundingClientRect().left)()"
+    until(tab, f"Math.abs({at}) < 1")
+    scrolled = tab.evaluate("document.getElementById('graph').scrollLeft")
+    assert (scrolled > 0) == (tab.viewport_size["width"] < 640)
+    tab.click("#edges tr[data-edge='1'] button")
+    slide(tab, 20)
+    assert tab.evaluate("document.getElementById('graph').scrollLeft") == scrolled and abs(tab.evaluate(at)) < 1
 
 
 def test_the_graph_scrolls_in_its_own_box_and_its_labels_do_not_overlap(tab: Any) -> None:

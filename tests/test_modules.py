@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,27 @@ def test_one_text_does_what_the_modules_do_and_each_module_runs_once(tmp_path: P
     assert found == ["ba1", "a", 2, "ba3"]
 
 
-def test_the_page_of_explore_is_one_text() -> None:
-    text = joined("page.js", "mambalens.explore")
-    assert "export function explore(" not in text and 'from "./' not in text
+@pytest.mark.parametrize(("entry", "package"), [("page.js", "explore"), ("report.js", "report"), ("flow.js", "report")])
+def test_each_page_is_one_text(entry: str, package: str) -> None:
+    text = joined(entry, f"mambalens.{package}")
+    assert not re.search('^export |from "\\./', text, re.MULTILINE)
     assert text.count("function walk(") == 1
     assert "</script" not in text.lower()
+
+
+def test_imports_of_what_is_no_file_are_kept_once_and_stand_first(tmp_path: Path, browser: Any) -> None:
+    outside = 'import Thing from "thing";\n'
+    files = {
+        "a.js": outside + "export const a = Thing + 1;\n",
+        "b.js": 'import { a } from "./a.js";\n' + outside + "document.title = `${a + Thing}`;\n",
+    }
+    text = join("b.js", written(tmp_path, files))
+    assert text.startswith(outside) and text.count(outside) == 1
+    page = browser.new_page()
+    imports = '{"imports": {"thing": "data:text/javascript,export default 20"}}'
+    page.set_content(f'<script type="importmap">{imports}</script><script type="module">{text}</script>')
+    page.wait_for_function("document.title === '41'")
+    page.close()
 
 
 @pytest.mark.parametrize(

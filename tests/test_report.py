@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from pages import until
 
 from mambalens import Fact, Facts, Lens, MambalensError, SweepResult, load_facts
 from mambalens.cli.app import app
@@ -109,7 +110,7 @@ def test_the_page_needs_no_network_and_escapes_what_facts_say(page: Path, data: 
     own = text[: text.index('<script type="application/json"')]
     assert not re.search(r"<(script|img|iframe)[^>]+src=|<link[^>]+href=\"(?!data:)|@import|url\((?!['\"]?data:)", own)
     assert "default-src 'none'" in own
-    assert text.count("</script>") == 3
+    assert text.count("</script>") == text.count("<script") == 4
     (odd,) = [fact for fact in data["details"][MODELS[0]]["facts"] if fact["id"] == "odd-1"]
     assert odd["target"] == "Lima</script>"
 
@@ -180,7 +181,7 @@ def tab(request: pytest.FixtureRequest, browser: Any, page: Path) -> Iterator[An
     width, height = request.param
     tab = browser.new_page(viewport={"width": width, "height": height}, accept_downloads=True)
     complaints: list[str] = []
-    tab.on("console", lambda message: complaints.append(message.text) if message.type in ("error", "warning") else None)
+    tab.on("console", lambda message: complaints.append(message.text))
     tab.on("pageerror", lambda error: complaints.append(str(error)))
     tab.on("request", lambda request: complaints.append(request.url) if request.url.startswith("http") else None)
     tab.goto(page.as_uri())
@@ -253,10 +254,10 @@ def test_filtering_changes_the_table_and_choosing_a_fact_draws_its_curve_and_hea
     order = [f"each:{i}" for i in range(len(expected))]
     np.testing.assert_allclose(np.array(heatmap["z"], float), expected.loc[order].to_numpy(), rtol=1e-4, atol=1e-4)
     tab.fill(".dt-search input", "Morelia")
-    tab.wait_for_function("!document.querySelector('#facts-table tr.chosen')")
+    until(tab, "!document.querySelector('#facts-table tr.chosen')")
     tab.fill(".dt-search input", "")
     tab.locator("thead tr:nth-child(2) input").nth(1).fill("Chile")  # a column's own filter
-    tab.wait_for_function("document.querySelector('.dt-info').textContent.includes('of 2 facts (of 30)')")
+    until(tab, "document.querySelector('.dt-info').textContent.includes('of 2 facts (of 30)')")
 
 
 def test_a_fact_without_single_tokens_says_how_to_get_them(tab: Any, runs: Path) -> None:
@@ -315,6 +316,72 @@ def test_everything_can_be_reached_by_keyboard(tab: Any) -> None:
     tab.focus(f"#facts-table button[data-model={MODELS[0]}]")
     tab.keyboard.press("Enter")
     assert tab.is_visible("#fact-plot")
+
+
+EVIL = '<img src=x onerror="alert(1)"> &amp; <script>alert(2)</script>'
+MEAN = Fact(f"{EVIL} Peru's {EVIL} capital is", f"Peru's {EVIL}", f"Lima {EVIL}", "capital", f"id {EVIL}")
+
+
+def test_html_in_any_field_stays_text(browser: Any, tmp_path: Path) -> None:
+    facts = [MEAN, *load_facts("atlas")[:3]]
+    extra = [{f"column {EVIL}"[:40]: f"<b>&{i} {EVIL}"[:30]} for i in range(4)]
+    lens = Lens.load(MODELS[0])
+    sweeps = [lens.sweep(Facts(facts, extra), source, window=6, progress=False) for source in ("subject", "each")]
+    page = SweepResult.concat(sweeps).report(tmp_path / "page.html", title=EVIL)
+    tab, complaints = browser.new_page(), []
+    for event in ("console", "pageerror", "dialog"):
+        tab.on(event, lambda what: complaints.append(str(what)))
+    tab.on(
+        "request",
+        lambda asked: complaints.append(asked.url) if not asked.url.startswith(("data:", page.as_uri())) else None,
+    )
+    tab.goto(page.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    assert tab.inner_text("h1") == tab.title() == EVIL
+    assert extra[0].keys() <= set(tab.locator("#facts-table .dt-column-title").all_inner_texts())
+    assert set(tab.locator("#facts-table tbody td:last-child").all_inner_texts()) == {
+        one for row in extra for one in row.values()
+    }
+    for words in ("<b>&2", "&amp;", "<script>alert(2)</script>"):  # what is sought is the text itself
+        tab.fill(".dt-search input", words)
+        until(tab, "document.querySelector('.dt-info').textContent.includes('of 1 facts (of 4)')")
+    tab.fill(".dt-search input", "img")
+    tab.select_option("[name=subset]", index=1)
+    tab.click("#facts-table button[data-row]")
+    assert tab.inner_text("#fact-prompt") == f"{MEAN.prompt} → {MEAN.target}"
+    tab.hover("#heatmap-plot .heatmaplayer", force=True)
+    tab.hover("#fact-plot .points path >> nth=0", force=True)
+    tab.wait_for_selector("#fact-plot .hoverlayer text")
+    # (Plotly keeps an img of its own beside its toolbar.)
+    assert tab.locator("img[src=x], main b img, main script, [onerror]").count() == 0
+    ticks = tab.locator("#heatmap-plot .ytick text").all_text_contents()
+    assert "".join(ticks) == MEAN.prompt.replace(" ", "·")
+    assert complaints == []
+    tab.close()
+
+
+def test_the_page_is_dark_where_its_reader_wants_it_so(browser: Any, page: Path) -> None:
+    tab = browser.new_page(color_scheme="dark")
+    tab.goto(page.as_uri())
+    tab.wait_for_selector("html[data-ready]")
+    tab.click("#facts-table button[data-row]")
+    paper = (
+        "() => [getComputedStyle(document.body).backgroundColor, ...['curves-plot', 'fact-plot'].map("
+        "(id) => document.getElementById(id).layout.paper_bgcolor)]"
+    )
+    assert tab.evaluate(paper) == ["rgb(22, 22, 22)", "#161616", "#161616"]
+    # Everything that is written can be read: DataTables and Plotly too.
+    faint = """() => [...document.querySelectorAll("main *")].filter((e) => e.checkVisibility() && !e.closest("option, .disabled, .heatmaplayer") &&
+      [...e.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim())).filter((e) => {
+        const style = getComputedStyle(e), colour = e.namespaceURI.endsWith("svg") ? style.fill : style.color;
+        const [r, g, b] = colour.match(/\\d+/g).map(Number);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b < 120;
+      }).map((e) => `${e.className?.baseVal ?? e.className}: ${e.textContent}`)"""
+    assert tab.evaluate(faint) == []
+    tab.emulate_media(color_scheme="light")
+    until(tab, "document.getElementById('curves-plot').layout.paper_bgcolor === '#ffffff'")
+    assert tab.evaluate(paper) == ["rgb(255, 255, 255)", "#ffffff", "#ffffff"]
+    tab.close()
 
 
 def test_a_sweep_of_single_tokens_alone_has_its_facts_and_heatmaps(browser: Any, runs: Path) -> None:

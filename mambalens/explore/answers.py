@@ -18,6 +18,7 @@ from mambalens.explore.line import Dropped
 from mambalens.explore.state import AVERAGED, GROUPS, PATHS, PROMPT, Cut, State
 from mambalens.facts.fact import Fact
 from mambalens.facts.sequence import Facts
+from mambalens.flow.table import levels
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.lens import Lens
 from mambalens.sweep.ablation import Asked, values_for
@@ -177,8 +178,8 @@ class Answers:
             found = found.certify(
                 EDGES // 2, 0, progress=False, ablation=given.name, over=given.over, other=given.other
             )
-        columns = ["layer", "path", "source", "target", "attributed", "exact", "effect"]
-        strongest = found.strongest(EDGES)[columns]
+        columns = ["layer", "path", "source", "target", "attributed", "exact", "effect", "begin", "end"]
+        strongest = found.strongest(EDGES).join(levels(found.table)[["begin", "end"]])[columns]
         return self._reading(asked, batch, {"edges": strongest.to_dict("records"), "of": len(found.table)})
 
     def routes(self, asked: Question) -> dict[str, Any]:

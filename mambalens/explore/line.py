@@ -66,6 +66,7 @@ class Line:
                 raise Dropped from None
             raise
         finally:
+            done.cancel()  # where the wait itself was ended, nobody hears what becomes of the work
             self._let_go(place)
             if self._places.get(key) is place:
                 del self._places[key]

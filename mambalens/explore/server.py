@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
@@ -97,13 +97,16 @@ def application(loading: Loading, token: str, port: int) -> ASGIApp:
 
     async def ask(request: Request) -> Response:
         """Errors of a person come with status 200: a browser writes every other one to its console."""
-        body = await request.body()
+        try:
+            body = await request.body()
+        except ClientDisconnect:
+            return Response(status_code=400)  # which nobody hears
         try:
             told = json.loads(body)
             if not isinstance(told, dict):
                 raise MambalensError("A question is a JSON object.")
             return JSONResponse(await answer(told, request))
-        except Dropped:
+        except (Dropped, asyncio.CancelledError):  # cancelled where the server ends before the answer is there
             return JSONResponse({"dropped": True})
         except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
             return JSONResponse({"error": "A question is JSON."}, 400)

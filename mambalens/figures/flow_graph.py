@@ -17,6 +17,7 @@ from matplotlib.transforms import Affine2D
 
 from mambalens.figures.one import of_one
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, plain, put_in, signed, visible
+from mambalens.flow.table import levels
 from mambalens.hooks.errors import MambalensError, choose
 
 if TYPE_CHECKING:
@@ -116,21 +117,6 @@ def graph(
     _legend(axis, flow, shown, reach, (len(marked), sum(map(len, hops))), size)
     plt.close(figure)  # shown by whoever gets it, once
     return figure
-
-
-def levels(edges: pd.DataFrame) -> pd.DataFrame:
-    """The same edges with `begin` and `end`: l is the residual stream before layer l.
-
-    What the convolution hands over is read by the scan behind it in the same layer: where a mixer has both, the
-    convolution's edges end, and the others begin, at l + 1/2.
-    """
-    conv = (edges.path == "conv").to_numpy()
-    share = edges.assign(conv=conv).groupby(["layer", "mixer"], observed=True).conv.transform("mean").to_numpy()
-    both, layer = (share > 0) & (share < 1), edges.layer.to_numpy()
-    return edges.assign(
-        begin=layer + np.where(both & ~conv, 0.5, 0.0),
-        end=layer + np.where(both & conv, 0.5, 1.0),
-    )
 
 
 def _prompt(flow: FlowData, fact_id: str, model: str | None, features: str | None) -> _Prompt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mambalens.facts.pieces import PIECES
 
 if TYPE_CHECKING:
@@ -45,3 +47,18 @@ def with_categories(table: pd.DataFrame) -> pd.DataFrame:
     return table.assign(**{
         name: pd.Categorical(table[name].astype(str), orders.get(name)) for name in CATEGORIES if name in table
     })  # fmt: skip
+
+
+def levels(edges: pd.DataFrame) -> pd.DataFrame:
+    """The same edges with `begin` and `end`: l is the residual stream before layer l.
+
+    What the convolution hands over is read by the scan behind it in the same layer: where a mixer has both, the
+    convolution's edges end, and the others begin, at l + 1/2.
+    """
+    conv = (edges.path == "conv").to_numpy()
+    share = edges.assign(conv=conv).groupby(["layer", "mixer"], observed=True).conv.transform("mean").to_numpy()
+    both, layer = (share > 0) & (share < 1), edges.layer.to_numpy()
+    return edges.assign(
+        begin=layer + np.where(both & ~conv, 0.5, 0.0),
+        end=layer + np.where(both & conv, 0.5, 1.0),
+    )

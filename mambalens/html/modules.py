@@ -13,6 +13,7 @@ SHARED = files("mambalens.html") / "scripts"
 _IMPORT = re.compile(
     r'^import (?:\* as (?P<whole>\w+)|\{(?P<names>[^}]*)\}) from "\./(?P<file>[\w.-]+)";\n', re.MULTILINE
 )
+_OUTSIDE = re.compile(r'^import \w+ from "(?![./])[^"]+";\n', re.MULTILINE)
 _EXPORT = re.compile(r"^export (?=(?:async )?(?:function\*?|const|class) (?P<name>\w+))", re.MULTILINE)
 
 
@@ -26,7 +27,8 @@ def join(entry: str, folders: Sequence[Traversable]) -> str:
     """A module with everything that it imports.
 
     What it imports stands before it, each module once, as an object of its exports, so that no name of one module is
-    seen in another. The module itself stays one: its own exports are kept.
+    seen in another. The module itself stays one: its own exports are kept, and so are imports of what is no file, as
+    `import DataTable from "datatables";`, which the page's import map resolves.
 
     Args:
         entry: the module's file.
@@ -35,7 +37,9 @@ def join(entry: str, folders: Sequence[Traversable]) -> str:
     Raises:
         ValueError: for an import or export in words that are not read here, or imports that go in a circle.
     """
-    return "".join(_with_imports(entry, folders, done={}, above=()))
+    text = "".join(_with_imports(entry, folders, done={}, above=()))
+    outside = dict.fromkeys(_OUTSIDE.findall(text))
+    return "".join(outside) + _OUTSIDE.sub("", text)
 
 
 def named(name: str, package: str) -> Traversable | None:
@@ -59,7 +63,7 @@ def _with_imports(
         if told["file"] not in done:
             yield from _with_imports(told["file"], folders, done, (*above, name))
     body = _IMPORT.sub(lambda told: _taken(told, done), text)
-    if re.search(r"^import\b", body, re.MULTILINE):
+    if re.search(r"^import\b", _OUTSIDE.sub("", body), re.MULTILINE):
         raise ValueError(f"{name} imports in words that are not read here: name what it takes from './file.js'.")
     if not above:
         yield body

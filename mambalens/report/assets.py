@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import functools
+import json
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
+from mambalens.html.modules import joined
 from mambalens.runs.folder import atomically, writing
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def write(path: str | Path, page: str) -> Path:
 
 @functools.cache
 def texts(wiring: str, *styles: str) -> dict[str, Markup]:
-    """The styles of every page and further ones, what scripts share, and the page's own script.
+    """The styles of every page and further ones, and the page's script with the modules that it imports.
 
     Args:
         wiring: the script's file among the templates.
@@ -43,8 +45,8 @@ def texts(wiring: str, *styles: str) -> dict[str, Markup]:
 
     own = files("mambalens.report") / "templates"
     return {
-        "own_styles": Markup("\n".join((own / name).read_text() for name in ("report.css", *styles))),
-        "wiring": Markup("\n".join((own / name).read_text() for name in ("page.js", wiring))),
+        "own_styles": Markup("\n".join((own / name).read_text(encoding="utf-8") for name in ("report.css", *styles))),
+        "wiring": Markup(joined(wiring, "mambalens.report")),
     }
 
 
@@ -58,8 +60,8 @@ def tables() -> dict[str, Markup]:
     module = base64.b64encode((folder / "dt_bundle.js").read_bytes()).decode()
     return {
         "plotly": Markup(get_plotlyjs()),
-        "table_module": Markup(f"data:text/javascript;base64,{module}"),
-        "table_styles": Markup((folder / "dt_bundle.css").read_text()),
+        "imports": Markup(json.dumps({"imports": {"datatables": f"data:text/javascript;base64,{module}"}})),
+        "table_styles": Markup((folder / "dt_bundle.css").read_text(encoding="utf-8")),
     }
 
 

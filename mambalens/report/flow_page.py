@@ -11,10 +11,10 @@ import pandas as pd
 
 from mambalens.defaults import DETAILED
 from mambalens.facts.roles import pieces
-from mambalens.figures.flow_graph import Edge, levels, route_hops
+from mambalens.figures.flow_graph import Edge, route_hops
 from mambalens.figures.flow_pieces import pieces_of
 from mambalens.figures.style import PATH_STYLES, PATHS, main_path, put_in, signed
-from mambalens.flow.table import EDGE, EDGE_FEATURES
+from mambalens.flow.table import EDGE, EDGE_FEATURES, levels
 from mambalens.flow.verbs import FlowVerbs
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
@@ -27,6 +27,8 @@ EDGES = 300
 """Edges of a prompt that a page keeps."""
 FEATURES = 5
 """Features of an edge that a page keeps."""
+STRONG = 0.87
+"""Share of the largest mean from which black can be read on its colour, and white cannot."""
 _PROMPT = ["model", "features", "fact_id"]
 
 Route = Sequence[Edge | Sequence[Edge]]
@@ -93,7 +95,7 @@ def _page(
     data = {
         "measure": {"name": flow.measure, "unit": flow.unit},
         "layers": _layers(flow),
-        "paths": [{"name": path, "word": words[path], "color": PATH_STYLES[path][0]} for path in paths],
+        "paths": [{"name": path, "word": words[path]} for path in paths],
         "prompts": prompts,
         "kept": most_edges,
         "has_features": features is not None,
@@ -231,22 +233,18 @@ def _about(flow: FlowData, model: str) -> dict[str, Any]:
 
 
 def _by_piece(flow: FlowData, model: str, features: str, words: dict[str, str]) -> dict[str, Any]:
-    """Mean effects by pieces of the prompt, as cells with colours."""
-    from matplotlib import colormaps
-    from matplotlib.colors import to_hex
-
+    """Mean effects by pieces of the prompt, as cells with shares of colours."""
     found = pieces_of(flow, model, features)
     reach = max(float(np.nanmax(np.abs(grid))) for grid in found.means.values()) or 1.0
-    shades = colormaps["RdBu"]
 
     def cell(value: float) -> dict[str, Any]:
         if np.isnan(value):
-            return {"text": "", "title": "the layer has no such path", "color": "#d0d0d0", "light": False}
+            return {"text": "", "title": "the layer has no such path", "kind": "none", "share": 0}
         return {
             "text": signed(value) if abs(value) >= 0.05 * reach else "·",
             "title": signed(value, 4),
-            "color": to_hex(shades(0.5 + 0.5 * value / reach)),
-            "light": abs(value) > 0.62 * reach,
+            "kind": ("loss" if value < 0 else "gain") + (" strong" if abs(value) > STRONG * reach else ""),
+            "share": round(85 * abs(value) / reach),  # of the full colour, as in figures of scripts
         }
 
     return {

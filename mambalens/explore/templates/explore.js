@@ -1,7 +1,8 @@
 // A prompt to play with: what is asked, and what the models answer. It knows no server, no address and no file of its own:
 // `ask(question, signal)` brings it an answer, so that a page and a notebook can carry it alike.
 import { all, csv, download, el, percent, ranges, visible, walk } from "./dom.js";
-import { DARK, LIGHT, savePng, saveSvg } from "./figures.js";
+import { DARK, LIGHT, savePng, saveSvg, scheme } from "./figures.js";
+import { frame } from "./graph.js";
 import * as readings from "./readings.js";
 
 const SLOW = 500; // milliseconds until a wait is said
@@ -33,7 +34,7 @@ export function explore(root, ask, options = {}) {
   let past = []; // states before this one
   let merging = null; // changes of this kind are one step
   let tokens = [], subject = []; // of the prompt, as the first model reads it
-  let answers = new Map(); // what each model has said
+  const answers = new Map(); // what each model has said
   let anchor = 0; // token of the last click
   let round = 0; // states so far
   let looked = null; // the reading that is shown
@@ -109,8 +110,8 @@ export function explore(root, ask, options = {}) {
   // --- the parts of the page
 
   const button = (text, click, more = {}) => el("button", { type: "button", text, on: { click }, ...more });
-  const radios = (name, values, choose) => values.map(([value, text]) => el("label", {},
-    el("input", { type: "radio", name: `${id}-${name}`, value, data: { name }, on: { change: () => choose(value) } }), ` ${text}`));
+  const radios = (name, values, pick) => values.map(([value, text]) => el("label", {},
+    el("input", { type: "radio", name: `${id}-${name}`, value, data: { name }, on: { change: () => pick(value) } }), ` ${text}`));
   const labelled = (text, field, className = "") => el("label", { className }, el("span", { text }), field);
   const input = (name, more = {}) => el("input", { autocomplete: "off", spellcheck: false, data: { name }, ...more });
   const section = (name, title, ...children) => {
@@ -207,7 +208,7 @@ export function explore(root, ask, options = {}) {
     change(() => {
       const now = new Set(open[which]);
       for (const position of positions) if (adds) now.add(position); else now.delete(position);
-      open = { ...open, [which]: [...now].sort((a, b) => a - b) };
+      open = { ...open, [which]: [...now].toSorted((a, b) => a - b) };
       // The last token reads the answer: it is the target where none is chosen.
       if (which === "sources" && now.size && !open.targets.length) open.targets = [tokens.length - 1];
     }, kind);
@@ -249,7 +250,7 @@ export function explore(root, ask, options = {}) {
           },
         },
       }, el("span", { text: visible(text) }), el("span", { className: "marks" }))));
-      walk(box, [...box.children], 1);
+      walk([...box.children], 1);
     }
     [...box.children].forEach((one, position) => {
       const source = open.sources.includes(position), target = open.targets.includes(position);
@@ -349,11 +350,7 @@ export function explore(root, ask, options = {}) {
     const { base, prob, token, base_rank, rank } = found.answer, cuts = found.cuts > 0;
     box.append(el("p", { className: "big", text: cuts ? `${visible(token)}: ${percent(base)} → ${percent(prob)}` : `${visible(token)}: ${percent(base)}` }));
     box.append(el("p", { className: "caption", text: `Rank ${base_rank}${cuts ? ` → ${rank}` : ""}. Answered in ${Math.round(found.took)} ms.` }));
-    const bar = (value, name) => {
-      const element = el("div", { className: name });
-      element.style.width = `${Math.max(value * 100, 0.5)}%`;
-      return element;
-    };
+    const bar = (value, name) => el("div", { className: name, style: `width: ${Math.max(value * 100, 0.5)}%` });
     const rows = found.top.map((row) => el("tr", { className: row.id === found.answer.id ? "watched" : "" },
       el("th", { text: visible(row.token), scope: "row" }), el("td", { className: "number", text: percent(row.base) }),
       ...(cuts ? [el("td", { className: "number", text: percent(row.prob) })] : []),
@@ -496,8 +493,7 @@ export function explore(root, ask, options = {}) {
 
   // --- readings
 
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const theme = () => (options.theme?.() ?? (dark.matches ? "dark" : "light")) === "dark" ? DARK : LIGHT;
+  const theme = () => (options.theme?.() ?? (scheme.matches ? "dark" : "light")) === "dark" ? DARK : LIGHT;
 
   async function look(name, told = {}) {
     const model = told.model ?? fields.model.value, { n_layers: n, paths } = known(model);
@@ -530,7 +526,7 @@ export function explore(root, ask, options = {}) {
 
   function drawReading() {
     const { name, model, found, cuts } = looked;
-    const given = { cut, layers: known(model).n_layers, room: () => ui.reading.clientWidth, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
+    const given = { cut, layers: known(model).n_layers, room: () => ui.reading.clientWidth - 8 /* the frame */, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
     const made = readings[name](found, given), named = `${made.name}-${model}`;
     const files = [
       ...(made.figure ? [button("SVG", () => saveSvg(named, made.figure(LIGHT)), { data: { save: "svg" } }), button("PNG", () => savePng(named, made.figure(LIGHT)), { data: { save: "png" } })] : []),
@@ -539,7 +535,7 @@ export function explore(root, ask, options = {}) {
     ui.stale = el("p", { className: "note", hidden: true }, "This is of an earlier state. ", button("Look again", guarded(() => look(name, { model }))));
     const said = !cuts ? "" : ` With ${cuts === 1 ? "the cut" : `the ${cuts} cuts`} above.`;
     ui.reading.replaceChildren(el("h3", { text: made.title }), el("p", { className: "caption", text: made.caption + said }), ui.stale,
-      ...(made.figure ? [el("div", { className: "scroll figure" }, made.figure(theme()))] : []), ...(made.table ? [made.table] : []), el("p", { className: "row files" }, ...files));
+      ...(made.figure ? [frame(el("div", { className: "scroll figure" }), made.figure(theme()))] : []), ...(made.table ? [made.table] : []), el("p", { className: "row files" }, ...files));
     ui.reading.dataset.shows = name;
     ui.reading.dataset.of = model;
     drawStale();
@@ -609,7 +605,7 @@ export function explore(root, ask, options = {}) {
       }
       if (event.key === "Escape") cancel();
     });
-    dark.addEventListener("change", () => { if (looked) drawReading(); });
+    scheme.addEventListener("change", () => { if (looked) drawReading(); });
   }
 
   async function loaded() {

@@ -1,20 +1,15 @@
 // What is looked at more closely: each answer of the model as a title, a figure, a table and rows of numbers.
-import { all, el, percent, ranges, signed, visible } from "./dom.js";
-import { graph, grid } from "./figures.js";
+import { all, el, fill, percent, ranges, signed, visible } from "./dom.js";
+import { grid } from "./figures.js";
+import { graph } from "./graph.js";
 
 const WAYS = { main: "scan or attention", conv: "convolution", erase: "erasure", both: "all paths" };
 
 const place = (found, position) => `${visible(found.tokens[position])} (${position})`;
 const named = (found) => found.tokens.map((token, i) => ({ text: visible(token), title: place(found, i), bold: found.subject.includes(i) }));
-const one = (source, target, layers, path) => ({ sources: [source], targets: [target], layers, path, features: "all" });
+const one = (source, target, cutLayers, path) => ({ sources: [source], targets: [target], layers: cutLayers, path, features: "all" });
 
-function table(head, rows) {
-  const cells = (row, tag) => row.map((cell, i) => el(tag, { className: head[i].number ? "number" : "", ...(typeof cell === "string" || typeof cell === "number" ? { text: cell } : {}) },
-    ...(cell instanceof Node ? [cell] : [])));
-  return el("div", { className: "scroll" }, el("table", { className: "list" },
-    el("thead", {}, el("tr", {}, ...head.map(({ text, number }) => el("th", { text, scope: "col", className: number ? "number" : "" })))),
-    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...cells(row, "td"))))));
-}
+const table = (head, rows) => el("div", { className: "scroll" }, fill(el("table", { className: "list" }), head, rows));
 
 const cutButton = (says, click) => el("button", { type: "button", text: "Cut", aria: { label: `Cut ${says}` }, on: { click } });
 
@@ -39,20 +34,20 @@ export function heatmap(found, { cut }) {
   };
 }
 
-export function flow(found, { cut, layers, room }) {
+export function flow(found, { cut, layers: depth, room }) {
   const edges = found.edges.map((edge) => {
     const way = `layer ${edge.layer}, ${WAYS[edge.path]}`, change = `${edge.exact === null ? "≈ " : ""}${signed(edge.effect)} nats`;
     return { ...edge, way, change, says: `${place(found, edge.source)} → ${place(found, edge.target)}, ${way}: ${change}. Cut it.`,
       click: () => cut(one(edge.source, edge.target, [edge.layer], edge.path)) };
   });
   const columns = ["layer", "path", "source", "target", "attributed", "exact"];
-  const listed = table([{ text: "" }, { text: "edge" }, { text: "layer", number: true }, { text: "path" }, { text: "change, nats", number: true }],
+  const listed = table(["", "edge", { text: "layer", number: true }, "path", { text: "change, nats", number: true }],
     edges.map((edge) => [cutButton(`${place(found, edge.source)} to ${place(found, edge.target)} in layer ${edge.layer}`, edge.click),
       `${place(found, edge.source)} → ${place(found, edge.target)}`, edge.layer, WAYS[edge.path], edge.change.replace(" nats", "")]));
   return {
     name: "flow", title: `Flow of ${found.model}`,
-    caption: `The ${edges.length} strongest of ${found.of.toLocaleString("en")} edges: what cutting each alone changes of the answer's log-odds, in nats. Solid edges were cut; dashed ones (≈) are estimates. Click an edge to cut it.`,
-    figure: (theme) => graph({ tokens: found.tokens, subject: found.subject, layers, edges, answer: found.target, words: WAYS, name: `Flow of ${found.model}, ${edges.length} edges; the same edges are in the table` }, theme, room()),
+    caption: `The ${edges.length} strongest of ${found.of.toLocaleString("en")} edges: what cutting each alone changes of the answer's log-odds, in nats. Solid edges were cut; dashed ones (≈) are attributed only. Click an edge to cut it.`,
+    figure: (theme) => graph({ tokens: found.tokens, subject: found.subject, layers: depth, edges, answer: found.target, words: WAYS, unit: "nats", name: `Flow of ${found.model}, ${edges.length} edges; the same edges are in the table` }, theme, room()),
     table: el("details", {}, el("summary", { text: "The same edges as a table" }), listed),
     rows: [["model", ...columns, "source_token", "target_token"], ...edges.map((edge) => [found.model, ...columns.map((name) => edge[name]), found.tokens[edge.source], found.tokens[edge.target]])],
   };
@@ -65,7 +60,7 @@ export function routes(found, { cut }) {
     const ways = new Map(); // layers of every pair of tokens and path
     for (const [layer, path, source, target] of route.edges.flat()) {
       const key = JSON.stringify([source, target, path]);
-      ways.set(key, [...new Set([...(ways.get(key) ?? []), layer])].sort((a, b) => a - b));
+      ways.set(key, [...new Set([...(ways.get(key) ?? []), layer])].toSorted((a, b) => a - b));
     }
     const cuts = [...ways].map(([key, of]) => { const [source, target, path] = JSON.parse(key); return one(source, target, of, path); });
     return [cutButton(chain, () => cut(...cuts)), chain, share(route.carried_pct), share(route.joint_pct), `${route.edges.flat().length}`];
@@ -73,14 +68,14 @@ export function routes(found, { cut }) {
   return {
     name: "routes", title: `Routes of ${found.model}`,
     caption: "Chains of tokens from the subject to the last one: what only this chain carries of the answer's probability, and what cutting all its hops loses. Cut takes the edges that have most of each hop.",
-    table: found.routes.length ? table([{ text: "" }, { text: "route" }, { text: "carries", number: true }, { text: "all hops", number: true }, { text: "edges", number: true }], listed)
+    table: found.routes.length ? table(["", "route", { text: "carries", number: true }, { text: "all hops", number: true }, { text: "edges", number: true }], listed)
       : el("p", { text: "No chain carries anything that can be told apart." }),
     rows: [["model", "rank", "relays", "carried_pct", "joint_pct"], ...found.routes.map((route) => [found.model, route.rank, JSON.stringify(route.relays), route.carried_pct, route.joint_pct])],
   };
 }
 
 export function layers(found, { walk }) {
-  const order = all(found.layers.length).reverse(), depth = found.layers.length - 1;
+  const order = all(found.layers.length).toReversed(), depth = found.layers.length - 1;
   const cell = (r, position) => {
     const i = order[r];
     return {
@@ -99,7 +94,7 @@ export function layers(found, { walk }) {
 }
 
 export function contributions(found, { cut, walk }) {
-  const n = found.tokens.length, depth = found.mixer.length, order = all(depth).reverse();
+  const n = found.tokens.length, depth = found.mixer.length, order = all(depth).toReversed();
   const most = Math.max(...found.mixer.flat().map(Math.abs), ...found.others.map(Math.abs), 1e-9);
   const total = (values) => values.reduce((sum, value) => sum + value, 0);
   const rows = [{ text: "all layers", bold: true }, ...order.map((layer) => ({ text: String(layer) }))];

@@ -1,5 +1,7 @@
 // Elements, numbers and files. Texts from prompts only ever become text nodes.
 
+export const byId = (id) => document.getElementById(id);
+
 export function el(tag, options = {}, ...children) {
   const { className, text, on = {}, data = {}, aria = {}, ...properties } = options;
   const element = document.createElement(tag);
@@ -28,7 +30,7 @@ export function percent(value) {
   if (value === null) return "–";
   const hundredfold = value * 100;
   if (hundredfold === 0) return "0 %";
-  if (hundredfold < 0.001) return `${hundredfold.toExponential(0)} %`;
+  if (hundredfold < 0.001) return "< 0.001 %";
   return `${hundredfold >= 99.95 && hundredfold < 100 ? hundredfold.toFixed(2) : Number(hundredfold.toPrecision(3))} %`;
 }
 
@@ -38,7 +40,7 @@ export const signed = (value, digits = 2) =>
 // Numbers as '0, 2–3'.
 export function ranges(numbers) {
   const runs = [];
-  for (const number of [...numbers].sort((a, b) => a - b)) {
+  for (const number of [...numbers].toSorted((a, b) => a - b)) {
     const run = runs.at(-1);
     if (run && number === run.at(-1) + 1) run.push(number);
     else runs.push([number]);
@@ -61,8 +63,23 @@ export function download(name, blob) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10_000);
 }
 
-// Arrow keys walk among the marks of a box, of which one is in the order of Tab; Enter and space press a mark.
-export function walk(box, marks, columns) {
+/** Fill a table. head: words, or { text, number } where a column has numbers; rows: cells, each a text, a number or a node. */
+export function fill(table, head, rows) {
+  const heads = head.map((one) => (typeof one === "string" ? { text: one } : one));
+  const cell = (tag, i, value, more = {}) => el(tag, { className: heads[i].number ? "number" : "", ...more }, value instanceof Node ? value : String(value ?? ""));
+  table.replaceChildren(
+    el("thead", {}, el("tr", {}, ...heads.map(({ text }, i) => cell("th", i, text, { scope: "col" })))),
+    el("tbody", {}, ...rows.map((row) => el("tr", {}, ...row.map((value, i) => cell("td", i, value))))));
+  return table;
+}
+
+/**
+ * Arrow keys walk among marks, of which one is in the order of Tab; Enter and space press a mark. way: columns of the marks,
+ * or a function of a mark's number and a key that gives the next one's; presses: the mark that a key comes to is pressed.
+ */
+export function walk(marks, way, presses = false) {
+  const next = typeof way === "function" ? way : (i, key) => ({ ArrowLeft: i - 1, ArrowRight: i + 1, ArrowUp: i - way, ArrowDown: i + way })[key];
+  const press = (mark) => mark.dispatchEvent(new MouseEvent("click", { bubbles: true }));
   marks.forEach((mark, i) => mark.setAttribute("tabindex", i === 0 ? 0 : -1));
   marks.forEach((mark, i) => {
     mark.addEventListener("focus", () => {
@@ -70,13 +87,14 @@ export function walk(box, marks, columns) {
       mark.setAttribute("tabindex", 0);
     });
     mark.addEventListener("keydown", (event) => {
-      const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns, Home: -i, End: marks.length - 1 - i };
-      if (event.key in steps) {
+      if (event.key.startsWith("Arrow") || event.key === "Home" || event.key === "End") {
         event.preventDefault();
-        marks[i + steps[event.key]]?.focus();
+        const there = marks[{ Home: 0, End: marks.length - 1 }[event.key] ?? next(i, event.key)];
+        there?.focus();
+        if (presses && there) press(there);
       } else if ((event.key === "Enter" || event.key === " ") && mark.tagName !== "BUTTON") {
         event.preventDefault();
-        mark.dispatchEvent(new MouseEvent("click", { bubbles: true }));
+        press(mark);
       }
     });
   });

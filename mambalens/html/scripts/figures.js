@@ -1,35 +1,47 @@
 // Figures as SVG with every colour written out, so that a file of one looks like the page.
-import { download, short, svg, visible, walk } from "./dom.js";
+import { download, short, svg, walk } from "./dom.js";
 
 // Okabe & Ito's palette; what colour says, numbers, marks and dashes say too.
 export const LIGHT = { ink: "#1b1b1b", soft: "#565656", line: "#d0d0d0", paper: "#ffffff", loss: [213, 94, 0], gain: [0, 114, 178], none: "#ececec",
-  paths: { main: "#0072B2", conv: "#D55E00", erase: "#007a59" } };
+  route: ["#8a7f00", "#f0e442"], paths: { main: "#0072B2", conv: "#D55E00", erase: "#007a59" } };
 export const DARK = { ink: "#ececec", soft: "#b3b3b3", line: "#484848", paper: "#161616", loss: [235, 125, 45], gain: [70, 150, 225], none: "#2b2b2b",
-  paths: { main: "#6db6e8", conv: "#ff9d57", erase: "#4cc9a3" } };
+  route: ["#cfc23a", "#5f5900"], paths: { main: "#6db6e8", conv: "#ff9d57", erase: "#4cc9a3" } };
+/** Whether who looks wants it dark. */
+export const scheme = matchMedia("(prefers-color-scheme: dark)");
 const FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif";
 const WIDE = 7.3; // pixels of a letter
 
-const number = (value) => Number(value.toFixed(2));
-const hex = (parts) => `#${parts.map((part) => Math.round(part).toString(16).padStart(2, "0")).join("")}`;
+export const number = (value) => Number(value.toFixed(2));
+export const length = (text) => [...text].length * WIDE;
+export const longest = (texts) => Math.max(0, ...texts.map(length));
+export const hex = (parts) => `#${parts.map((part) => Math.round(part).toString(16).padStart(2, "0")).join("")}`;
 const parts = (colour) => [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
 /** Paper where the value is 0; the colour of losses at -1, that of gains at 1. */
 function mixed(value, theme) {
   const share = Math.min(1, Math.abs(value)) * 0.85, full = value < 0 ? theme.loss : theme.gain;
   return hex(parts(theme.paper).map((part, i) => part + (full[i] - part) * share));
 }
-/** Black or white, whichever can be read on a colour. */
-function inkOn(colour) {
+function luminance(colour) {
   const [r, g, b] = parts(colour).map((part) => ((part / 255 + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.22 ? "#111111" : "#ffffff";
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+/** Black or white, whichever can be read on a colour. */
+const inkOn = (colour) => (luminance(colour) > 0.22 ? "#111111" : "#ffffff");
+/** A colour that was chosen for white paper, made lighter until it can be seen on dark. */
+export function seen(colour, theme) {
+  const [from, to] = [parts(colour), parts(theme.ink)];
+  const lighter = (share) => hex(from.map((part, i) => part + (to[i] - part) * share));
+  const enough = [0, 0.2, 0.4, 0.6, 0.8].find((share) => luminance(lighter(share)) > 0.13);
+  return theme === DARK ? lighter(enough ?? 1) : colour;
 }
 
-function picture(width, height, theme, label) {
+export function picture(width, height, theme, name) {
   const [w, h] = [Math.ceil(width), Math.ceil(height)];
-  return svg("svg", { width: w, height: h, viewBox: `0 0 ${w} ${h}`, role: "group", "aria-label": label, "font-family": FONT, "font-size": 13 },
+  return svg("svg", { width: w, height: h, viewBox: `0 0 ${w} ${h}`, role: "group", "aria-label": name, "font-family": FONT, "font-size": 13 },
     svg("rect", { width: w, height: h, fill: theme.paper }));
 }
 
-function label(x, y, text, theme, more = {}) {
+export function label(x, y, text, theme, more = {}) {
   const { turned, title, ...attributes } = more;
   const made = svg("text", { x: number(x), y: number(y), fill: theme.ink, ...attributes }, text);
   if (turned) made.setAttribute("transform", `rotate(-45 ${number(x)} ${number(y)})`);
@@ -44,8 +56,7 @@ function label(x, y, text, theme, more = {}) {
  * click }, where click is what a press does. aside: what stands above the rows' names, across: above the columns.
  */
 export function grid({ rows, columns, cell, aside = "", across = "", name }, theme) {
-  const cells = rows.map((_, r) => columns.map((_, c) => cell(r, c)));
-  const longest = (texts) => Math.max(0, ...texts.map((text) => [...text].length)) * WIDE;
+  const cells = rows.map((_row, r) => columns.map((_column, c) => cell(r, c)));
   const named = rows.map((row) => short(row.text, 18)), headed = columns.map((column) => short(column.text, 16));
   const inside = longest(cells.flat().map((one) => one?.text ?? ""));
   const width = Math.max(26, inside + 10), height = 26;
@@ -73,72 +84,7 @@ export function grid({ rows, columns, cell, aside = "", across = "", name }, the
     });
   });
   // In a triangle the marks of a row are fewer: up and down go along the row's order then.
-  walk(made, marks, cells.every((row) => row.every(Boolean)) ? columns.length : 1);
-  return made;
-}
-
-/** The marker in an edge's middle, which says its path without colour. */
-function pathMark(path, x, y, r, theme) {
-  const look = { fill: theme.paths[path], stroke: theme.paper, "stroke-width": 1 };
-  if (path === "conv") return svg("rect", { x: number(x - r), y: number(y - r), width: 2 * r, height: 2 * r, ...look });
-  if (path === "erase") return svg("polygon", { points: `${x},${y - 1.3 * r} ${x + 1.2 * r},${y + r} ${x - 1.2 * r},${y + r}`, ...look });
-  return svg("circle", { cx: number(x), cy: number(y), r: 1.1 * r, ...look });
-}
-
-/**
- * Edges between tokens as lines, layers from below to above.
- *
- * edges: { layer, path, source, target, effect, exact, says, click }, the strongest first.
- */
-export function graph({ tokens, subject, layers, edges, answer, words, name }, theme, room) {
-  const n = tokens.length, labels = tokens.map((token) => short(visible(token), 14));
-  const longest = Math.max(...labels.map((text) => [...text].length)) * WIDE;
-  const column = Math.min(Math.max((room - 84) / n, 30), 104), turned = longest + 8 > column;
-  const left = 46 + (turned ? Math.max(0, longest * 0.72 - column / 2) : 0), row = Math.min(Math.max(460 / (layers + 1), 24), 40);
-  const key = [["main", words.main], ["conv", words.conv], ["erase", words.erase]].filter(([path]) => edges.some((edge) => edge.path === path));
-  const lines = [...key.map(([path, word]) => ({ path, word })), { dash: "", word: "cut: exact" }, { dash: "6 4", word: "estimated" }, { head: -1, word: "helps the answer" }, { head: 1, word: "works against it" }];
-  const width = Math.max(left + n * column + 16, 320), perLine = Math.max(1, Math.floor(width / 165)), legend = Math.ceil(lines.length / perLine) * 20;
-  const top = 30, below = (turned ? 24 + longest * 0.72 : 30) + legend + 6, height = top + layers * row + below;
-  const X = (i) => left + (i + 0.5) * column, Y = (layer) => top + (layers - layer) * row;
-  const made = picture(width, height, theme, name);
-  const step = layers > 32 ? 4 : layers > 16 ? 2 : 1;
-  for (let layer = 0; layer <= layers; layer += step)
-    made.append(label(34, Y(layer) + 4, layer === layers ? "end" : String(layer), theme, { "text-anchor": "end", fill: theme.soft, "font-size": 12 }));
-  made.append(label(6, 14, "layer", theme, { fill: theme.soft, "font-size": 12 }));
-  tokens.forEach((token, i) => {
-    made.append(svg("line", { x1: number(X(i)), x2: number(X(i)), y1: Y(layers), y2: Y(0), stroke: theme.line, "stroke-width": i === n - 1 ? 2 : 1 }));
-    made.append(label(X(i), Y(0) + 22, labels[i], theme, { "text-anchor": turned ? "end" : "middle", turned, title: `${i}: ${visible(token)}`, ...(subject.includes(i) ? { "font-weight": 700 } : {}) }));
-  });
-  made.append(label(X(n - 1), 16, `→ ${short(visible(answer), 20)}`, theme, { "text-anchor": "end", "font-weight": 700 }));
-  const head = (effect, x, y, angle, size, colour) => {
-    const turn = { transform: `translate(${number(x)} ${number(y)}) rotate(${number(angle)})` };
-    return effect > 0
-      ? svg("line", { x1: 0, x2: 0, y1: -size, y2: size, stroke: colour, "stroke-width": 2.5, ...turn })
-      : svg("polygon", { points: `1,0 ${-1.5 * size},${-0.8 * size} ${-1.5 * size},${0.8 * size}`, fill: colour, ...turn });
-  };
-  const most = Math.abs(edges[0]?.effect || 1), marks = [];
-  edges.forEach((edge, i) => {
-    const aside = 6 * (["main", "conv", "erase"].indexOf(edge.path) - 1), w = Math.max((7 * Math.abs(edge.effect)) / most, 1.2), colour = theme.paths[edge.path];
-    const dx = X(edge.target) - X(edge.source), dy = -row, length = Math.hypot(dx, dy), [ux, uy] = [dx / length, dy / length];
-    const [x1, y1, x2, y2] = [X(edge.source) - aside * uy, Y(edge.layer) + aside * ux, X(edge.target) - 5 * ux - aside * uy, Y(edge.layer + 1) - 5 * uy + aside * ux].map(number);
-    const ends = { x1, y1, x2, y2, "stroke-linecap": "butt" };
-    const mark = svg("g", { class: "mark edge", role: "button", "data-edge": i, "aria-label": edge.says },
-      svg("line", { ...ends, stroke: colour, "stroke-width": number(w), ...(edge.exact === null ? { "stroke-dasharray": `${number(4 + w)} ${number(2.5 + 0.5 * w)}` } : {}) }),
-      pathMark(edge.path, (x1 + x2) / 2, (y1 + y2) / 2, number(2.4 + 0.5 * w), theme), head(edge.effect, x2, y2, (180 * Math.atan2(dy, dx)) / Math.PI, 4 + 1.1 * w, colour),
-      svg("line", { ...ends, stroke: "#000", "stroke-opacity": 0, "stroke-width": Math.max(number(w), 13), class: "hit" }), svg("title", {}, edge.says));
-    if (edge.click) mark.addEventListener("click", edge.click);
-    marks.push(mark);
-  });
-  // The strongest lie on top, and come first by keyboard.
-  made.append(...[...marks].reverse());
-  walk(made, marks, 1);
-  lines.forEach(({ path, word, dash, head: way }, i) => {
-    const x = 8 + (i % perLine) * 165, y = height - legend + Math.floor(i / perLine) * 20 + 6, stroke = path ? theme.paths[path] : theme.ink;
-    made.append(svg("line", { x1: x, x2: x + (way ? 22 : 30), y1: y, y2: y, stroke, "stroke-width": 2.5, ...(dash ? { "stroke-dasharray": dash } : {}) }));
-    if (path) made.append(pathMark(path, x + 15, y, 4, theme));
-    if (way) made.append(head(way, x + 28, y, 0, 6, stroke));
-    made.append(label(x + 38, y + 4, word, theme, { "font-size": 12 }));
-  });
+  walk(marks, cells.every((row) => row.every(Boolean)) ? columns.length : 1);
   return made;
 }
 

@@ -54,6 +54,34 @@ def test_a_model_on_two_devices_gives_the_numbers_of_the_cpu(name: str, verb: st
     assert traffic.between > 0
 
 
+@pytest.mark.parametrize("devices", [("pretend:1",), ("pretend:0", "pretend:1")], ids=["one", "two"])
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_checked_at_loading_runs_on_devices(name: str, devices: tuple[str, ...]) -> None:
+    """Architectures that are in the tests are loaded without."""
+    lens = lens_of(name, *devices)
+    with in_double(lens.model), counted() as traffic:
+        lens.hooks.check()
+    assert sum(traffic.launches.values()) > 100
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_kept_on_the_cpu_may_be_asked_for_on_a_device(name: str) -> None:
+    """Values that stand in, lengths of prompts."""
+
+    def asked(lens: Lens) -> list[Tensor]:
+        ids = torch.tensor([[1, 2, 3, 4, 6, 7], [9, 2, 3, 10, 11, 4]], device=lens.device)
+        values = lens.hooks.values(ids.flip(0)).each(lambda part: part.cpu())
+        with torch.no_grad(), lens.hooks.knockout([1], [4, 5], path=lens.hooks.paths.choices[0], instead=values):
+            found = [lens.model(ids, use_cache=False).logits]
+        length = torch.tensor([6, 4])
+        lens.hooks.watch(ids, lambda mixer, mixing: found.append(mixing.half_life(length).nan_to_num(-1.0)))
+        return found
+
+    lens, on_cpu = lens_of(name, "pretend:1"), lens_of(name)
+    with in_double(lens.model):
+        assert difference(asked(lens), asked(on_cpu)) < TOLERANCE
+
+
 def of_sweep(name: str, sources: tuple[str, ...], windows: list[list[int]]) -> Traffic:
     """What a sweep of one batch moves and waits for."""
     lens = lens_of(name, "pretend:0")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -123,6 +125,8 @@ def main() -> None:
     )
     (options.out / "findings.txt").write_text(f"{table}\n\n{by_group}\n")
     print(f"{time.monotonic() - started:.0f} s. Tables and figures: {options.out.resolve()}")
+    own = shlex.quote(str(Path(sys.executable).with_name("mambalens")))
+    print(f"A knockout of your own, in a local page: {own} explore atlas-mamba1 atlas-gpt-neox")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ export function explore(root, ask, options = {}) {
     facts: el("ul", { className: "facts" }), models: el("fieldset", { className: "models" }, el("legend", { text: "Models" })),
     paths: el("fieldset", { className: "paths" }), filled: el("div", { className: "filled" }), layers: el("output"),
     tokens: el("div", { className: "tokens", role: "group", ariaLabel: "Tokens of the prompt" }),
-    nothing: el("p", { className: "note", hidden: true }), cuts: el("ol", { className: "cuts" }),
+    hint: el("p", { className: "hint" }), nothing: el("p", { className: "note", hidden: true }), cuts: el("ol", { className: "cuts" }),
     complaint: el("p", { className: "note complaint", role: "alert", hidden: true }), working: el("span"), answers: el("div", { className: "cards" }),
     said: el("p", { className: "unseen", ariaLive: "polite" }), reading: el("div", { className: "reading", ariaLive: "polite" }),
     copied: el("span", { role: "status", className: "copied" }), python: el("pre", { tabIndex: 0, className: "python" }), command: el("pre", { tabIndex: 0, className: "command" }),
@@ -153,8 +153,7 @@ export function explore(root, ask, options = {}) {
         el("fieldset", { className: "layers" }, el("legend", {}, "Layers ", ui.layers),
           el("div", { className: "handles" }, el("div", { className: "track" }, ui.filled), fields.first, fields.last))),
       ui.tokens,
-      el("p", { className: "hint", text: "Drag, or Shift and click: several tokens. Keys: arrows move, S source, T target." }),
-      ui.nothing, ui.cuts,
+      ui.hint, ui.nothing, ui.cuts,
       el("div", { className: "row" }, ui.another, ui.undo, ui.clear),
       el("details", { className: "finer" }, el("summary", { text: "Which features, and what stands in their place" }),
         el("div", { className: "row" }, labelled("Features of this cut", fields.group), fields.feature, labelled("In the place of what is cut", fields.ablation)), ui.resample)),
@@ -327,6 +326,8 @@ export function explore(root, ask, options = {}) {
       button("Remove", () => change(() => { open = { ...open, sources: [], targets: [] }; }), { aria: { label: "Remove this cut" } }))] : [];
     const focused = ui.cuts.contains(document.activeElement);
     ui.cuts.replaceChildren(...kept, ...made);
+    const begins = open.sources.length || asked.cuts.length ? "" : "Click a token to cut what it hands to the last one. ";
+    ui.hint.textContent = `${begins}Drag, or Shift and click: several tokens. Keys: arrows move, S source, T target.`;
     ui.nothing.hidden = !chosen(open) || cutting(open);
     ui.nothing.textContent = "Nothing is cut: no source stands before a target. Choose an earlier source.";
     ui.another.disabled = !cutting(open);

@@ -16,9 +16,9 @@ import torch
 from models import in_double
 from pretend_device import Traffic, counted
 from torch import Tensor
-from verbs import FACTS, FEW, KINDS, LONG, ON_TWO, QUIET, VERBS, difference, lens_of
+from verbs import FACTS, FEW, KINDS, LONG, ON_TWO, QUIET, VERBS, WORDS, difference, lens_of
 
-from mambalens import Lens, load_facts
+from mambalens import Fact, Lens, load_facts
 
 pytestmark = pytest.mark.filterwarnings("error:.*replay", "error:.*memory")
 """Where a replay breaks off, a sweep goes on by hooks, and says so: that would hide a tensor on a wrong device."""
@@ -122,6 +122,19 @@ def test_the_host_waits_a_fixed_number_of_times_a_batch(name: str) -> None:
     """Whatever the layers. The check of the replay waits most: it looks at single numbers."""
     traffic = of_sweep(name, ("subject",), [[0], [1]])
     assert own_waits(traffic) <= 8, traffic.places
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "recurrent_gemma"])
+def test_operations_of_a_flow_do_not_grow_with_the_prompt(name: str) -> None:
+    """Forwards and backwards nothing loops over positions: a few operations more a layer for a prompt four times as long."""
+    lens, counts = lens_of(name, "pretend:0"), []
+    for time in (16, 64):
+        words = [WORDS[number % len(WORDS)] for number in range(time - 2)]
+        fact = Fact(f"Peru {' '.join(words)} is", "Peru", "Lima", "capital", "long")
+        with counted() as traffic:
+            assert len(lens.flow([fact], points=1, **QUIET).table)
+        counts.append(sum(traffic.launches.values()) / lens.n_layers)
+    assert counts[1] - counts[0] < 24, counts
 
 
 def test_a_lens_is_loaded_onto_a_device() -> None:

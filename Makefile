@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # from the others. `make test WORKERS=0` runs the tests in one process.
 pytest = OMP_NUM_THREADS=1 $(1)/python -m pytest --dist worksteal --numprocesses $(or $(WORKERS),$$($(1)/python tests/workers.py))
 
-.PHONY: demo test test-newest test-oldest notebooks pretrained peers gpu docs lint atlas checkpoints clean
+.PHONY: demo test test-newest test-oldest notebooks pretrained peers gpu triton docs lint atlas checkpoints clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m mambalens.experiments.demo --out runs/demo
@@ -18,7 +18,7 @@ test: $(VENV)/installed-test
 # What depends on the models' own code, with the newest transformers that the range and the index allow, and with the
 # oldest release of everything in the range, torch among it. Each has an environment of its own.
 COMPATIBLE := tests/test_architectures.py tests/test_small_recurrences.py tests/test_hook_errors.py tests/test_hybrids.py \
-	tests/test_original.py \
+	tests/test_original.py tests/test_explore.py \
 	tests/test_replay.py tests/test_knockout.py::test_generate_equals_running_every_prefix_anew \
 	tests/test_delta_rules.py::test_generation_under_a_knockout_of_every_path_is_what_repeated_passes_give \
 	tests/test_edges.py::test_generation_under_edges_is_what_repeated_passes_give \
@@ -58,6 +58,16 @@ peers:
 gpu: $(VENV)/installed
 	$(BIN)/python tests/benchmarks/gpu.py $(GPU)
 
+# mamba-ssm's kernels by Triton's interpreter, on the CPU, in an environment of their own (minutes): its Python code alone
+# is built, which takes no CUDA.
+triton:
+	test -d $(VENV)-triton || $(PYTHON) -m venv $(VENV)-triton
+	$(VENV)-triton/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0 triton setuptools wheel packaging \
+		ninja --editable '.[test]'
+	MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE $(VENV)-triton/bin/python -m pip install --quiet \
+		--disable-pip-version-check --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
+	MAMBALENS_SHAPES=unchecked TRITON_INTERPRET=1 $(call pytest,$(VENV)-triton/bin) tests/test_triton.py
+
 # The documentation, in build/site.
 docs: $(VENV)/installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
@@ -91,4 +101,4 @@ $(VENV)/installed-%: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-peers build *.egg-info runs
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-peers $(VENV)-triton build *.egg-info runs

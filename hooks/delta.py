@@ -27,10 +27,16 @@ from torch import Tensor
 
 from mambalens.hooks.indices import to_pick
 from mambalens.hooks.recurrence import Index, Other, side_by_side
+from mambalens.hooks.scan import even, tile
 from mambalens.hooks.values import kept_values
 
 CHUNK = {True: 64, False: 16}
 """Positions that are solved as one system: with one decay a head, and with one for every channel of its keys."""
+
+CHANNELS = {"cpu": 2**15}
+"""Numbers of time x time x key that are worked on at a time; by device, 2**26 elsewhere."""
+FEW = 8
+"""Channels below which they are not worth to be taken together."""
 
 
 class DeltaInputs(NamedTuple):
@@ -321,24 +327,43 @@ def delta_attention(inputs: DeltaInputs) -> Float[Tensor, "batch feature time ti
 
 
 def in_chunks(inputs: DeltaInputs, size: int | None = None) -> list[Chunk]:
-    """The positions in chunks, head by head."""
-    heads = inputs.write.shape[-1]
-    size = size or CHUNK[inputs.log_decay.shape[-1] == 1]
-    parts = []
-    for v, k, q, write, erase, log_decay in zip(*(t.split(size, 1) for t in inputs), strict=True):
-        k, q = (
-            rearrange(_by_head(t, heads, -2), "batch time feature key -> batch feature time key").contiguous()
-            for t in (k, q)
-        )
-        v = rearrange(v, "batch time feature width -> batch feature time width")
-        write, erase = (rearrange(t, "batch time feature -> batch feature time 1") for t in (write, erase))
-        g = rearrange(log_decay, "batch time feature channel -> batch feature time channel")
-        # The sum over s+1..t is a difference of running sums; in float64, so that it loses no digits.
-        running = g.double().cumsum(2)
-        to_end = torch.exp((running[:, :, -1:] - running).to(g.dtype))
-        of_keys, of_queries = _decayed_products(k, q, running)
-        parts.append(Chunk(v, k, q, write, erase, torch.exp(running.to(g.dtype)), to_end, erase * of_keys, of_queries))
-    return parts
+    """The positions in chunks of at most a size, head by head."""
+    batch, time, heads = inputs.write.shape
+    length = even(time, size or CHUNK[inputs.log_decay.shape[-1] == 1])
+    together = max(1, tile(inputs.x.device) // 4 // (batch * heads * length * length)) * length
+    parts = zip(*(t.split(together, 1) for t in inputs), strict=True)
+    return [chunk for part in parts for chunk in _chunks_of(DeltaInputs(*part), length)]
+
+
+def _chunks_of(inputs: DeltaInputs, length: int) -> list[Chunk]:
+    """Chunks of a length, the last of which may be shorter; what each of them needs is made of all at once."""
+    heads, time = inputs.write.shape[-1], inputs.write.shape[1]
+    length = min(length, time)
+    chunks = -(-time // length)
+    if missing := chunks * length - time:  # strengths of 0 neither write nor erase
+        inputs = DeltaInputs(*(torch.cat([t, t.new_zeros(len(t), missing, *t.shape[2:])], 1) for t in inputs))
+    # A prompt's chunks as further prompts, chunk by chunk.
+    v, k, q, write, erase, g = (t.unflatten(1, (chunks, length)).transpose(0, 1).flatten(0, 1) for t in inputs)
+    k, q = (
+        rearrange(_by_head(t, heads, -2), "batch time feature key -> batch feature time key").contiguous()
+        for t in (k, q)
+    )
+    v = rearrange(v, "batch time feature width -> batch feature time width")
+    write, erase = (rearrange(t, "batch time feature -> batch feature time 1") for t in (write, erase))
+    g = rearrange(g, "batch time feature channel -> batch feature time channel")
+    # The sum over s+1..t is a difference of running sums; in float64, so that it loses no digits.
+    running = g.double().cumsum(2)
+    to_end = torch.exp((running[:, :, -1:] - running).to(g.dtype))
+    of_keys, of_queries = _decayed_products(k, q, running)
+    whole = Chunk(v, k, q, write, erase, torch.exp(running.to(g.dtype)), to_end, erase * of_keys, of_queries)
+    if chunks == 1:
+        return [whole]
+    found = [Chunk(*of) for of in zip(*(t.unflatten(0, (chunks, -1)).unbind() for t in whole), strict=True)]
+    if missing:
+        last = Chunk(*(t[:, :, : length - missing] for t in found[-1]))
+        own = slice(0, length - missing)
+        found[-1] = last._replace(system=last.system[..., own], scores=last.scores[..., own])
+    return found
 
 
 def _decayed_products(
@@ -350,20 +375,26 @@ def _decayed_products(
     time = k.shape[2]
     later = torch.ones(time, time, dtype=torch.bool, device=k.device).triu(1)
 
-    def decay(channel: Float[Tensor, "batch feature time"]) -> Float[Tensor, "batch feature time time"]:
-        between = channel[..., None] - channel[..., None, :]
-        return torch.exp(between.masked_fill_(later, -torch.inf).to(k.dtype))
+    def decay(running: Float[Tensor, "*batch time some"]) -> Float[Tensor, "*batch time time some"]:
+        between = running[..., None, :] - running[..., None, :, :]
+        return torch.exp(between.masked_fill_(later[..., None], -torch.inf).to(k.dtype))
 
     if running.shape[-1] == 1:
-        between = decay(running[..., 0])
+        between = decay(running)[..., 0]
         return (k @ k.mT).mul_(between), (q @ k.mT).mul_(between)
-    # Channel by channel: all at once would need the memory of time x time x key.
+    at_once = CHANNELS.get(k.device.type, 2**26) // (k.shape[0] * k.shape[1] * time * time)
     of_keys, of_queries = (k.new_zeros(*k.shape[:3], time) for _ in range(2))
-    for channel in range(running.shape[-1]):
-        between = decay(running[..., channel]) * k[..., None, :, channel]
-        of_keys = torch.addcmul(of_keys, between, k[..., channel, None])
-        of_queries = torch.addcmul(of_queries, between, q[..., channel, None])
-    return of_keys, of_queries
+    if at_once < FEW:  # channel by channel: all at once would need the memory of time x time x key
+        for channel in range(running.shape[-1]):
+            between = decay(running[..., channel, None])[..., 0] * k[..., None, :, channel]
+            of_keys = torch.addcmul(of_keys, between, k[..., channel, None])
+            of_queries = torch.addcmul(of_queries, between, q[..., channel, None])
+        return of_keys, of_queries
+    readers, found = torch.stack([k, q], -1), torch.stack([of_keys, of_queries], -1)  # [B, H, L, K, 2]
+    for begin in range(0, running.shape[-1], at_once):
+        some = slice(begin, begin + at_once)
+        found = found + (decay(running[..., some]) * k[..., None, :, some]) @ readers[..., some, :]
+    return found[..., 0], found[..., 1]
 
 
 def _by_head(values: Float[Tensor, " ..."], heads: int, axis: int) -> Float[Tensor, " ..."]:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from mambalens.hooks.linear_scan import linear_scan
 from mambalens.hooks.recurrence import Index, side_by_side
 from mambalens.hooks.values import kept_values
 
@@ -72,7 +73,7 @@ def gated_scan(
     a: Float[Tensor, "*batch time feature"],
     start: Float[Tensor, "*batch feature"] | None = None,
 ) -> tuple[Float[Tensor, "*batch time feature"], Float[Tensor, "*batch feature"]]:
-    """A gated linear recurrence, position by position.
+    """A gated linear recurrence.
 
     Equation: Recurrence
         h_t = a_t h_{t-1} + x_t
@@ -89,12 +90,9 @@ def gated_scan(
     Returns:
         y, and the state after the last position.
     """
-    h = torch.zeros_like(x[..., 0, :]) if start is None else start
-    steps = []
-    for x_t, a_t in zip(x.unbind(-2), a.unbind(-2), strict=True):
-        h = torch.addcmul(x_t, a_t, h)
-        steps.append(h)
-    return torch.stack(steps, -2), h
+    h = None if start is None else start.reshape(-1, start.shape[-1])
+    y = linear_scan(a.flatten(0, -3), x.flatten(0, -3), h).view(x.shape)
+    return y, y[..., -1, :]
 
 
 def gated_states(
@@ -125,8 +123,5 @@ def gated_attention(a: Float[Tensor, "batch time some"]) -> Float[Tensor, "batch
 
         Of one channel of RG-LRU; x_s, which it acts on, is gated and normalised.
     """
-    rows, row = [], a.new_zeros(a.shape[0], a.shape[2], a.shape[1])  # [B, f, T]
-    for a_t, own in zip(a.unbind(1), torch.eye(a.shape[1], dtype=a.dtype, device=a.device), strict=True):
-        row = row * a_t[..., None] + own
-        rows.append(row)
-    return torch.stack(rows, 2)
+    own = torch.eye(a.shape[1], dtype=a.dtype, device=a.device)[None, :, None]
+    return linear_scan(a[..., None], own.expand(*a.shape, -1)).transpose(1, 2)

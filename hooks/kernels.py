@@ -1,7 +1,7 @@
 """Which code scans: mamba-ssm's CUDA kernels where they are installed and the tensors are there, `scan` elsewhere.
 
 A knockout is one more scan over masked inputs, so the official kernels can do it. `tests/test_kernels.py` compares them
-with `scan` where there is a GPU.
+with `scan` where there is a GPU, `tests/test_triton.py` in Triton's interpreter where there is none.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mambalens.hooks import fused, scan
+
+CHUNK = 256
+"""Positions of a chunk of Mamba-2's kernel; a power of two."""
 
 
 @cache
@@ -65,7 +68,7 @@ def ssd_scan(
     from mamba_ssm.ops.triton.ssd_combined import mamba_chunk_scan_combined
 
     y, state = mamba_chunk_scan_combined(
-        *(t.contiguous() for t in (x, dt, A, B, C)), chunk_size=256, return_final_states=True
+        *(t.contiguous() for t in (x, dt, A, B, C)), chunk_size=CHUNK, return_final_states=True
     )
     return y, state.mT
 

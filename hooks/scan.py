@@ -27,11 +27,22 @@ from torch import Tensor
 
 from mambalens.hooks import fused
 from mambalens.hooks.indices import having, to_pick
+from mambalens.hooks.linear_scan import LOOPS, linear_scan
 
 CHUNK = 64
 """Positions of an SSD scan handled as one small attention matrix."""
 TILE = {"cpu": 2**21}
-"""Numbers of a tile of positions x state x features; by device, 2**26 elsewhere."""
+"""Numbers of a tile, of positions x state x features say; by device, see `tile` for the others."""
+
+
+def tile(device: torch.device) -> int:
+    """Numbers that are worked on at a time on a device."""
+    return TILE.get(device.type, 2**26)
+
+
+def even(length: int, size: int) -> int:
+    """The size of parts of at most `size` that are as even as can be."""
+    return math.ceil(length / math.ceil(length / size))
 
 
 def selective_scan(
@@ -62,27 +73,22 @@ def selective_scan(
     batch, time, _ = x.shape
     rate = _rate(A)
     width, chunk = _tiles(rate, batch, time)
-    begin = x.new_zeros(1, *rate.shape) if start is None else start
     in_place = not torch.is_grad_enabled()
     decays, writes = (_Scratch(slot, x) if in_place else None for slot in range(2))
     rows, states = [], []
     for at in _slices(batch, width):
-        h = begin[at if len(begin) > 1 else slice(None)].expand(len(x[at]), -1, -1)
+        h = start if start is None or len(start) == 1 else start[at]
         outputs = []
         for now in _slices(time, chunk):
             size = (*x[at, now].shape[:2], *rate.shape)
             decay = torch.mul(dt[at, now, None], rate, out=decays.of(*size) if decays else None).exp2_()  # [b, L, N, D]
             dtx = dt[at, now] * x[at, now]
             write = torch.mul(dtx[:, :, None], B[at, now, :, None], out=writes.of(*size) if writes else None)
-            # `unbind`, not indexing: the backward of an index allocates a zero tensor of the full size at every step.
-            steps = []
-            for decay_t, write_t in zip(decay.unbind(1), write.unbind(1), strict=True):
-                h = torch.addcmul(write_t, decay_t, h, out=write_t if in_place else None)
-                steps.append(h)
-            history = write if in_place else torch.stack(steps, 1)  # h_t, in the place of the writes
+            history = linear_scan(decay, write, h, in_place)
             outputs.append((C[at, now, None] @ history)[:, :, 0])
-            h = h.clone() if in_place else h  # the next tile writes where it lies
+            h = history[:, -1].clone() if in_place else history[:, -1]  # the next tile writes where it lies
         rows.append(torch.cat(outputs, 1))
+        assert h is not None
         states.append(h)
     return torch.cat(rows), torch.cat(states)
 
@@ -154,7 +160,7 @@ def selective_step(
                 continue
         width, chunk = _tiles(rate, batch, len(rows))
         for at in _slices(batch, width):
-            for of_tile in rows.split(_even(len(rows), chunk)):
+            for of_tile in rows.split(even(len(rows), chunk)):
                 some = to_pick(of_tile, x.device)
                 part = dt[at, some]
                 room = scratch.of(*part.shape[:2], *rate.shape)
@@ -190,27 +196,53 @@ def ssd_scan(
     Returns:
         y, and the state after the last position or None.
     """
-    per_group = x.shape[2] // B.shape[2]
+    batch, time, heads, _ = x.shape
+    length = even(time, CHUNK)
+    at_once = max(1, tile(x.device) // 4 // (batch * heads * length * length))  # chunks
     h = start  # [B, H, N, P]
     outputs: list[Tensor] = []
-    chunks = -(-x.shape[1] // CHUNK)
-    for x_c, dt_c, B_c, C_c in zip(*(t.split(CHUNK, 1) for t in (x, dt, B, C)), strict=True):
-        B_c, C_c = (rearrange(t, "batch time group state -> batch group time state") for t in (B_c, C_c))
-        scores = repeat(C_c @ B_c.mT, "batch group t s -> batch (group head) t s", head=per_group)
-        decay = _decay_between(rearrange(dt_c * A, "batch time feature -> batch feature time"))  # [B, H, L, L]
-        dtx = rearrange(dt_c[..., None] * x_c, "batch time feature width -> batch feature time width")
-        y = (scores * decay) @ dtx  # [B, H, L, P]
-        if h is not None:
-            since_start = rearrange(torch.exp((dt_c * A).cumsum(1)), "batch time feature -> batch feature time 1")
-            C_c = repeat(C_c, "batch group time state -> batch (group head) time state", head=per_group)
-            y = torch.addcmul(y, since_start, C_c @ h)
-            h = since_start[:, :, -1, None] * h
-        outputs.append(rearrange(y, "batch feature time width -> batch time feature width"))
-        if end or len(outputs) < chunks:
-            B_c = repeat(B_c, "batch group time state -> batch (group head) time state", head=per_group)
-            written = (decay[:, :, -1, :, None] * B_c).mT @ dtx  # [B, H, N, P]
-            h = written if h is None else h + written
+    for x_c, dt_c, B_c, C_c in zip(*(t.split(at_once * length, 1) for t in (x, dt, B, C)), strict=True):
+        last = len(outputs) + 1 == -(-time // (at_once * length))
+        y, h = _ssd_chunks(x_c, dt_c, A, B_c, C_c, h, min(length, x_c.shape[1]), end or not last)
+        outputs.append(y)
     return torch.cat(outputs, 1) if len(outputs) > 1 else outputs[0], h if end else None
+
+
+def _ssd_chunks(
+    x: Float[Tensor, "batch time feature width"],
+    dt: Float[Tensor, "batch time feature"],
+    A: Float[Tensor, " feature"],
+    B: Float[Tensor, "batch time group state"],
+    C: Float[Tensor, "batch time group state"],
+    start: Float[Tensor, "#batch feature state width"] | None,
+    length: int,
+    end: bool,
+) -> tuple[Float[Tensor, "batch time feature width"], Float[Tensor, "#batch feature state width"] | None]:
+    """`ssd_scan` in chunks of a length that are worked on together."""
+    time = x.shape[1]
+    chunks = -(-time // length)
+    if time % length:  # steps of 0 neither decay nor write
+        missing = chunks * length - time
+        x, dt, B, C = (torch.cat([t, t.new_zeros(len(t), missing, *t.shape[2:])], 1) for t in (x, dt, B, C))
+    x, dt, B, C = (t.unflatten(1, (chunks, length)) for t in (x, dt, B, C))
+    per_group = x.shape[3] // B.shape[3]
+    B, C = (rearrange(t, "batch chunk time group state -> batch chunk group time state") for t in (B, C))
+    scores = repeat(C @ B.mT, "batch chunk group t s -> batch chunk (group head) t s", head=per_group)
+    decay = _decay_between(rearrange(dt * A, "batch chunk time feature -> batch chunk feature time"))  # [B, J, H, L, L]
+    dtx = rearrange(dt[..., None] * x, "batch chunk time feature width -> batch chunk feature time width")
+    y = (scores * decay) @ dtx  # [B, J, H, L, P]
+    if start is not None or chunks > 1 or end:
+        by_head = "batch chunk group time state -> batch chunk (group head) time state"
+        since_start = rearrange(torch.exp((dt * A).cumsum(2)), "batch chunk time feature -> batch chunk feature time 1")
+        written = (decay[:, :, :, -1, :, None] * repeat(B, by_head, head=per_group)).mT @ dtx  # [B, J, H, N, P]
+        states = linear_scan(since_start[:, :, :, -1:], written, start, not torch.is_grad_enabled())
+        if start is not None or chunks > 1:
+            first = torch.zeros_like(states[:, :1]) if start is None else start[:, None].expand_as(states[:, :1])
+            before = torch.cat([first, states[:, :-1]], 1)
+            y = torch.addcmul(y, since_start, repeat(C, by_head, head=per_group) @ before)
+        start = states[:, -1]
+    y = rearrange(y, "batch chunk feature time width -> batch (chunk time) feature width")
+    return y[:, :time], start
 
 
 def ssd_states(
@@ -228,8 +260,14 @@ def ssd_states(
     left = torch.exp(_sum_of_later(dt) * A) * dt  # [B, T, H]
     left = left[..., None] * x
     left = rearrange(left, "batch time (group head) width -> batch group time (head width)", group=B.shape[2])
-    writes = rearrange(B, "batch time group state -> batch group state time")
-    return [(writes * kept[:, None, None]) @ left for kept in keep]
+    writes = rearrange(B, "batch time group state -> batch group 1 state time")
+    kept = rearrange(keep.to(x.dtype), "set batch time -> batch 1 set 1 time")
+    found: list[Tensor] = []
+    # The sets' states one under the other are one product for all, but a CPU is faster with memory of the size of one.
+    for some in kept.split(1 if x.device.type in LOOPS else len(keep), 2):
+        states = (writes * some).flatten(2, 3) @ left  # [B, G, sets x N, lanes]
+        found += states.unflatten(2, (some.shape[2], -1)).unbind(2)
+    return found
 
 
 def ssd_step(
@@ -314,7 +352,8 @@ def selective_effects(
         sum_f gradient_t[f] alpha[t, s, f] x_s[f]
 
     What each position left in the state goes on from step to step, and is read with C_t and the gradient at once: no
-    attention of single features, and no position after s is looked at twice.
+    attention of single features, and no position after s is looked at twice. Where all pairs of positions fit a tile,
+    there are no steps.
 
     Args:
         x, dt, A, B, C: as in `selective_scan`.
@@ -328,7 +367,12 @@ def selective_effects(
     if not count:
         return found
     rate = _rate(A)  # [N, D]
-    fitting = TILE.get(x.device.type, 2**26) // (time * len(rate))  # features of all prompts together
+    numbers = tile(x.device)
+    pairs = numbers // (time * time * rate.numel())  # prompts whose pairs fit
+    if pairs:
+        of_prompts = [[t[at] for t in (x, dt, B, C, gradient)] for at in _slices(batch, pairs)]
+        return torch.cat([_effects_of_pairs(x, dt, rate, B, C, of) for x, dt, B, C, of in of_prompts])
+    fitting = numbers // (time * len(rate))  # features of all prompts together
     features = max(1, min(count, fitting))
     scratch, decays = _Scratch(0, x), _Scratch(1, x)
     for at in _slices(batch, max(1, fitting // features)):
@@ -345,6 +389,25 @@ def selective_effects(
                     found[at, t, :t] += (left[:, :t].flatten(2) @ read.flatten(1)[..., None])[..., 0]
                 torch.mul(B[at, t, :, None], written[:, t, None], out=left[:, t])
     return found
+
+
+def _effects_of_pairs(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    rate: Float[Tensor, "state feature"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    gradient: Float[Tensor, "batch time feature"],
+) -> Float[Tensor, "batch time time"]:
+    """`selective_effects` of all pairs of positions at once."""
+    batch, time, _ = x.shape
+    running = dt.double().cumsum(1)  # in float64, so that differences lose no digits
+    between = (running[:, :, None] - running[:, None]).to(dt.dtype).clamp_min_(0)  # [B, T, T, D], over s+1..t
+    left = _Scratch(0, x).of(batch, time, time, *rate.shape)
+    torch.mul(between[:, :, :, None], rate, out=left).exp2_()
+    left *= (B[..., None] * (dt * x)[:, :, None])[:, None]
+    read = C[..., None] * gradient[:, :, None]  # [B, T, N, D]
+    return (left.flatten(3) @ read.flatten(2)[..., None])[..., 0].tril_(-1)
 
 
 def ssd_attention(
@@ -509,18 +572,13 @@ def _rate(A: Float[Tensor, "feature state"]) -> Float[Tensor, "state feature"]:
 
 def _tiles(rate: Float[Tensor, "state feature"], batch: int, time: int) -> tuple[int, int]:
     """How many prompts and positions make a tile."""
-    fitting = max(1, TILE.get(rate.device.type, 2**26) // rate.numel())
+    fitting = max(1, tile(rate.device) // rate.numel())
     chunk = min(time, fitting)
     return min(batch, fitting // chunk), chunk
 
 
-def _even(length: int, size: int) -> int:
-    """The size of parts of at most `size` that are as even as can be."""
-    return math.ceil(length / math.ceil(length / size))
-
-
 def _slices(length: int, size: int) -> list[slice]:
-    size = _even(length, size)
+    size = even(length, size)
     return [slice(begin, begin + size) for begin in range(0, length, size)]
 
 

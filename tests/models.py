@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -210,15 +211,41 @@ class _InDouble:
         return getattr(torch, name)
 
 
+def _classes(models: tuple[Any, ...]) -> tuple[set[type], list[ModuleType]]:
+    """The classes of transformers that models are made of, and the files that these are in."""
+    classes = {type(module) for model in models for module in model.modules()}
+    classes = {one for one in classes if one.__module__.startswith("transformers.models.")}
+    return classes, [sys.modules[home] for home in {one.__module__ for one in classes}]
+
+
+@contextmanager
+def in_torch(*models: Any) -> Iterator[None]:
+    """While the block runs, the models take no kernels of other packages, as transformers does where it can import them.
+
+    They have no float64, and do not take tensors of the CPU.
+    """
+    found = [
+        (file, name, function)
+        for file in _classes(models)[1]
+        for name, function in vars(file).items()
+        if "torch_function" in getattr(getattr(function, "__code__", None), "co_freevars", ())
+    ]
+    for file, name, function in found:
+        setattr(file, name, function.__wrapped__)
+    try:
+        yield
+    finally:
+        for file, name, function in found:
+            setattr(file, name, function)
+
+
 @contextmanager
 def in_double(*models: Any) -> Iterator[None]:
     """While the block runs, the models compute in float64 where their code says float32: norms, scans, decays.
 
     What they differ by from an explicit form in float64 is then an error, and no rounding.
     """
-    classes = {type(module) for model in models for module in model.modules()}
-    classes = {one for one in classes if one.__module__.startswith("transformers.models.")}
-    files = [sys.modules[home] for home in {one.__module__ for one in classes}]
+    classes, files = _classes(models)
     methods = [
         m for one in classes for m in vars(one).values() if torch.float32 in (getattr(m, "__defaults__", None) or ())
     ]
@@ -230,7 +257,8 @@ def in_double(*models: Any) -> Iterator[None]:
     for method, given in zip(methods, defaults, strict=True):
         method.__defaults__ = tuple(torch.float64 if value is torch.float32 else value for value in given)
     try:
-        yield
+        with in_torch(*models):
+            yield
     finally:
         torch.Tensor.float = single  # type: ignore[method-assign]
         for file in files:

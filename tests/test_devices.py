@@ -16,9 +16,9 @@ import torch
 from models import in_double
 from pretend_device import Traffic, counted
 from torch import Tensor
-from verbs import FACTS, FEW, KINDS, LONG, ON_TWO, QUIET, VERBS, difference, lens_of
+from verbs import FACTS, FEW, KINDS, LONG, ON_TWO, QUIET, VERBS, WORDS, difference, lens_of
 
-from mambalens import Lens, load_facts
+from mambalens import Fact, Lens, load_facts
 
 pytestmark = pytest.mark.filterwarnings("error:.*replay", "error:.*memory")
 """Where a replay breaks off, a sweep goes on by hooks, and says so: that would hide a tensor on a wrong device."""
@@ -52,6 +52,34 @@ def test_a_model_on_two_devices_gives_the_numbers_of_the_cpu(name: str, verb: st
         found = VERBS[verb](lens)
     assert difference(found, on_the_cpu(name, verb)) < TOLERANCE
     assert traffic.between > 0
+
+
+@pytest.mark.parametrize("devices", [("pretend:1",), ("pretend:0", "pretend:1")], ids=["one", "two"])
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_checked_at_loading_runs_on_devices(name: str, devices: tuple[str, ...]) -> None:
+    """Architectures that are in the tests are loaded without."""
+    lens = lens_of(name, *devices)
+    with in_double(lens.model), counted() as traffic:
+        lens.hooks.check()
+    assert sum(traffic.launches.values()) > 100
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_what_is_kept_on_the_cpu_may_be_asked_for_on_a_device(name: str) -> None:
+    """Values that stand in, lengths of prompts."""
+
+    def asked(lens: Lens) -> list[Tensor]:
+        ids = torch.tensor([[1, 2, 3, 4, 6, 7], [9, 2, 3, 10, 11, 4]], device=lens.device)
+        values = lens.hooks.values(ids.flip(0)).each(lambda part: part.cpu())
+        with torch.no_grad(), lens.hooks.knockout([1], [4, 5], path=lens.hooks.paths.choices[0], instead=values):
+            found = [lens.model(ids, use_cache=False).logits]
+        length = torch.tensor([6, 4])
+        lens.hooks.watch(ids, lambda mixer, mixing: found.append(mixing.half_life(length).nan_to_num(-1.0)))
+        return found
+
+    lens, on_cpu = lens_of(name, "pretend:1"), lens_of(name)
+    with in_double(lens.model):
+        assert difference(asked(lens), asked(on_cpu)) < TOLERANCE
 
 
 def of_sweep(name: str, sources: tuple[str, ...], windows: list[list[int]]) -> Traffic:
@@ -94,6 +122,19 @@ def test_the_host_waits_a_fixed_number_of_times_a_batch(name: str) -> None:
     """Whatever the layers. The check of the replay waits most: it looks at single numbers."""
     traffic = of_sweep(name, ("subject",), [[0], [1]])
     assert own_waits(traffic) <= 8, traffic.places
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba2", "recurrent_gemma"])
+def test_operations_of_a_flow_do_not_grow_with_the_prompt(name: str) -> None:
+    """Forwards and backwards nothing loops over positions: a few operations more a layer for a prompt four times as long."""
+    lens, counts = lens_of(name, "pretend:0"), []
+    for time in (16, 64):
+        words = [WORDS[number % len(WORDS)] for number in range(time - 2)]
+        fact = Fact(f"Peru {' '.join(words)} is", "Peru", "Lima", "capital", "long")
+        with counted() as traffic:
+            assert len(lens.flow([fact], points=1, **QUIET).table)
+        counts.append(sum(traffic.launches.values()) / lens.n_layers)
+    assert counts[1] - counts[0] < 24, counts
 
 
 def test_a_lens_is_loaded_onto_a_device() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from mambalens import Fact, Lens
 from mambalens.facts.pairs import Pair, Pairs
 from mambalens.facts.sequence import Facts
 from mambalens.hooks import HookManager
+from mambalens.sweep.ablation import Asked
 from mambalens.sweep.plan import Plan
 from mambalens.sweep.run import run
 
@@ -107,9 +109,14 @@ def routes(lens: Lens) -> list[pd.DataFrame]:
     return [routes, found.routes_by_piece(progress=False), found.faithfulness(progress=False)]
 
 
-def hooked_sweep(lens: Lens) -> pd.DataFrame:
+def hooked_sweep(lens: Lens) -> list[pd.DataFrame]:
     plan = Plan(("subject",), "last", 2, ("all",), ("both",))
-    return run(lens, FACTS[:2], plan, None, False, None, False).table
+    other = dataclasses.replace(plan, ablation="resample")
+    asked = Asked.of("resample", None, FACTS[2], False)
+    return [
+        run(lens, FACTS[:2], plan, None, False, None, False).table,
+        run(lens, FACTS[:2], other, None, False, None, False, asked=asked).table,
+    ]
 
 
 def ablated(lens: Lens) -> list[pd.DataFrame]:

@@ -7,7 +7,9 @@ layers, W = L - w + 1, a source and a path:
 
     hooked    W * T * L
     replayed  T * L + L + W * (L + w) / 2        the base pass, the uncut row, the rows
+    checked   4 * T * L a batch                  its shortest prompt in plain passes: as it is, and rounded otherwise
 
+A batch has as many prompts as fill 4,096 tokens, so the check is next to nothing for short prompts, and most for long ones.
 A token in a layer is as many multiply-adds as a Mamba-1 layer has weights. The head is added for every token of a plain pass,
 and for every row. Seconds are of one core, at the rates that `sweep.py --part deep` found there: one for plain passes (Mamba's
 scan is slow in torch), one for all that a sweep does. Facts cost the same each, so they multiply. Of a GPU nothing is
@@ -26,6 +28,8 @@ import torch
 from common import facts_of, load, mamba1, report, seconds, tokenizer
 
 from mambalens import Lens
+from mambalens.model import BATCH_TOKENS
+from mambalens.sweep.checks import LOOKS
 
 WINDOW, VOCABULARY, STATE = 9, 50280, 16
 PROMPTS, TOKENS = 8, 15.0
@@ -70,6 +74,11 @@ def replayed(layers: int, width: int, tokens: float, cuts: int = 1) -> float:
     return through * layer(width) + (1 + cuts * windows) * VOCABULARY * width
 
 
+def checks(facts: int, tokens: float) -> int:
+    """Plain passes of a prompt that the checks of all batches take."""
+    return (1 + LOOKS) * -(-facts // max(1, int(BATCH_TOKENS // tokens)))
+
+
 class Rates(NamedTuple):
     """Multiply-adds a second of one core."""
 
@@ -80,15 +89,17 @@ class Rates(NamedTuple):
 def rates(shape: str) -> Rates:
     """As a shape was measured."""
     m = MEASURED[shape]
+    checked_s = checks(PROMPTS, TOKENS) / PROMPTS * m.plain_s
     return Rates(PROMPTS * plain(m.layers, m.width, TOKENS) / m.plain_s,
-                 PROMPTS * replayed(m.layers, m.width, TOKENS) / m.sweep_s)  # fmt: skip
+                 PROMPTS * replayed(m.layers, m.width, TOKENS) / (m.sweep_s - checked_s))  # fmt: skip
 
 
 def cost(layers: int, width: int, tokens: float, facts: int, cuts: int, rate: Rates) -> dict[str, float]:
     """One line of a table."""
     windows = layers - WINDOW + 1
     one = plain(layers, width, tokens) / rate.plain
-    sweep, hooked = replayed(layers, width, tokens, cuts) / rate.replayed, cuts * windows * one
+    sweep = replayed(layers, width, tokens, cuts) / rate.replayed + checks(facts, tokens) / facts * one
+    hooked = cuts * windows * one
     return {
         "layers": layers,
         "width": width,
@@ -121,7 +132,8 @@ def counterfact() -> pd.DataFrame:
     lines = []
     for cuts in (1, 16):
         line = cost(64, 2560, 15, 20000, cuts, rates("2.8B"))
-        adds, weights = 20000 * replayed(64, 2560, 15, cuts), 2 * (64 * layer(2560) + VOCABULARY * 2560)
+        adds = 20000 * replayed(64, 2560, 15, cuts) + checks(20000, 15) * plain(64, 2560, 15)
+        weights = 2 * (64 * layer(2560) + VOCABULARY * 2560)
         line |= {
             "peta_multiply_adds": adds / 1e15,
             "gpu_replayed_h": adds / ASSUMED["multiply_adds"] / 3600,

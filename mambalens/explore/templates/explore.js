@@ -545,6 +545,10 @@ export function explore(root, ask, options = {}) {
     drawStale();
   }
 
+  function repaint() {
+    if (looked) drawReading();
+  }
+
   function drawStale() {
     if (looked && ui.stale) ui.stale.hidden = looked.of === sense(state());
   }
@@ -609,7 +613,7 @@ export function explore(root, ask, options = {}) {
       }
       if (event.key === "Escape") cancel();
     });
-    dark.addEventListener("change", () => { if (looked) drawReading(); });
+    dark.addEventListener("change", repaint);
   }
 
   async function loaded() {
@@ -667,5 +671,11 @@ export function explore(root, ask, options = {}) {
   }
 
   begin();
-  return { open: guarded(openLink), show, state };
+  /** Nobody looks any more: questions are dropped. */
+  function close() {
+    cancel();
+    dark.removeEventListener("change", repaint);
+  }
+
+  return { open: guarded(openLink), show, state, repaint, close };
 }

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from mambalens.explore.widget import ExploreWidget
     from mambalens.facts.pairs import Pair, Pairs
     from mambalens.hooks.steering import Addition
     from mambalens.interventions.spots import Where
@@ -696,6 +697,26 @@ class Lens(LoadedModel):
         from mambalens.features.diagnose import diagnose
 
         return diagnose(self, as_facts(facts), batch_size, progress, seed)
+
+    def explore(
+        self, fact: Fact | str | None = None, others: Sequence[Lens] = (), facts: FactLike = defaults.FACTS
+    ) -> ExploreWidget:
+        """The page of `mambalens explore` in a notebook: click tokens, cut between them, see what the model loses.
+
+        Args:
+            fact: what it begins with: a fact, a prompt, or nothing.
+            others: further lenses, side by side on the same prompt.
+            facts: what can be searched in it, and what ablation 'mean' is the mean over.
+
+        Returns:
+            The widget. `knockouts`, `result`, `fact` and `state` say what it shows, and `show` brings it elsewhere.
+
+        Raises:
+            MambalensError: without anywidget, or for lenses of the same name.
+        """
+        from mambalens.explore.widget import widget
+
+        return widget(self, fact, others, as_facts(facts))
 
     def attention_map(
         self,

@@ -8,19 +8,20 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from mambalens.defaults import ABLATION
+from mambalens.explore.asked import Lens
 from mambalens.explore.line import Dropped
 from mambalens.explore.state import AVERAGED, GROUPS, PATHS, PROMPT, Cut, State
 from mambalens.facts.fact import Fact
 from mambalens.facts.sequence import Facts
 from mambalens.flow.table import levels
 from mambalens.hooks.errors import MambalensError, choose
-from mambalens.lens import Lens
+from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Asked, values_for
 
 if TYPE_CHECKING:
@@ -317,7 +318,9 @@ class Answers:
         key = asked.model, state.prompt, state.subject, state.ablation, state.other, state.other_subject
         with torch.no_grad():
             prompt = lens.prompt(replace(state.fact, target=state.target or "."))
-            return _remembered(self._values, key, lambda: values_for(lens, prompt, self._asked(state)))
+            return _remembered(
+                self._values, key, lambda: values_for(cast(LoadedModel, lens), prompt, self._asked(state))
+            )
 
     @contextmanager
     def _within(self, asked: Question) -> Iterator[None]:

@@ -541,6 +541,10 @@ export function explore(root, ask, options = {}) {
     drawStale();
   }
 
+  function repaint() {
+    if (looked) drawReading();
+  }
+
   function drawStale() {
     if (looked && ui.stale) ui.stale.hidden = looked.of === sense(state());
   }
@@ -605,7 +609,7 @@ export function explore(root, ask, options = {}) {
       }
       if (event.key === "Escape") cancel();
     });
-    scheme.addEventListener("change", () => { if (looked) drawReading(); });
+    scheme.addEventListener("change", repaint);
   }
 
   async function loaded() {
@@ -663,5 +667,11 @@ export function explore(root, ask, options = {}) {
   }
 
   begin();
-  return { open: guarded(openLink), show, state };
+  /** Nobody looks any more: questions are dropped. */
+  function close() {
+    cancel();
+    scheme.removeEventListener("change", repaint);
+  }
+
+  return { open: guarded(openLink), show, state, repaint, close };
 }

@@ -1,0 +1,207 @@
+"""The widget of lens.explore without a browser: messages in, messages out, and whose turn it is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from mambalens import Fact, Facts, Lens, MambalensError
+from mambalens.explore.line import Dropped
+from mambalens.explore.queue import Queue
+from mambalens.explore.state import Cut, State
+from mambalens.explore.turns import Turns
+
+widget_module = pytest.importorskip("mambalens.explore.widget")
+NAMES = ("atlas-mamba1", "atlas-gpt-neox")
+PERU = Fact("The capital of Peru is", "Peru", "Lima")
+CUT = Cut((3, 4), (5,), tuple(range(4, 12)), "both")
+
+
+@pytest.fixture(scope="module")
+def lenses() -> dict[str, Lens]:
+    return {name: Lens.load(name) for name in NAMES}
+
+
+@pytest.fixture
+def widget(lenses: dict[str, Lens]) -> Any:
+    return heard(lenses[NAMES[0]].explore(PERU))
+
+
+def heard(made: Any) -> Any:
+    made.said = []
+    made.send = lambda content, buffers=None: made.said.append(content)
+    return made
+
+
+def say(widget: Any, number: int = 1, view: str = "v", **content: Any) -> Any:
+    """What the widget answers to a message."""
+    widget._hear(widget, {"view": view, "number": number, **content}, [])
+    found = [one["answer"] for one in widget.said if (one["view"], one["number"]) == (view, number)]
+    return found[-1] if found else None
+
+
+def ask(widget: Any, state: State, model: str = NAMES[0], **more: Any) -> Any:
+    question = {"verb": "ask", "reading": "predict", "model": model, "state": state.json}
+    return say(widget, question=question, **more)
+
+
+def probability(lens: Lens, knockouts: list[dict[str, Any]]) -> float:
+    from contextlib import ExitStack
+
+    (batch,) = lens.batches([lens.prompt(PERU)])
+    with ExitStack() as stack:
+        for one in knockouts:
+            stack.enter_context(lens.hooks.knockout(**one))
+        return float(lens.last_logits(batch)[0].softmax(-1)[batch.targets[0]])
+
+
+def test_what_the_page_shows_is_read_from_python(widget: Any, lenses: dict[str, Lens]) -> None:
+    lens = lenses[NAMES[0]]
+    assert widget.fact == PERU and widget.knockouts == [] and widget.result is None
+    widget._link = replace(widget.state, cuts=(CUT,)).link  # as the front end sets it
+    found = ask(widget, widget.state)
+    (row,) = widget.result.to_dict("records")
+    assert widget.knockouts == [CUT.knockout] and row["error"] == ""
+    assert row["prob"] == found["answer"]["prob"] == probability(lens, widget.knockouts)
+    assert row["base_prob"] == probability(lens, []) > 0.9 > 0.5 > row["prob"]
+
+
+def test_a_state_set_from_python_is_the_states_link(widget: Any) -> None:
+    widget.state = replace(widget.state, cuts=(CUT,))
+    assert State.of_link(widget._link).cuts == (CUT,)
+    widget.show("http://127.0.0.1:1/token/#prompt=A+text")
+    assert (widget.state.prompt, widget.knockouts) == ("A text", [])
+    with pytest.raises(MambalensError, match="is not a cut"):
+        widget.show("prompt=a&cut=none")
+
+
+def test_errors_are_sentences_and_stand_in_the_result(widget: Any) -> None:
+    state = replace(widget.state, subject="Chile")
+    widget.state = state
+    assert "subject 'Chile' is not in the prompt" in ask(widget, state)["error"]
+    assert "subject 'Chile' is not in the prompt" in widget.result.error[0]
+    for question in (None, [], {}, {"verb": "x"}, {"verb": "ask", "state": 3}, {"verb": "code", "state": {"prompt": "x" * 300_000}}):  # fmt: skip
+        assert len(say(widget, question=question)["error"]) < 200
+    for content in (None, "x", [], {"number": True}, {"number": 1, "view": 3}, {"number": 1, "view": "v" * 65}):
+        widget.said.clear()
+        widget._hear(widget, content, [])
+        assert widget.said == []
+
+
+def test_several_widgets_and_views_know_nothing_of_each_other(lenses: dict[str, Lens]) -> None:
+    one, two = (heard(lenses[NAMES[0]].explore(PERU, others=[lenses[NAMES[1]]])) for _ in range(2))
+    ask(one, one.state, view="a")
+    ask(one, one.state, NAMES[1], view="b")
+    assert [answer["view"] for answer in one.said] == ["a", "b"] and two.said == []
+    assert one.result.model.tolist() == list(NAMES) and two.result is None
+
+
+def test_an_open_block_of_the_notebook_is_refused(widget: Any, lenses: dict[str, Lens]) -> None:
+    with lenses[NAMES[0]].hooks.knockout([3], [5]):
+        assert "is open in the notebook" in ask(widget, widget.state)["error"]
+    assert "answer" in ask(widget, widget.state)
+
+
+def test_another_thread_cannot_run_the_model_meanwhile(widget: Any, lenses: dict[str, Lens]) -> None:
+    lens, found = lenses[NAMES[0]], []
+
+    def other() -> None:
+        try:
+            lens.predict("The")
+        except MambalensError as error:
+            found.append(str(error))
+
+    with widget._alone(NAMES[0], ()):
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+    assert "in another thread" in found[0] and not lens.hooks.layers[0]._forward_pre_hooks
+
+
+def test_a_question_waits_for_cells_and_a_cell_ends_it_at_its_next_layer() -> None:
+    turns, log = Turns(), []
+    queue, begun, answered = Queue(True, turns), threading.Event(), threading.Event()
+
+    def work(gone: threading.Event) -> str:
+        log.append("begins")
+        begun.set()
+        if log.count("begins") == 1:
+            assert gone.wait(20)
+            log.append("ends")
+            raise Dropped
+        return "answer"
+
+    turns.cell_begins()
+    queue.put("p", work, lambda found: (log.append(found), answered.set()))
+    time.sleep(0.05)
+    assert log == []
+    turns.cell_ends()
+    assert begun.wait(20)
+    turns.cell_begins()
+    log.append("cell")
+    time.sleep(0.05)
+    assert log == ["begins", "ends", "cell"]
+    turns.cell_ends()
+    assert answered.wait(20) and log[3:] == ["begins", "answer"]
+    queue.close()
+
+
+def test_a_newer_question_drops_the_older_one() -> None:
+    queue, found, begun, last = Queue(True, Turns()), [], threading.Event(), threading.Event()
+
+    def old(gone: threading.Event) -> None:
+        begun.set()
+        assert gone.wait(20)
+        raise Dropped
+
+    queue.put("p", old, found.append)
+    assert begun.wait(20)
+    for number in range(5):
+        queue.put("p", lambda gone, number=number: number, found.append)
+    queue.put("q", lambda gone: last.set(), found.append)
+    assert last.wait(20)
+    queue.close()
+    assert [one for one in found if not isinstance(one, Dropped | type(None))] == [4]
+
+
+def test_numbers_are_right_while_cells_and_questions_compete(lenses: dict[str, Lens]) -> None:
+    lens, turns, answers = lenses[NAMES[0]], Turns(), []
+    queue = Queue(True, turns)
+    knockouts = [CUT.knockout, Cut((1,), (5,), (2, 3), "main").knockout]
+    expected = [probability(lens, [one]) for one in knockouts]
+    for number in range(20):
+        queue.put(number, lambda gone: probability(lens, knockouts[:1]), answers.append)
+    for _ in range(20):
+        turns.cell_begins()
+        assert probability(lens, knockouts[1:]) == expected[1]
+        turns.cell_ends()
+        time.sleep(0.005)
+    end = time.monotonic() + 60
+    while len(answers) < 20 and time.monotonic() < end:
+        time.sleep(0.01)
+    queue.close()
+    assert answers == [expected[0]] * 20 and expected[0] != expected[1]
+
+
+def test_without_anywidget_a_sentence_says_what_to_install() -> None:
+    program = (
+        "import sys; sys.modules['anywidget'] = None\nfrom mambalens import Lens\n"
+        "try: Lens.load('atlas-mamba1').explore()\nexcept Exception as error: print(type(error).__name__, error)"
+    )
+    found = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120)
+    assert found.stdout.startswith("MambalensError") and "pip install 'mambalens[jupyter]'" in found.stdout
+
+
+def test_two_lenses_of_one_name_and_odd_facts_are_refused(lenses: dict[str, Lens]) -> None:
+    lens = lenses[NAMES[0]]
+    with pytest.raises(MambalensError, match="same name"):
+        lens.explore(others=[lens])
+    with pytest.raises(MambalensError, match="at most 4,000"):
+        lens.explore("x" * 5000)
+    assert lens.explore("A text").state.prompt == "A text" and lens.explore(facts=Facts([PERU])).fact is None

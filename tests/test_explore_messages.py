@@ -205,3 +205,8 @@ def test_two_lenses_of_one_name_and_odd_facts_are_refused(lenses: dict[str, Lens
     with pytest.raises(MambalensError, match="at most 4,000"):
         lens.explore("x" * 5000)
     assert lens.explore("A text").state.prompt == "A text" and lens.explore(facts=Facts([PERU])).fact is None
+
+
+def test_a_stored_notebook_shows_a_sentence(widget: Any) -> None:
+    shown, _ = widget._repr_mimebundle_()
+    assert shown["text/plain"] == "mambalens explore: atlas-mamba1; a widget, shown where a kernel runs"

@@ -66,6 +66,10 @@ class ExploreWidget(AnyWidget):
         super().__init__(_link=state.link if state.prompt else "")
         self.on_msg(self._hear)
 
+    def __repr__(self) -> str:
+        # What stands in a stored notebook, where no kernel runs.
+        return f"mambalens explore: {', '.join(self._lenses)}; a widget, shown where a kernel runs"
+
     @property
     def state(self) -> State:
         """What the page shows; set it, and the page shows that."""

@@ -38,6 +38,8 @@ CELLS = [
     "widget",
     "import json\n"
     "print('READ', json.dumps([widget.knockouts, json.loads(widget.result.to_json(orient='records', double_precision=15))]))",
+    "import time\nslow = lens.hooks.layers[0].register_forward_pre_hook(lambda *_: time.sleep(0.4))\nprint('slow')",
+    "slow.remove()\nprint('quick')",
 ]
 
 
@@ -118,6 +120,7 @@ def tab(browser: Any, lab: str) -> Iterator[Any]:
     tab.on("request", lambda asked: None if asked.url.startswith((home, home.replace("http", "ws"), "blob:", "data:")) else complaints.append(asked.url))  # fmt: skip
     tab.goto(lab)
     tab.wait_for_selector(".jp-Notebook .jp-Cell")
+    tab.wait_for_selector(".jp-Toolbar-kernelName:has-text('Python 3')")
     run(tab, 0)
     tab.wait_for_selector(".mambalens-widget[data-ready]")
     yield tab
@@ -131,17 +134,21 @@ def ours(said: Any) -> bool:
 
 
 def run(tab: Any, number: int) -> str:
-    """Run a cell, and give what it printed last. A cell that is run before there is a kernel is not run at all: again."""
+    """Run a cell, and give what it printed last."""
     cell, end = tab.locator(".jp-Cell").nth(number), time.monotonic() + PATIENCE
     prompt = cell.locator(".jp-InputPrompt").first
     before = prompt.inner_text()
-    cell.locator(".cm-content").click()
     while (now := prompt.inner_text()) == before or not re.search(r"\d", now):
-        assert time.monotonic() < end
-        if now == before:
+        assert time.monotonic() < end, tab.locator("body").inner_text()
+        if tab.locator(
+            ".jp-Dialog .jp-mod-accept"
+        ).count():  # which kernel, where it was asked to run before there was one
+            tab.click(".jp-Dialog .jp-mod-accept")
+        elif now == before:
+            cell.locator(".cm-content").click()
             tab.keyboard.press("Control+Enter")
-        tab.wait_for_timeout(500)
-    return str(cell.locator(".jp-OutputArea-output").last.inner_text()) if number else ""
+        tab.wait_for_timeout(1000)
+    return str(cell.locator(".jp-OutputArea-output").last.inner_text()).strip() if number else ""
 
 
 def settled(tab: Any) -> None:
@@ -186,3 +193,59 @@ def test_a_person_cuts_in_the_widget_and_the_next_cell_goes_on_from_there(tab: A
     with contextlib.redirect_stdout(printed):
         exec(compile(tab.evaluate("navigator.clipboard.readText()"), "copied", "exec"), {})
     assert float(printed.getvalue().split()[-1]) == pytest.approx(read(tab)[1][0]["prob"], rel=1e-6)
+
+
+def test_what_is_looked_at_closer_is_cut_by_a_click(tab: Any) -> None:
+    lens, other = Lens.load("atlas-mamba1"), Lens.load("atlas-gpt-neox")
+    settled(tab)
+    tab.fill("[data-name=window]", "10")
+    tab.click("[data-reading=heatmap]")
+    tab.wait_for_selector(".reading[data-shows=heatmap] .mark")
+    tab.click(".mark[data-row='4'][data-column='1']")
+    settled(tab)
+    cell = Cut((4,), (5,), tuple(range(1, 11)), "both")
+    knockouts, rows = read(tab)
+    assert knockouts == [json.loads(json.dumps(cell.knockout))]
+    assert [row["model"] for row in rows] == ["atlas-mamba1", "atlas-gpt-neox"]
+    # A transformer has attention alone, which is its path 'both', too.
+    for row, one in zip(rows, (lens, other), strict=True):
+        assert row["base_prob"] == pytest.approx(probability(one, []), rel=1e-5)
+        assert row["prob"] == pytest.approx(probability(one, [cell]), rel=1e-5)
+    tab.click("[data-reading=flow]")
+    tab.wait_for_selector(".reading[data-shows=flow] .edge")
+    with lens.hooks.knockout(**cell.knockout):
+        edge = (
+            lens.flow([Fact("The capital of Peru is", "Peru", "Lima")], progress=False, certify=20).strongest(1).iloc[0]
+        )
+    tab.locator(".edge[data-edge='0'] .hit").click(force=True)
+    settled(tab)
+    made = Cut((int(edge.source),), (int(edge.target),), (int(edge.layer),), edge.path)
+    assert read(tab)[0] == [json.loads(json.dumps(cut.knockout)) for cut in (cell, made)]
+    # A dark notebook is a dark page, also where the system is light; its figures are drawn again.
+    paper = "document.querySelector('.reading svg rect').getAttribute('fill')"
+    assert tab.evaluate(paper) == "#ffffff"
+    tab.evaluate("document.body.dataset.jpThemeLight = 'false'")
+    expect(tab.locator(".mambalens-widget")).to_have_css("color-scheme", "dark")
+    tab.wait_for_function(f"{paper} === '#161616'")
+
+
+def test_facts_are_texts_and_a_long_question_is_cancelled(tab: Any) -> None:
+    settled(tab)
+    tab.click("summary:text('Find a fact')")
+    tab.click(".facts button")
+    settled(tab)
+    assert tab.input_value(".mambalens-widget [data-name=prompt]") == ODD.prompt
+    for reading in ("heatmap", "flow", "contributions", "layers", "attention"):
+        tab.click(f"[data-reading={reading}]")
+        tab.wait_for_selector(f".reading[data-shows={reading}] h3")
+    assert tab.locator(".mambalens-widget").locator("script, b").count() == 0
+    assert run(tab, 2) == "slow"
+    tab.click("[data-reading=routes]")
+    tab.wait_for_selector(".mambalens-widget .working:not([hidden])")
+    tab.click(".mambalens-widget .cancel")
+    tab.wait_for_selector(".mambalens-widget .working", state="hidden")
+    assert run(tab, 3) == "quick"
+    assert tab.get_attribute(".mambalens-widget .reading", "data-shows") == "attention"
+    tab.locator(".token").nth(1).click()
+    settled(tab)
+    assert [one["sources"] for one in read(tab)[0]] == [[1]]

@@ -18,7 +18,7 @@ test: $(VENV)/installed-test
 # What depends on the models' own code, with the newest transformers that the range and the index allow, and with the
 # oldest release of everything in the range, torch among it. Each has an environment of its own.
 COMPATIBLE := tests/test_architectures.py tests/test_small_recurrences.py tests/test_hook_errors.py tests/test_hybrids.py \
-	tests/test_original.py tests/test_explore.py \
+	tests/test_original.py tests/test_explore.py tests/test_explore_messages.py \
 	tests/test_replay.py tests/test_knockout.py::test_generate_equals_running_every_prefix_anew \
 	tests/test_delta_rules.py::test_generation_under_a_knockout_of_every_path_is_what_repeated_passes_give \
 	tests/test_edges.py::test_generation_under_edges_is_what_repeated_passes_give \

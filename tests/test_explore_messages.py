@@ -81,6 +81,21 @@ def test_a_state_set_from_python_is_the_states_link(widget: Any) -> None:
         widget.show("prompt=a&cut=none")
 
 
+def test_cuts_are_set_from_python(widget: Any) -> None:
+    widget.cuts = [CUT]
+    assert State.of_link(widget._link).cuts == widget.cuts == (CUT,)
+    widget.cuts = [CUT.text, "0>1:2:main"]
+    assert widget.cuts == (CUT, Cut((0,), (1,), (2,), "main"))
+    with pytest.raises(MambalensError, match="is not a cut"):
+        widget.cuts = ["none"]
+    assert len(widget.cuts) == 2
+    widget.cuts = []
+    assert widget.knockouts == []
+    widget.state = replace(widget.state, prompt="")
+    with pytest.raises(MambalensError, match="no prompt to cut in"):
+        widget.cuts = [CUT]
+
+
 def test_errors_are_sentences_and_stand_in_the_result(widget: Any) -> None:
     state = replace(widget.state, subject="Chile")
     widget.state = state

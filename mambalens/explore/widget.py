@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from mambalens.hooks.errors import MambalensError
 from mambalens.html.modules import joined
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     import pandas as pd
 
@@ -98,8 +99,20 @@ class ExploreWidget(AnyWidget):
 
     @property
     def cuts(self) -> tuple[Cut, ...]:
-        """The cuts, in the order in which they were made."""
+        """The cuts, in the order in which they were made; set them, and the page shows them."""
         return self.state.cuts
+
+    @cuts.setter
+    def cuts(self, cuts: Iterable[Cut | str]) -> None:
+        """Cuts, or their texts as the command line takes them: '3-4>5:0-11:both'.
+
+        Raises:
+            MambalensError: for a text that is no cut, or where there is no prompt yet.
+        """
+        state = self.state
+        if not state.prompt.strip():
+            raise MambalensError("There is no prompt to cut in: type one, or set widget.state.")
+        self.state = replace(state, cuts=tuple(Cut.parse(one) if isinstance(one, str) else one for one in cuts))
 
     @property
     def knockouts(self) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import socket
@@ -55,11 +56,18 @@ class Loading:
         threading.Thread(target=self._run, name="loading", daemon=True).start()
 
     def _run(self) -> None:
+        # What is imported here stays: to look through it for garbage again and again takes a seventh of the time.
+        collects = gc.isenabled()
+        gc.disable()
         try:
             self.questions = self._load(self._says)
         except BaseException as error:
             self.error = error
             self.failed()
+        finally:
+            gc.freeze()  # nor in the middle of a click
+            if collects:
+                gc.enable()
 
     def _says(self, what: str) -> None:
         self.does = what

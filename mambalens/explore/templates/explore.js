@@ -617,7 +617,7 @@ export function explore(root, ask, options = {}) {
       const told = await question({ verb: "about" }, "about");
       if (!told.loading) return told;
       ui.loading.textContent = `One moment: ${told.loading}…`;
-      await new Promise((resolve) => { setTimeout(resolve, 150); });
+      await new Promise((resolve) => { setTimeout(resolve, 60); });
     }
   }
 

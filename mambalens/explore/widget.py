@@ -38,6 +38,8 @@ WRONG = "Something went wrong here. The log of the kernel says what; ask somethi
 """What a page is told of an error that is not the person's."""
 LARGEST = 200_000
 """Characters of a question."""
+REMEMBERED = 8
+"""States whose answers are kept, for `ExploreWidget.result` after an undo."""
 RESULT = ("model", "answer", "answer_id", "base_prob", "prob", "base_rank", "rank", "error")
 """Columns of `ExploreWidget.result`."""
 _log = logging.getLogger(__name__)
@@ -170,8 +172,8 @@ class ExploreWidget(AnyWidget):
             if not isinstance(told, dict) or len(repr(told)) > LARGEST:
                 raise MambalensError("This question is none, or too long.")
             asking = self._questions.understand(told)
-            if told["verb"] != "ask":
-                self._queue_or_now(told["verb"], view, asking.run, tell)
+            if told["verb"] != "ask":  # in line too: examples are found with the tokenizer, which threads may not share
+                self._queue.put(f"{view} {told['verb']}", asking.run, tell)
                 return
             state = State.read(told["state"])
 
@@ -189,13 +191,9 @@ class ExploreWidget(AnyWidget):
         except Exception as error:
             tell(error)
 
-    def _queue_or_now(self, verb: str, view: str, run: Any, tell: Any) -> None:
-        # Examples are found with the tokenizer, which threads may not share.
-        self._queue.put(f"{view} {verb}", run, tell)
-
     def _keep(self, state: State, model: str, found: dict[str, Any]) -> None:
         self._answers.setdefault(state.link, {})[model] = found
-        while len(self._answers) > 8:
+        while len(self._answers) > REMEMBERED:
             self._answers.pop(next(iter(self._answers)))
 
     @contextmanager

@@ -28,10 +28,19 @@ PATIENCE = 120
 """Seconds, where many tests share few cores."""
 
 
+def begin(command: list[str]) -> subprocess.Popen[str]:
+    """A process that hears Ctrl+C, also where the tests run in the background, which may be told to ignore it."""
+
+    def hear() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, preexec_fn=hear)
+
+
 def start(*arguments: str) -> tuple[subprocess.Popen[str], str]:
     """The command, and the address that it says."""
     command = [sys.executable, "-W", "ignore", "-m", "mambalens", "explore", "--no-browser", *arguments]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = begin(command)
     assert process.stderr is not None
     found = re.search(r"http://\S+", process.stderr.readline())
     assert found is not None
@@ -184,7 +193,7 @@ def test_the_state_of_a_command_line_is_the_state_of_its_page() -> None:
         "mean",
     ]
     command = [sys.executable, "-m", "mambalens", "explore", "--no-browser", *options, MODEL]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    process = begin(command)
     try:
         assert process.stderr is not None
         address = process.stderr.readline().split()[-1]

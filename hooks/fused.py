@@ -1,7 +1,7 @@
 """Mamba-1's step in one pass over memory, by torch.compile, where sweeps are long enough to pay for compiling.
 
-The compiled function and the one that runs without a compiler are the same lines (`step_in_torch`). Compiling is tried
-once a process at most; where it fails, or a call does not fit what was compiled, the caller goes on without.
+What is compiled is written as a compiler fuses it, `step_in_torch` as PyTorch's own kernels are fast. Compiling is
+tried once a process at most; where it fails, or a call does not fit what was compiled, the caller goes on without.
 """
 
 from __future__ import annotations
@@ -40,7 +40,18 @@ def step_in_torch(
         scratch: memory to work in.
     """
     product = torch.mul(dt[..., None, :], rate, out=scratch)
-    return product.exp2_().mul_(start[:, None]).mul_(C[..., None]).sum(-2)
+    # A product of matrices reads what is written once; elementwise, it would be written and read once more.
+    return (C[..., None, :] @ product.exp2_().mul_(start[:, None]))[..., 0, :]
+
+
+def _step_in_one(
+    dt: Float[Tensor, "batch rows feature"],
+    rate: Float[Tensor, "state feature"],
+    C: Float[Tensor, "batch rows state"],
+    start: Float[Tensor, "batch state feature"],
+) -> Float[Tensor, "batch rows feature"]:
+    """`step_in_torch`, elementwise."""
+    return (torch.exp2(dt[..., None, :] * rate) * start[:, None] * C[..., None]).sum(-2)
 
 
 def step(
@@ -49,7 +60,7 @@ def step(
     C: Float[Tensor, "batch rows state"],
     start: Float[Tensor, "batch state feature"],
 ) -> Float[Tensor, "batch rows feature"] | None:
-    """`step_in_torch` compiled; None where it is not, or does not fit these tensors."""
+    """`step_in_torch` by a compiled function; None where it is not, or does not fit these tensors."""
     global _compiled
     if _compiled is None or not _fits(dt, rate, C, start):
         return None
@@ -89,7 +100,7 @@ def compile_step(device: torch.device) -> bool:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             # Unwrapped: what checks shapes while the tests run does not compile.
-            function = torch.compile(inspect.unwrap(step_in_torch), dynamic=True, fullgraph=True)
+            function = torch.compile(inspect.unwrap(_step_in_one), dynamic=True, fullgraph=True)
             torch.testing.assert_close(function(*arguments), step_in_torch(*arguments))
         _compiled = function
     except Exception as error:  # no compiler, a broken one, a read-only cache folder: all the same here

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mambalens.hooks import fused
-from mambalens.hooks.indices import having, to_pick
+from mambalens.hooks.indices import to_pick
 from mambalens.hooks.linear_scan import LOOPS, linear_scan
 
 CHUNK = 64
@@ -38,6 +37,11 @@ TILE = {"cpu": 2**21}
 def tile(device: torch.device) -> int:
     """Numbers that are worked on at a time on a device."""
     return TILE.get(device.type, 2**26)
+
+
+def near(device: torch.device) -> int:
+    """Numbers of a tile that stays in the processor's nearest memory while it is worked on several times."""
+    return tile(device) // 8
 
 
 def even(length: int, size: int) -> int:
@@ -71,9 +75,10 @@ def selective_scan(
         y, and the state after the last position.
     """
     batch, time, _ = x.shape
-    rate = _rate(A)
+    rate, in_place = _rate(A), not torch.is_grad_enabled()
+    if in_place and x.device.type in LOOPS and batch * time * rate.numel() > near(x.device):
+        return _by_position(x, dt, rate, B, C, start)
     width, chunk = _tiles(rate, batch, time)
-    in_place = not torch.is_grad_enabled()
     decays, writes = (_Scratch(slot, x) if in_place else None for slot in range(2))
     rows, states = [], []
     for at in _slices(batch, width):
@@ -91,6 +96,34 @@ def selective_scan(
         assert h is not None
         states.append(h)
     return torch.cat(rows), torch.cat(states)
+
+
+def _by_position(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    rate: Float[Tensor, "state feature"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    start: Float[Tensor, "#batch state feature"] | None,
+) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch state feature"]]:
+    """`selective_scan` position by position: states of a few prompts stay in the processor's nearest memory."""
+    y, dtx, ends = torch.empty_like(x), dt * x, []
+    scratch = _Scratch(0, x)
+    for at in _slices(len(x), max(1, near(x.device) // rate.numel())):
+        of_start = None if start is None else start if len(start) == 1 else start[at]
+        h: Tensor | None = None
+        for t in range(x.shape[1]):
+            of_dt, of_dtx, of_B = dt[at, t, None], dtx[at, t, None], B[at, t, :, None]
+            before = of_start if h is None else h
+            if before is None:
+                h = of_dtx * of_B  # [b, N, D]
+            else:
+                decay = torch.mul(of_dt, rate, out=scratch.of(len(of_dt), *rate.shape)).exp2_()
+                h = torch.mul(decay, before, out=h).addcmul_(of_dtx, of_B)
+            y[at, t] = (C[at, t, None] @ h)[:, 0]
+        assert h is not None
+        ends.append(h)
+    return y, torch.cat(ends)
 
 
 def selective_states(
@@ -116,15 +149,18 @@ def selective_states(
     batch, time, _ = x.shape
     rate = _rate(A)
     width, chunk = _tiles(rate, batch, time)
-    later = _sum_of_later(dt)  # [B, T, D]
-    weights = keep.to(x.dtype).transpose(0, 1)  # [B, sets, T]
-    total, scratch = x.new_zeros(batch, len(keep), rate.numel()), _Scratch(0, x)
+    later, dtx = sum_of_later(dt), dt * x  # [B, T, D]
+    weights = keep.to(x.dtype).transpose(0, 1).contiguous()  # [B, sets, T]
+    total, scratch = x.new_empty(batch, len(keep), rate.numel()), _Scratch(0, x)
     for at in _slices(batch, width):
         for now in _slices(time, chunk):
             part = later[at, now, None]
             left = torch.mul(part, rate, out=scratch.of(*part.shape[:2], *rate.shape))  # [b, L, N, D]
-            left.exp2_().mul_((dt[at, now] * x[at, now])[:, :, None]).mul_(B[at, now, :, None])
-            total[at].baddbmm_(weights[at, :, now], left.flatten(2))
+            left.exp2_().mul_(dtx[at, now, None]).mul_(B[at, now, :, None])
+            if now.start == 0:
+                torch.bmm(weights[at, :, now], left.flatten(2), out=total[at])
+            else:
+                total[at].baddbmm_(weights[at, :, now], left.flatten(2))
     return list(total.unflatten(-1, rate.shape).unbind(1))
 
 
@@ -243,71 +279,6 @@ def _ssd_chunks(
         start = states[:, -1]
     y = rearrange(y, "batch chunk feature time width -> batch (chunk time) feature width")
     return y[:, :time], start
-
-
-def ssd_states(
-    x: Float[Tensor, "batch time feature width"],
-    dt: Float[Tensor, "batch time feature"],
-    A: Float[Tensor, " feature"],
-    B: Float[Tensor, "batch time group state"],
-    keep: Bool[Tensor, "sets batch time"],
-) -> list[Float[Tensor, "batch group state lane"]]:
-    """Mamba-2's states after the last position from the inputs that are kept, see `selective_states`.
-
-    Returns:
-        For every choice the state, a group's heads side by side: [batch, groups, state, heads of a group x width].
-    """
-    left = torch.exp(_sum_of_later(dt) * A) * dt  # [B, T, H]
-    left = left[..., None] * x
-    left = rearrange(left, "batch time (group head) width -> batch group time (head width)", group=B.shape[2])
-    writes = rearrange(B, "batch time group state -> batch group 1 state time")
-    kept = rearrange(keep.to(x.dtype), "set batch time -> batch 1 set 1 time")
-    found: list[Tensor] = []
-    # The sets' states one under the other are one product for all, but a CPU is faster with memory of the size of one.
-    for some in kept.split(1 if x.device.type in LOOPS else len(keep), 2):
-        states = (writes * some).flatten(2, 3) @ left  # [B, G, sets x N, lanes]
-        found += states.unflatten(2, (some.shape[2], -1)).unbind(2)
-    return found
-
-
-def ssd_step(
-    x: Float[Tensor, "batch rows feature width"],
-    dt: Float[Tensor, "batch rows feature"],
-    A: Float[Tensor, " feature"],
-    B: Float[Tensor, "batch rows group state"],
-    C: Float[Tensor, "batch rows group state"],
-    states: list[Float[Tensor, "batch stategroup state lane"]],
-    number: Int[Tensor, " rows"],
-) -> Float[Tensor, "batch rows feature width"]:
-    """One position of Mamba-2's scan for many rows, each from one of its prompt's states.
-
-    Args:
-        x, dt, A, B, C: as in the recurrence above, `rows` for every prompt. There may be a B and C for every head.
-        states: states before the position, from `ssd_states`.
-        number: which of them each row resumes from; on the CPU.
-    """
-    features, groups = x.shape[2], C.shape[2]
-    y = own_entry(B, C, dt)[..., None] * x
-    decay = torch.exp(dt * A)[..., None]
-    for index in number.unique().tolist():
-        rows: Any = having(number, index, x.device)
-        state, own = states[index], C[:, rows]
-        if state.shape[1] < groups:  # a state for each head, where each has its own C
-            state = ssd_heads(state, features)
-        elif state.shape[1] > groups:  # each had its own B before, where taps were cut for some of them
-            own = own.repeat_interleave(features // groups, 2)
-        carried = rearrange(own, "batch row group state -> batch group row state") @ state  # [B, G, R, lanes]
-        by_head = "batch group row (head width) -> batch row (group head) width"
-        y[:, rows] += rearrange(carried, by_head, head=features // state.shape[1]) * decay[:, rows]
-    return y
-
-
-def ssd_heads(
-    state: Float[Tensor, "batch group state lane"], features: int
-) -> Float[Tensor, "batch feature state width"]:
-    """A state of `ssd_states` head by head."""
-    by_head = "batch group state (head width) -> batch (group head) state width"
-    return rearrange(state, by_head, head=features // state.shape[1])
 
 
 def selective_attention(
@@ -604,7 +575,7 @@ class _Scratch:
         return rooms[self.key][:size].view(shape)
 
 
-def _sum_of_later(dt: Float[Tensor, "batch time feature"]) -> Float[Tensor, "batch time feature"]:
+def sum_of_later(dt: Float[Tensor, "batch time feature"]) -> Float[Tensor, "batch time feature"]:
     """Sum of dt over s+1.. at s, added up from the end: what is small, and counts, loses no digits."""
     shifted = F.pad(dt[:, 1:], (0, 0, 0, 1))
     return shifted.flip(1).cumsum(1).flip(1)

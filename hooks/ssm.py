@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import fused, kernels, scan
+from mambalens.hooks import fused, kernels, scan, ssd_rows
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.indices import having
 from mambalens.hooks.knockout import Paths
@@ -174,22 +174,13 @@ class SSDMixer(RecurrentMixer):
         return y, None if state is None else state.mT
 
     def states(self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]) -> States:
-        found = scan.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, ~sources)
+        found = ssd_rows.ssd_states(inputs.x, inputs.dt, inputs.A, inputs.B, ~sources)
         return lambda written, erased: found[written]
 
     def resume_scan(
         self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
-        x, dt, A, B, C = inputs
-        if x.shape[2] == 1:
-            return scan.ssd_step(x[:, :, 0], dt[:, :, 0], A, B[:, :, 0], C[:, :, 0], list(states), number)[:, :, None]
-        y = torch.empty_like(x)
-        for index, state in enumerate(states):
-            rows = having(number, index, x.device)
-            for i, start in enumerate(scan.ssd_heads(state, x.shape[3])):
-                part = (x[i, rows], dt[i, rows], A, B[i, rows], C[i, rows])
-                y[i, rows] = scan.ssd_scan(*part, start[None])[0]
-        return y
+        return ssd_rows.ssd_resume(*inputs, states, number)
 
     def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         group = features * inputs.B.shape[2] // inputs.dt.shape[2]

@@ -150,17 +150,6 @@ def test_chunks_of_mamba2_are_the_recurrence(
                 assert (one - other).abs().max() < TOLERANCE * (1 + other.abs().max())
 
 
-def test_states_of_mamba2_are_the_same_in_one_product(by_pairs: Callable[[], None]) -> None:
-    x, dt, A, B, _ = of_mamba2(9)
-    keep = torch.rand(3, 2, 9, generator=torch.Generator().manual_seed(0)) < 0.5
-    slow = scan.ssd_states(x, dt, A, B, keep)
-    by_pairs()
-    for kept, one, other in zip(keep, scan.ssd_states(x, dt, A, B, keep), slow, strict=True):
-        assert (one - other).abs().max() < TOLERANCE
-        last = slow_ssd(x * kept[..., None, None], dt, A, B, B, None)[1]
-        assert (scan.ssd_heads(one, 4) - last).abs().max() < TOLERANCE
-
-
 @pytest.mark.parametrize("time", [1, 2, 5, 33])
 def test_rglru_is_the_same_by_pairs(time: int, by_pairs: Callable[[], None]) -> None:
     generator = torch.Generator().manual_seed(time)

@@ -21,7 +21,7 @@ from models import in_double, in_torch
 from torch import Tensor
 from verbs import VERBS, difference, lens_of
 
-from mambalens.hooks import kernels, scan
+from mambalens.hooks import kernels, scan, ssd_rows
 
 pytestmark = [
     pytest.mark.skipif(
@@ -129,12 +129,12 @@ def test_a_step_of_mamba2_is_that_of_mamba_ssm() -> None:
 
     x, dt, A, B, C = of_ssd(1, 9)
     keep = torch.rand(3, BATCH, 8, generator=torch.Generator().manual_seed(2)) < 0.5
-    states = scan.ssd_states(x[:, :8], dt[:, :8], A, B[:, :8], keep)
+    states = ssd_rows.ssd_states(x[:, :8], dt[:, :8], A, B[:, :8], keep)
     rows = torch.arange(3)
-    found = scan.ssd_step(*(t[:, 8:].expand(-1, 3, *t.shape[2:]) for t in (x, dt)), A,
-                          *(t[:, 8:].expand(-1, 3, *t.shape[2:]) for t in (B, C)), states, rows)  # fmt: skip
+    x_r, dt_r, B_r, C_r = (t[:, None, 8:].expand(-1, 3, -1, *t.shape[2:]) for t in (x, dt, B, C))
+    found = ssd_rows.ssd_resume(x_r, dt_r, A, B_r, C_r, states, rows)[:, :, 0]
     for row, state in enumerate(states):
-        of_head = scan.ssd_heads(state, HEADS).mT.contiguous()  # [batch, head, width, state]
+        of_head = state.heads(HEADS).mT.contiguous()  # [batch, head, width, state]
         expected = selective_state_update(
             of_head, x[:, 8], dt[:, 8, :, None].expand(-1, -1, WIDTH), A[:, None, None].expand(-1, WIDTH, STATE), B[:, 8],
             C[:, 8], torch.zeros(HEADS, WIDTH), dt_bias=torch.zeros(HEADS, 1).expand(-1, WIDTH),

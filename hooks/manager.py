@@ -368,6 +368,17 @@ class HookManager:
             stack.callback(setattr, self, "_aside", False)
             yield
 
+    @contextmanager
+    def short(self, time: int) -> Iterator[None]:
+        """Around passes of so many positions: transformers' Mamba-2 fills prompts up to 256 positions on a CPU.
+
+        The arithmetic is the same but for its rounding; zeros alone are left out.
+        """
+        with ExitStack() as stack:
+            for mixer in self.mixers:
+                stack.enter_context(mixer.short(time))
+            yield
+
     def layer_numbers(self, layers: Sequence[int] | int | str | None) -> list[int]:
         """Layers as a list of numbers, checked against the model."""
         if layers is None:

@@ -217,6 +217,11 @@ class Mixer(ABC):
         """Hear how many rows will resume in this mixer, to prepare for many."""
 
     @contextmanager
+    def short(self, time: int) -> Iterator[None]:
+        """Around passes of so many positions: a module that works in chunks does not fill them up to a longer one."""
+        yield
+
+    @contextmanager
     def writing(self) -> Iterator[Any]:
         """Around a pass whose call of this module is captured for `written`; what it gives goes along."""
         yield None

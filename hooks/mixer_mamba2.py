@@ -5,12 +5,16 @@ Dao & Gu 2024, arXiv:2405.21060, section 7.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mambalens.hooks.linear_scan import LOOPS
 from mambalens.hooks.recurrence import Projected
 from mambalens.hooks.ssm import ScanInputs, SSDMixer, SSMMixer
 
@@ -33,8 +37,9 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
 
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         mixer = self.module
-        projected = mixer.in_proj(hidden * getattr(mixer, "ssm_in_multiplier", 1.0))  # multipliers: Falcon-H1
-        projected = projected * getattr(mixer, "mup_vector", 1.0)
+        scale, by_lane = getattr(mixer, "ssm_in_multiplier", 1.0), getattr(mixer, "mup_vector", None)  # Falcon-H1's
+        projected = mixer.in_proj(hidden if scale == 1.0 else hidden * scale)
+        projected = projected if by_lane is None else projected * by_lane
         gate, inner, dt = projected.split([mixer.intermediate_size, mixer.conv_dim, mixer.num_heads], -1)
         return Projected(gate, inner, dt)
 
@@ -63,6 +68,19 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
         B, C = (rearrange(t, by_group, state=mixer.ssm_state_size).to(precise) for t in (B, C))
         x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
         return ScanInputs(x, dt, -torch.exp(mixer.A_log.to(precise)), B, C)
+
+    @contextmanager
+    def short(self, time: int) -> Iterator[None]:
+        mixer, device = self.module, self.module.A_log.device
+        chunk = getattr(mixer, "chunk_size", 0)
+        if not 0 < time < chunk or device.type not in LOOPS:  # kernels want chunks of their own sizes
+            yield
+            return
+        mixer.chunk_size = time
+        try:
+            yield
+        finally:
+            mixer.chunk_size = chunk
 
     @property
     def state_numbers(self) -> int:

@@ -97,7 +97,8 @@ class LoadedModel:
         # The head runs on one position a row; whatever the model does behind its head stays the model's code.
         handle = self.model.get_output_embeddings().register_forward_pre_hook(keep_last)
         try:
-            logits = self.model(input_ids=batch.ids.to(self.device, non_blocking=True), use_cache=False).logits
+            with self.hooks.short(batch.ids.shape[1]):
+                logits = self.model(input_ids=batch.ids.to(self.device, non_blocking=True), use_cache=False).logits
         finally:
             handle.remove()
         return logits[:, 0].to(torch.promote_types(logits.dtype, torch.float32))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+SMALL = 2**13
+"""Vocabularies that are not worth blocks."""
 
 
 class Prediction(NamedTuple):
@@ -33,7 +37,27 @@ class Prediction(NamedTuple):
         target = log_probs.gather(1, targets.to(logits.device)[:, None])
         # Counted in the logits' own kind of number, which is exact below 2**24 and several times as fast as in bools.
         above = torch.gt(log_probs, target, out=torch.empty_like(log_probs)).sum(1).long()
-        return cls(log_probs, target[:, 0].double().exp(), above + 1, log_probs.argmax(-1))
+        return cls(log_probs, target[:, 0].double().exp(), above + 1, top_of(log_probs))
+
+
+def top_of(values: Float[Tensor, "batch vocabulary"]) -> Int[Tensor, " batch"]:
+    """The index of the largest value, the first of equals; where some are NaN, of the first of these: `argmax`.
+
+    On a CPU the largest value of a block is found in a tenth of the time of its index: one block is looked through.
+    """
+    count = values.shape[1]
+    if values.device.type != "cpu" or count < SMALL:
+        return values.argmax(-1)
+    blocks = math.isqrt(count) // 8
+    size = count // blocks
+    best = values[:, : blocks * size].unflatten(1, (blocks, size)).amax(-1)
+    rest = values[:, blocks * size :]
+    if rest.shape[1]:
+        best = torch.cat([best, rest.amax(-1, keepdim=True)], 1)
+    # The last block may be short; it is looked through from as far left, where nothing is as large.
+    first = (best.argmax(-1) * size).clamp_max(count - size)
+    within = values.gather(1, first[:, None] + torch.arange(size))
+    return first + within.argmax(-1)
 
 
 def target_probability(

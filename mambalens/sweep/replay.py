@@ -38,6 +38,10 @@ from mambalens.system.memory import widest
 SHARES = 4
 """Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
 
+TEMPORARY = 2**23
+"""Bytes a thread of what a layer makes of rows on a CPU: much more at once comes from the system as fresh pages each
+time, which cost as much as arithmetic on them."""
+
 
 class Row(NamedTuple):
     """One knockout of every prompt of a batch, or several at once."""
@@ -269,8 +273,10 @@ class _Walk:
         here = [mixer for mixer in self.replay.hooks.mixers if mixer.layer == number]
         kept = [self.kept[mixer].pop() for mixer in here]
         per_cut = 4 * (widest([layer]) + hidden.shape[-1]) * len(whole) * length * bytes_of(self.model)
-        size = max(1, self.replay.memory // SHARES // per_cut)
-        size = min([size, *(of_layer.most_cuts for of_layer in kept)])
+        room = self.replay.memory // SHARES
+        if whole.device.type == "cpu":
+            room = min(room, 4 * TEMPORARY * torch.get_num_threads())
+        size = min([max(1, room // per_cut), *(of_layer.most_cuts for of_layer in kept)])
         parts = []
         of_base = self.base.to(whole.device)
         for begin in range(0, len(joined), size):

@@ -30,10 +30,11 @@ BREAKS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 TRIES = 3
 """Replays that may fail before no other is tried."""
 LOOKS = 3
-"""Prompts of a pass that are rounded otherwise, to know the noise by."""
-ROUNDS = 4
-"""Such passes at most. The first moves embeddings alone, which for some prompts of a trained model says too little;
-only there others are taken, which move what every layer gives, as rounding does."""
+"""Looks at the prompt rounded otherwise, each at random, that move embeddings alone: as many as it takes to account for
+the difference, at most so many."""
+MOST_LOOKS = 12
+"""All looks. For some prompts of a trained model the first say too little; only there others are taken, which move what
+every layer gives, as rounding does."""
 
 
 class Check(NamedTuple):
@@ -45,7 +46,7 @@ class Check(NamedTuple):
     difference: float
     """Root mean square, over the vocabulary, of how the log-probabilities of replay and model differ, in nats."""
     noise: float
-    """The same between the model and itself rounded otherwise; the largest of a few looks."""
+    """The same between the model and itself rounded otherwise; the largest of as many looks as were taken."""
 
     @property
     def passed(self) -> bool:
@@ -164,7 +165,7 @@ def held_against(
         ids: the prompt, and what fills it up.
         last: its last position.
         uncut: logits behind it that a replay without a cut gives.
-        tokens: how many a pass may have, if the prompt itself has no more: what fits the memory.
+        tokens: how many fit a pass, if the prompt itself has no more.
 
     Returns:
         `Check.difference` and `Check.noise`.
@@ -176,18 +177,18 @@ def held_against(
         at = torch.full((count,), last)
         return lens.last_logits(Batch([], ids.expand(count, -1), at, at)).double().log_softmax(-1)
 
-    own = rows(1)[0]
+    # Twice as many tokens take hardly longer: the first look goes along, where the memory has room for it.
+    with _rounded_otherwise(lens, 0, everywhere=False, own=1):
+        own, *looks = rows(2 if 2 * len(ids) <= tokens else 1)
     difference = _difference(uncut.to(own.device).double().log_softmax(-1), own)
     # The head rounds too, at least by this.
     noise = 2 * _step(lens) * float((own - own.nanmean()).nan_to_num(0.0, 0.0, 0.0).square().mean().sqrt())
-    at_once = min(LOOKS, max(1, tokens // len(ids)))
-    for seed in range(ROUNDS):
-        with _rounded_otherwise(lens, seed):
-            for begin in range(0, LOOKS, at_once):
-                looks = rows(min(at_once, LOOKS - begin))
-                noise = max(noise, *(_difference(look, own) for look in looks))
-        if difference <= MULTIPLE * noise:
+    noise = max([noise, *(_difference(look, own) for look in looks)])
+    for look in range(len(looks), MOST_LOOKS):
+        if difference <= MULTIPLE * noise:  # more looks would find no less
             break
+        with _rounded_otherwise(lens, look, everywhere=look >= LOOKS):
+            noise = max(noise, _difference(rows(1)[0], own))
     return difference, noise
 
 
@@ -202,19 +203,21 @@ def _difference(ours: Float[Tensor, " vocabulary"], theirs: Float[Tensor, " voca
 
 
 @contextmanager
-def _rounded_otherwise(lens: LoadedModel, seed: int) -> Iterator[None]:
-    """While the block runs, embeddings are moved by a rounding step, with a seed but 0 each layer's output too."""
+def _rounded_otherwise(lens: LoadedModel, seed: int, everywhere: bool, own: int = 0) -> Iterator[None]:
+    """While the block runs, embeddings, or all that layers give, are moved by a rounding step; `own` rows are not."""
     generator = torch.Generator().manual_seed(seed)
     step = _step(lens)
 
     def moved(hidden: Float[Tensor, "batch time hidden"]) -> Float[Tensor, "batch time hidden"]:
-        ways = torch.randint(0, 2, hidden.shape, generator=generator).to(hidden.device) * 2 - 1
+        ways = torch.randint(0, 2, hidden.shape, generator=generator) * 2 - 1
+        ways[:own] = 0
+        ways = ways.to(hidden.device)
         return hidden + (hidden.double() * step * ways).to(hidden.dtype)
 
     def move(module: Any, args: Any, output: Any) -> Any:
         return (moved(output[0]), *output[1:]) if isinstance(output, tuple) else moved(output)
 
-    modules = [lens.model.get_input_embeddings(), *(lens.hooks.layers if seed else ())]
+    modules = [lens.model.get_input_embeddings(), *(lens.hooks.layers if everywhere else ())]
     with ExitStack() as stack:
         for module in modules:
             stack.callback(module.register_forward_hook(move).remove)

@@ -7,7 +7,7 @@ layers, W = L - w + 1, a source and a path:
 
     hooked    W * T * L
     replayed  T * L + L + W * (L + w) / 2        the base pass, the uncut row, the rows
-    checked   4 * T * L a batch                  its shortest prompt in plain passes: as it is, and rounded otherwise
+    checked   2 * T * L a batch                  its shortest prompt in plain passes: as it is, and rounded otherwise
 
 A batch has as many prompts as fill 4,096 tokens, so the check is next to nothing for short prompts, and most for long ones.
 A token in a layer is as many multiply-adds as a Mamba-1 layer has weights. The head is added for every token of a plain pass,
@@ -29,11 +29,12 @@ from common import facts_of, load, mamba1, report, seconds, tokenizer
 
 from mambalens import Lens
 from mambalens.model import BATCH_TOKENS
-from mambalens.sweep.checks import LOOKS
 
 WINDOW, VOCABULARY, STATE = 9, 50280, 16
 PROMPTS, TOKENS = 8, 15.0
 """Of the measured sweeps."""
+PASSES = 2
+"""Of a batch's check, where the first look accounts for the difference."""
 
 
 class Measured(NamedTuple):
@@ -76,7 +77,7 @@ def replayed(layers: int, width: int, tokens: float, cuts: int = 1) -> float:
 
 def checks(facts: int, tokens: float) -> int:
     """Plain passes of a prompt that the checks of all batches take."""
-    return (1 + LOOKS) * -(-facts // max(1, int(BATCH_TOKENS // tokens)))
+    return PASSES * -(-facts // max(1, int(BATCH_TOKENS // tokens)))
 
 
 class Rates(NamedTuple):

@@ -4,8 +4,8 @@ Four parts, each with one JSON line for every measurement and a table; ratios ar
 
 models: 16 prompts of about 15 tokens, 4 sources, every window of 9 layers, target last. Seconds for one plain forward
     pass of the prompts, for the sweep by eager hooks in the same batch (measured on two windows, scaled to all) and for
-    the replayed sweep, everything a sweep does included: the uncut row, the check against the model's own pass of one
-    prompt, probability, rank, top token and KL. `bound_s` is the lower bound: the multiply-adds of the rows with the
+    the replayed sweep, everything a sweep does included: the uncut row, the check against the model's own passes of
+    one prompt, probability, rank, top token and KL. `bound_s` is the lower bound: the multiply-adds of the rows with the
     weight matrices of the layers they go through and the head, at the rate at which these matrices multiply as many
     rows as there are on average. Peak memory is over what the process held with the model loaded.
 growth: how a sweep's cost grows with the prompt's length and with the depth (smaller models).
@@ -43,7 +43,9 @@ from common import (
 from torch import Tensor
 
 from mambalens import Lens
-from mambalens.hooks import HookManager, fused
+from mambalens.facts.prompts import Batch
+from mambalens.hooks import fused
+from mambalens.sweep.checks import check
 from mambalens.sweep.prediction import Prediction, kl_divergence
 from mambalens.sweep.replay import UNCUT, Replay, Row
 from mambalens.system.memory import budget
@@ -61,9 +63,11 @@ class Sweep:
     """A sweep of random prompts, as `lens.sweep` runs it."""
 
     def __init__(self, model: Any, lengths: Tensor, window: int) -> None:
-        self.model, self.hooks, self.last, self.window = model, HookManager(model), lengths - 1, window
+        self.lens = Lens(model, tokenizer(model.config.vocab_size), "random")
+        self.model, self.hooks, self.last, self.window = model, self.lens.hooks, lengths - 1, window
         count, columns = len(lengths), int(lengths.max())
         self.ids = torch.randint(2, model.config.vocab_size, (count, columns))
+        self.batch = Batch([], self.ids, self.last, self.last)
         self.targets = torch.arange(columns) == self.last[:, None]
         self.sources = (torch.rand(SOURCES, count, columns) < 0.3) & (torch.arange(columns) < self.last[:, None])
         self.starts = range(self.hooks.n_layers - window + 1)
@@ -76,11 +80,11 @@ class Sweep:
 
     def replayed(self) -> None:
         """The whole sweep."""
-        scored, shortest = torch.zeros(len(self.ids), dtype=torch.long), int(self.last.argmin())
-        self.model(self.ids[shortest : shortest + 1, : self.last[shortest] + 1], use_cache=False)
-        memory = budget(None, self.ids.device)
+        scored, memory = torch.zeros(len(self.ids), dtype=torch.long), budget(None, self.ids.device)
         answers = Replay(self.hooks, self.ids, self.last, self.sources, memory=memory).logits([UNCUT, *self.cuts])
-        base = Prediction.of(next(answers)[1], scored)
+        uncut = next(answers)[1]
+        assert check(self.lens, self.batch, uncut).passed
+        base = Prediction.of(uncut, scored)
         probs = base.log_probs.exp()
         for _, logits in answers:
             kl_divergence(base.log_probs, Prediction.of(logits, scored).log_probs, probs)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from contextlib import ExitStack
 from typing import Any
 
 import pytest
 import torch
 from models import ARCHITECTURES, CONFIGS, architecture, in_double, tiny, token_ids
-from patches import by_cache, by_hooks, by_twins, changed_output, changed_stream
+from patches import by_cache, by_hooks, by_twins, changed_output, changed_stream, seen_by_hooks
 from torch import Tensor
 
 from mambalens.hooks import HookManager
@@ -61,11 +62,12 @@ def test_the_residual_stream_of_another_prompt_as_with_hooks(name: str) -> None:
     ]
     with torch.no_grad(), in_double(model):
         found = replayed(hooks, "residual", windows, ids, spots)
+        put = functools.partial(changed_stream, hooks.layers)
         for number, (prompt, other, positions, others) in enumerate(spots):
+            one, two = ids[prompt, : LAST[prompt] + 1], ids[other, : LAST[other] + 1]
+            seen = seen_by_hooks(model, put, itertools.chain(*windows), two)
             for at, layers in enumerate(windows):
-                put = functools.partial(changed_stream, hooks.layers)
-                one, two = ids[prompt, : LAST[prompt] + 1], ids[other, : LAST[other] + 1]
-                expected = by_hooks(model, put, layers, one, two, positions, others)
+                expected = by_hooks(model, put, layers, one, seen, positions, others)
                 assert (found.patched[number, at] - expected).abs().max() < 1e-9
         for prompt, last in enumerate(LAST):
             assert (found.base[prompt] - model(ids[prompt : prompt + 1, : last + 1]).logits[0, -1]).abs().max() < 1e-9
@@ -123,11 +125,12 @@ def test_what_mixers_and_mlps_give_in_another_prompt_as_with_hooks(name: str, si
     ]
     with torch.no_grad(), in_double(model):
         found = replayed(hooks, site, windows, ids, spots)
+        of_windows = [[sublayer.module for layer in layers for sublayer in sublayers[layer]] for layers in windows]
         for number, (prompt, other, positions, others) in enumerate(spots):
-            for at, layers in enumerate(windows):
-                modules = [sublayer.module for layer in layers for sublayer in sublayers[layer]]
-                one, two = ids[prompt, : LAST[prompt] + 1], ids[other, : LAST[other] + 1]
-                expected = by_hooks(model, changed_output, modules, one, two, positions, others)
+            one, two = ids[prompt, : LAST[prompt] + 1], ids[other, : LAST[other] + 1]
+            seen = seen_by_hooks(model, changed_output, itertools.chain(*of_windows), two)
+            for at, modules in enumerate(of_windows):
+                expected = by_hooks(model, changed_output, modules, one, seen, positions, others)
                 assert (found.patched[number, at] - expected).abs().max() < 1e-9
 
 

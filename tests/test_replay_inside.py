@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from models import ARCHITECTURES, CONFIGS, VOCABULARY, architecture, has_keys, in_double, tiny, token_ids
 from replays import Replayed, replayed
 from torch import Tensor
+from verbs import KINDS
 
 from mambalens import Lens, load_facts
 from mambalens.hooks import HookManager
@@ -27,6 +28,8 @@ TOLERANCE = 1e-5
 IN_DOUBLE = 1e-9
 MODELS = list(CONFIGS)
 """With the attention that transformers chooses; its plain form is tried in `ARCHITECTURES`, exactly."""
+OTHERS = [name for name in ARCHITECTURES if name not in KINDS]
+"""What blocks do to each other depends on the mixers; these have the mixers of `KINDS`, called in other ways."""
 Draw = Callable[[Any], Any]
 
 
@@ -152,10 +155,19 @@ def test_replay_equals_the_eager_hooks(name: str, data: st.DataObject) -> None:
     assert misses(configured(name), data.draw) < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", list(KINDS))
 @settings(deadline=None, max_examples=8)
 @given(data=st.data())
-def test_replay_equals_the_eager_hooks_in_every_architecture(model_type: str, data: st.DataObject) -> None:
+def test_replay_equals_the_eager_hooks_in_every_kind_of_mixer(model_type: str, data: st.DataObject) -> None:
+    hooks = hooked(model_type)
+    with in_double(hooks.model):
+        assert misses(hooks, data.draw) < IN_DOUBLE
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+@settings(deadline=None, max_examples=2)
+@given(data=st.data())
+def test_replay_equals_the_eager_hooks_in_every_other_architecture(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)
     with in_double(hooks.model):
         assert misses(hooks, data.draw) < IN_DOUBLE
@@ -200,10 +212,19 @@ def test_patches_equal_hooked_patches(name: str, data: st.DataObject) -> None:
     assert patches_miss(configured(name), data.draw) < TOLERANCE
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", list(KINDS))
 @settings(deadline=None, max_examples=5)
 @given(data=st.data())
-def test_patches_equal_hooked_patches_in_every_architecture(model_type: str, data: st.DataObject) -> None:
+def test_patches_equal_hooked_patches_in_every_kind_of_mixer(model_type: str, data: st.DataObject) -> None:
+    hooks = hooked(model_type)
+    with in_double(hooks.model):
+        assert patches_miss(hooks, data.draw) < IN_DOUBLE
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+@settings(deadline=None, max_examples=2)
+@given(data=st.data())
+def test_patches_equal_hooked_patches_in_every_other_architecture(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)
     with in_double(hooks.model):
         assert patches_miss(hooks, data.draw) < IN_DOUBLE

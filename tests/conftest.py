@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jaxtyping import install_import_hook
 
 # What a user hands over is checked by these two themselves, in sentences.
 FIRST_TO_HEAR = ("manager", "knockout", "steering")
@@ -22,7 +21,9 @@ INTERVENTIONS = [f"interventions.{path.stem}" for path in (ROOT / "mambalens" / 
                  if path.stem not in GIVE_THEMSELVES]  # fmt: skip
 
 if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
-    install_import_hook(
+    import shapes
+
+    shapes.install(
         [
             *(f"mambalens.hooks.{name}" for name in HOOKS if name not in FIRST_TO_HEAR),
             *(
@@ -42,8 +43,7 @@ if os.environ.get("MAMBALENS_SHAPES") != "unchecked":
                     "report.page",
                 )
             ),
-        ],
-        "beartype.beartype",
+        ]
     )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import explicit
@@ -50,8 +51,27 @@ def changed_output(module: nn.Module, change: Callable[[Tensor], Tensor]) -> Ite
         handle.remove()
 
 
+Seen = list[tuple[Any, Tensor]]
+"""Modules, in the order of their calls in a pass, each with its input or output there."""
+
+
+def seen_by_hooks(model: Any, how: Any, modules: Iterable[Any], ids: Tensor) -> Seen:
+    """What modules have in a pass over a prompt [T]; `how` as in `by_hooks`."""
+    found: Seen = []
+
+    def keep(value: Tensor, module: Any) -> Tensor:
+        found.append((module, value.clone()))
+        return value
+
+    with ExitStack() as stack:
+        for module in dict.fromkeys(modules):
+            stack.enter_context(how(module, partial(keep, module=module)))
+        model(ids[None], use_cache=False)
+    return found
+
+
 def by_hooks(
-    model: Any, how: Any, modules: Sequence[nn.Module], ids: Tensor, other: Tensor, positions: Sequence[int],
+    model: Any, how: Any, modules: Sequence[Any], ids: Tensor, other: Tensor | Seen, positions: Sequence[int],
     others: Sequence[int],
 ) -> Tensor:  # fmt: skip
     """Logits behind the last token [vocabulary], with what modules have in another prompt put in.
@@ -60,14 +80,12 @@ def by_hooks(
         model: the model.
         how: `changed_input` or `changed_output`.
         modules: those whose inputs or outputs are changed, one after another as they are called.
-        ids, other: the prompt [T] and the other one.
+        ids, other: the prompt [T] and the other one, or what these modules, and maybe more, have in that.
         positions, others: positions of the prompt, and those that they are taken from.
     """
-    kept: list[Tensor] = []
-
-    def keep(value: Tensor) -> Tensor:
-        kept.append(value.clone())
-        return value
+    seen = seen_by_hooks(model, how, modules, other) if isinstance(other, Tensor) else other
+    # A module that stands there twice, as one that layers share, is changed twice.
+    taken = iter([value for module, value in seen for _ in range(modules.count(module))])
 
     def put(value: Tensor) -> Tensor:
         value = value.clone()
@@ -75,11 +93,6 @@ def by_hooks(
         value.view(-1, value.shape[-1])[list(positions)] = next(taken).view(-1, value.shape[-1])[list(others)]
         return value
 
-    with ExitStack() as stack:
-        for module in modules:
-            stack.enter_context(how(module, keep))
-        model(other[None], use_cache=False)
-    taken = iter(kept)
     with ExitStack() as stack:
         for module in modules:
             stack.enter_context(how(module, put))

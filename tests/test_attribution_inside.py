@@ -9,8 +9,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import ARCHITECTURES, in_double
-from test_replay_inside import Draw, around, hooked, inside
+from models import in_double
+from test_replay_inside import OTHERS, Draw, around, hooked, inside
+from verbs import KINDS
 
 from mambalens.hooks import HookManager
 from mambalens.hooks.edges import Places, Weakened, effects_of, node_of
@@ -71,10 +72,19 @@ def _every_edge(batch: int, time: int, reach: int | None) -> tuple[torch.Tensor,
     return prompt, target, source
 
 
-@pytest.mark.parametrize("model_type", list(ARCHITECTURES))
+@pytest.mark.parametrize("model_type", list(KINDS))
 @settings(deadline=None, max_examples=8)
 @given(data=st.data())
-def test_attribution_equals_hooked_cuts(model_type: str, data: st.DataObject) -> None:
+def test_attribution_equals_hooked_cuts_in_every_kind_of_mixer(model_type: str, data: st.DataObject) -> None:
+    hooks = hooked(model_type)
+    with in_double(hooks.model):
+        assert attributions_miss(hooks, data.draw, only_recurrent(model_type)) < LIMIT
+
+
+@pytest.mark.parametrize("model_type", OTHERS)
+@settings(deadline=None, max_examples=3)
+@given(data=st.data())
+def test_attribution_equals_hooked_cuts_in_every_other_architecture(model_type: str, data: st.DataObject) -> None:
     hooks = hooked(model_type)
     with in_double(hooks.model):
         assert attributions_miss(hooks, data.draw, only_recurrent(model_type)) < LIMIT

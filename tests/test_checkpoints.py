@@ -33,8 +33,10 @@ def test_there_are_four_of_at_most_five_megabytes_each_with_one_tokenizer() -> N
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_checkpoint_knows_trained_wordings_and_most_held_out_ones(name: str) -> None:
-    facts = load_facts("atlas")
-    table = Lens.load(name).evaluate(facts, progress=False)
+    lens, facts = Lens.load(name), load_facts("atlas")
+    assert all(lens.prompt(fact).ids for fact in facts)  # none that cannot be used
+    facts = facts.sample(1000)  # enough for shares that are 0.95 to 1; all take a checkpoint ten seconds
+    table = lens.evaluate(facts, progress=False)
     correct = table.correct.groupby([facts.table.split, facts.table.wording]).mean()
     for wording in ("near", "far"):
         assert correct["trained", wording] >= 0.95

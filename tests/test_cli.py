@@ -10,6 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from click.testing import CliRunner
+from started import python
 
 from mambalens import SweepResult
 from mambalens.cli.app import app
@@ -29,9 +30,7 @@ def run(*arguments: str) -> str:
 
 
 def typed(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mambalens", *arguments], capture_output=True, text=True, cwd=cwd, check=False
-    )
+    return python("-m", "mambalens", *arguments, cwd=cwd)
 
 
 def test_help_is_quick_has_examples_and_fits_a_screen() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from started import python
 
 from mambalens import Lens, MambalensError, SweepResult, load_facts
 from mambalens.runs.folder import PARTS, RunFolder
@@ -43,7 +44,7 @@ def swept(lens: Lens, out: Path | None, **changed: Any) -> SweepResult:
 
 def in_forks(task: str, folder: Path) -> dict[str, Any]:
     script = Path(__file__).parent / "runs_in_forks.py"
-    done = subprocess.run([sys.executable, str(script), task, str(folder)], capture_output=True, text=True, check=False)
+    done = python(str(script), task, str(folder))
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -233,9 +234,18 @@ def by_loops(result: SweepResult, metric: str, by: list[str]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=[*by, *GROUP, "n", "mean", "low", "high"])
 
 
+@pytest.fixture(scope="module")
+def looped(uneven: tuple[SweepResult, Path]) -> Callable[..., pd.DataFrame]:
+    """`by_loops` of the uneven table, by a metric and columns, once for every test."""
+    return functools.cache(lambda metric, *by: by_loops(uneven[0], metric, list(by)))
+
+
 @pytest.mark.parametrize("most", [None, 0])
 def test_uneven_tables_are_summarized_as_by_loops(
-    uneven: tuple[SweepResult, Path], monkeypatch: pytest.MonkeyPatch, most: int | None
+    uneven: tuple[SweepResult, Path],
+    looped: Callable[..., pd.DataFrame],
+    monkeypatch: pytest.MonkeyPatch,
+    most: int | None,
 ) -> None:
     held, folder = uneven
     assert held.table.kl.isna().any() and held.table.position.max() > 3 and held.table.model.nunique() == 2
@@ -247,11 +257,11 @@ def test_uneven_tables_are_summarized_as_by_loops(
     for result in (held, kept):
         for by in ([], ["relation"], ["relation", "wording"]):
             for metric in ("change_pct", "hit", "rank"):
-                found, expected = result.summary(metric=metric, by=by), by_loops(held, metric, by)
+                found, expected = result.summary(metric=metric, by=by), looped(metric, *by)
                 pd.testing.assert_frame_equal(found, expected, rtol=1e-9, atol=1e-9)
         both = result.summaries(["kl", "prob"])
         for metric in both:
-            pd.testing.assert_frame_equal(both[metric], by_loops(held, metric, []), rtol=1e-9, atol=1e-9)
+            pd.testing.assert_frame_equal(both[metric], looped(metric), rtol=1e-9, atol=1e-9)
     assert all(isinstance(piece, Kept) for piece in kept.rows.pieces)
 
 

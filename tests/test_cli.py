@@ -101,6 +101,9 @@ def test_heatmap_models_and_facts(tmp_path: Path) -> None:
         (["facts", "--where", "wording"], "is not COLUMN=VALUE"),
         (["facts", "--where", "wording=nowhere"], "No fact of 'atlas' has wording=nowhere"),
         (["plot", "nowhere"], "does not exist"),
+        (["attention", MODEL, "--prompt", "a", "--out", "map.pgn"], "written as 'map.pgn': did you mean 'png'"),
+        (["attention", MODEL, "--prompt", "a", "--out", "none/map.png"], "there is no folder 'none'"),
+        (["patch", MODEL, "--memory", "lots", "--out", "x"], "memory='lots' is not a size"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )

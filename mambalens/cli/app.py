@@ -271,7 +271,7 @@ def evaluate(
 @option("--subject", help="The subject, as spelled in the prompt.", required=True)
 @option("--target", help="The continuation.", required=True)
 @settings(window=WINDOW)
-@option("--path", help="main, conv or both.", default=PATH)
+@option("--path", help="main, conv, erase or both.", default=PATH)
 @ONE_GROUP
 @settings("mixers", ablation=ABLATION)
 @settings("keys", "over", "over_where")
@@ -288,13 +288,15 @@ def heatmap(
 
     Example: mambalens heatmap atlas-mamba1 --prompt 'The capital of Peru is' --subject Peru --target Lima
     """
+    from mambalens.cli import output
     from mambalens.facts.fact import Fact
 
+    output.figure_file(out)
     fact, group = Fact(prompt, subject, target), asked.features(features)
     put_in = asked.ablation(ablation, keys, over, over_where, other, other_subject, fact)
     lens = asked.lens(model, dtype, tokenizer)
     figure = lens.heatmap(fact, window, features=group, path=path, memory=memory, mixers=mixers, **put_in)
-    figure.savefig(out, dpi=130)
+    output.draw(figure, out)
     click.echo(f"{lens.predict(fact).to_string(index=False)}\n\nFigure: {out}")
 
 
@@ -401,13 +403,15 @@ def attention(
 
     Example: mambalens attention atlas-mamba2 --prompt 'The capital of Peru is' --layer 9 --features 0 --reduce none
     """
+    from mambalens.cli import output
     from mambalens.facts.fact import Fact
 
+    output.figure_file(out)
     lens = asked.lens(model, dtype, tokenizer)
     layer = lens.n_layers // 2 if layer is None else layer
     how = None if reduce == "none" else reduce
     figure = lens.attention_map(Fact(prompt, subject, "."), layer, asked.features(features), how, mixers)
-    figure.savefig(out, dpi=130)
+    output.draw(figure, out)
     click.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
 
 
@@ -559,8 +563,8 @@ def steer(
         click.echo(f"\n{len(table)} rows in {out}")
 
 
-@app.command(short_help="Draw a sweep's curves, a flow, patches or traces.")
-@argument("folder", "DIR", "Folder of a sweep, a flow, patches or traces, or of several.", kind=Path)
+@app.command(short_help="Draw what a folder keeps: a sweep, a flow, patches, ...")
+@argument("folder", "DIR", "Folder of one of them, or of several.", kind=Path)
 @option("--metric", help="change_pct, prob, hit, rank, kl or measure; moved, effect, ...", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")
 @option("--rows", help="What rows of panels differ in: path, wording, ...")
@@ -572,8 +576,8 @@ def plot(
     folder: Path, metric: str, x: str, rows: str | None, columns: str | None, where: tuple[str, ...], interval: str,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Draw the information-flow curves of a finished sweep, a flow (a prompt's graph, or pieces over many facts), or
-    the figure of patches, traces, contributions or logits.
+    """Draw the curves of a sweep, a flow (a prompt's graph, or pieces over many facts), or the figure of patches,
+    traces, contributions or logits.
 
     Of a flow and of contributions, --where is the only option beside --out; of patches and traces, --metric too, which
     is the only one of logits.
@@ -585,6 +589,8 @@ def plot(
     from mambalens.runs.stored import kind_of
 
     kind = kind_of(folder)
+    if out is not None:
+        output.figure_file(out)
     if kind not in (FLOW, SWEEP):
         from mambalens.cli import patches, readings
 

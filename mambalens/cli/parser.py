@@ -113,8 +113,18 @@ def _option_of(setting: Field[Any], many: bool, default: Any, help: str) -> Call
     flag, about = f"--{setting.name.replace('_', '-')}", setting.metadata
     metavar = "COLUMN=VALUE" if setting.name in CONDITIONS else None
     return option(
-        flag, help=help, kind=about["kind"], many=many, least=about["least"], metavar=metavar, default=default
-    )
+        flag, help=help, kind=about["kind"], many=many, least=about["least"], metavar=metavar, default=default,
+        callback=_memory if setting.name == "memory" else None,
+    )  # fmt: skip
+
+
+def _memory(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A size, refused before any model is asked anything."""
+    if value is not None:
+        from mambalens.system.memory import size_of
+
+        size_of(value)
+    return value
 
 
 def _type(kind: type, least: int | None = None) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mambalens.cli import asked
-from mambalens.cli.parser import Verbs, argument, every_setting, option, settings, typed
+from mambalens.cli.parser import Verbs, argument, every_setting, option, prompt_or_facts, settings, typed
 from mambalens.cli.settings import SweepSettings
 from mambalens.defaults import (
     ABLATION,
@@ -125,11 +125,7 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
     from mambalens.runs.folder import FLOW, writable_folder
 
     settings = flows.FlowSettings(**given)
-    choosing = typed("facts", "where", "limit", "all_facts")
-    if settings.prompt is not None and choosing:
-        raise MambalensError(
-            f"--prompt is a single one, and {', '.join(choosing)} would choose among facts: leave out either."
-        )
+    prompt_or_facts(settings.prompt)
     writable_folder(out, FLOW)
     if as_json:
         print_json()
@@ -366,6 +362,8 @@ def features(
     if unused:
         raise MambalensError(f"Nothing is knocked out without --causal: leave out {', '.join(unused)}, or give it.")
     put_in = asked.ablation(ablation, keys, over, over_where)
+    if select is not None:
+        output.check_selection(select, top)
     writable_folder(out)
     lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where, None if causal else limit)
     if causal:
@@ -442,6 +440,7 @@ def logits(
     from mambalens.runs.folder import LOGIT, writable_folder
 
     checked_metric(metric)
+    prompt_or_facts(prompt)
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
     writable_folder(out, LOGIT)
     lens = asked.lens(model, dtype, tokenizer)
@@ -480,6 +479,7 @@ def contributions(
     from mambalens.cli import output, readings
     from mambalens.runs.folder import CONTRIBUTION, writable_folder
 
+    prompt_or_facts(prompt)
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
     writable_folder(out, CONTRIBUTION)
     lens = asked.lens(model, dtype, tokenizer)
@@ -549,10 +549,11 @@ def steer(
     from mambalens.cli.programs import known_or_all
     from mambalens.experiments.steering import between
 
+    wanted = [asked.conditions(positive, "--to"), asked.conditions(negative, "--from")]
     lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where)
     sides = []
-    for conditions in (positive, negative):
-        side = chosen.where(**asked.conditions(conditions))
+    for conditions, values in zip((positive, negative), wanted, strict=True):
+        side = chosen.where(**values)
         if not len(side):
             raise MambalensError(f"No fact of {facts!r} has {' and '.join((*where, *conditions))}.")
         sides.append(known_or_all(lens, side, None, all_facts, batch_size, _say(silent=False), True, "taking"))

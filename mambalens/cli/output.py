@@ -118,6 +118,21 @@ def evaluated(table: pd.DataFrame) -> None:
         click.echo(f"... {len(missing)} facts skipped in all", err=True)
 
 
+def check_selection(select: str, top: float) -> None:
+    """Whether features can be picked so, before they are measured.
+
+    Raises:
+        MambalensError: for something that is not measured, or a part that there is not.
+    """
+    from mambalens.features.measures import MEASURED
+
+    numbers = ("decay_norm", *MEASURED)
+    if select not in numbers:
+        raise MambalensError(f"--select {select!r} is not measured of features: {choose(select, numbers)}.")
+    if not 0 < top <= 1:
+        raise MambalensError(f"--top {top:g}: give the part of a layer's features, more than 0 and at most 1.")
+
+
 def measured(table: pd.DataFrame, out: Path, select: str | None, top: float) -> list[str]:
     """Write what was measured of features, with its figures and a selection.
 

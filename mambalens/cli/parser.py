@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mambalens.cli.settings import CONDITIONS, SweepSettings
+from mambalens.hooks.errors import MambalensError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -80,6 +81,21 @@ def typed(*names: str) -> list[str]:
     context = click.get_current_context()
     given = [name for name in names if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     return [f"--{name.replace('_', '-')}" for name in given]
+
+
+def prompt_or_facts(prompt: str | None) -> None:
+    """Refuse options of a single prompt beside those that choose among facts.
+
+    Raises:
+        MambalensError: if there are.
+    """
+    choosing, of_one = typed("facts", "where", "limit", "all_facts"), typed("subject", "target")
+    if prompt is not None and choosing:
+        raise MambalensError(
+            f"--prompt is a single one, and {', '.join(choosing)} would choose among facts: leave out either."
+        )
+    if prompt is None and of_one:
+        raise MambalensError(f"{' and '.join(of_one)} would be of a single prompt: give --prompt too, or leave it out.")
 
 
 def settings(*names: str, **defaults: Any) -> Callable[[Verb], Verb]:

@@ -31,6 +31,8 @@ SITE_NAMES = {
 """What titles call the sites."""
 CHANGES = ("moved", "effect")
 """Metrics that are zero where nothing changes."""
+AGAINST = ("moved", "other_prob", "other_log_odds")
+"""Metrics that rise as a fact loses its own answer: red, as losses are in every figure; gains are blue."""
 
 
 def cells(
@@ -95,7 +97,8 @@ def cells(
     axis.set_facecolor("#D0D0D0")
     reach = float(np.nanmax(np.abs(values - centre))) if np.isfinite(values).any() else 1.0
     norm = TwoSlopeNorm(centre, centre - (reach or 1.0), centre + (reach or 1.0))
-    image = axis.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+    colours = "RdBu_r" if name in AGAINST else "RdBu"
+    image = axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for position in bold:
         axis.get_yticklabels()[position].set_fontweight("bold")

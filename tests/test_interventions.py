@@ -103,7 +103,7 @@ def test_behind_the_last_layer_the_last_position_is_all_there_is(name: str) -> N
     assert (behind[~last].effect == 0).all()
     (axis, _) = patched.plot().axes
     assert axis.get_xlabel() == "Layer (4: behind the last)"
-    assert axis.patches and "layer 4 apart" in axis.get_title().replace("\n", " ")
+    assert axis.patches and "layer 4 aside" in axis.get_title().replace("\n", " ")
 
 
 def test_red_is_less_of_the_own_answer_in_every_figure() -> None:

@@ -115,5 +115,5 @@ def test_titles_take_few_lines_of_about_one_length(width: int) -> None:
 
 def test_a_title_says_what_is_framed_where_something_is() -> None:
     found = lens_on("llama").contributions(FACTS)
-    assert "framed: where each source changes most" in found.plot().get_suptitle().replace("\n", " ")
+    assert "framed: where a source does most" in found.plot().get_suptitle().replace("\n", " ")
     assert "framed" not in found.plot("a").get_suptitle()

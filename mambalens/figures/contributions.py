@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
-from mambalens.figures.framed import FRAMED, Framed, changing, frame
+from mambalens.figures.framed import Framed, changing, frame
 from mambalens.figures.style import lines, plain, signed, visible
 from mambalens.hooks.errors import MambalensError
 
@@ -160,7 +160,7 @@ def _by_piece(found: ContributionData, layers: int) -> Grid:
 def _heading(found: ContributionData, fact_id: str | None) -> list[str]:
     (model,) = found.n_layers
     if fact_id is None:
-        about = f"means over {len(found.scores)} facts with 95 % intervals; {FRAMED.format('source')}"
+        about = f"means over {len(found.scores)} facts with 95 % intervals; framed: where a source does most"
         return [f"{model}: what adds to the answer", about]
     return [f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"]
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 LEAST = 0.02
 """Share of the largest change from which on one is framed."""
-FRAMED = "framed: where each {} changes most, if it clearly does"
-"""What a title says of the frames of `changing`."""
 
 
 class Framed(NamedTuple):

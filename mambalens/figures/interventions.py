@@ -10,7 +10,7 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mambalens.figures.framed import FRAMED, changing, frame
+from mambalens.figures.framed import changing, frame
 from mambalens.figures.one import of_one
 from mambalens.figures.style import lines, plain, visible
 from mambalens.hooks.errors import MambalensError, choose
@@ -79,8 +79,8 @@ def cells(
         framed = changing(inside, grid) if name in CHANGES else []
         about = [f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"]
         if framed:
-            behind = f"; layer {depth} apart" if summary.window_start.max() >= depth else ""
-            about.append(f"{FRAMED.format('piece')}{behind}, with its 95 % interval at the right")
+            aside = f", layer {depth} aside" if summary.window_start.max() >= depth else ""
+            about.append(f"framed, with its 95 % interval at the right: where a piece does most{aside}")
     else:
         table = table[(table.fact_id == fact_id) & (table.position != ROLE)]
         if not len(table):

@@ -168,6 +168,6 @@ def _heading(found: ContributionData, fact_id: str | None) -> list[str]:
 def _sum(found: ContributionData) -> str:
     """The score as a sum: '+4.20 = biases −7.62, token mixers +9.10, ...'."""
     parts = found.summary(by=("part",)).set_index("part")["mean"]
-    # A number stays on the line of its part.
-    listed = [f"{WORDS[part]}\u00a0{signed(parts[part])}" for part in WORDS if part in parts]
+    # A part stays on the line of its number.
+    listed = [f"{WORDS[part]} {signed(parts[part])}".replace(" ", "\u00a0") for part in WORDS if part in parts]
     return f"{found.axis}: {signed(float(found.scores.score.mean()))} = {', '.join(listed)}"

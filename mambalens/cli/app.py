@@ -564,7 +564,7 @@ def steer(
         click.echo(f"\n{len(table)} rows in {out}")
 
 
-@app.command(short_help="Draw what a folder keeps: a sweep, a flow, patches, ...")
+@app.command(short_help="Draw what a folder keeps, such as a sweep or a flow.")
 @argument("folder", "DIR", "Folder of one of them, or of several.", kind=Path)
 @option("--metric", help="change_pct, prob, hit, rank, kl or measure; moved, effect, ...", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")

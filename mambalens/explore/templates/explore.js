@@ -349,8 +349,8 @@ export function explore(root, ask, options = {}) {
     }
     const { base, prob, token, base_rank, rank } = found.answer, cuts = found.cuts > 0;
     box.append(el("p", { className: "big", text: cuts ? `${visible(token)}: ${percent(base)} → ${percent(prob)}` : `${visible(token)}: ${percent(base)}` }));
-    const whole = found.target.trim(), part = whole === token.trim() ? "" : `The first token of ‘${whole}’. `;
-    box.append(el("p", { className: "caption", text: `${part}Rank ${base_rank}${cuts ? ` → ${rank}` : ""}. Answered in ${Math.round(found.took)} ms.` }));
+    const whole = found.target.trim(), part = whole === token.trim() ? "" : `First token of ‘${whole}’. `;
+    box.append(el("p", { className: "caption", text: `${part}Rank ${base_rank}${cuts ? ` → ${rank}` : ""}. Took ${Math.round(found.took)} ms.` }));
     const bar = (value, name) => el("div", { className: name, style: `width: ${Math.max(value * 100, 0.5)}%` });
     const rows = found.top.map((row) => el("tr", { className: row.id === found.answer.id ? "watched" : "" },
       el("th", { text: visible(row.token), scope: "row" }), el("td", { className: "number", text: percent(row.base) }),

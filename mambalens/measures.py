@@ -20,8 +20,12 @@ PAIRED = "logit_difference"
 """Measure of a pair of answers."""
 
 
-def measure_of(name: str | Measure) -> Measure:
+def measure_of(name: str | Measure, more: tuple[str, ...] = ()) -> Measure:
     """A measure by its name, or a function that is seen to give a number for every prompt.
+
+    Args:
+        name: the name, or the function.
+        more: what else may be said in this place, for the sentence.
 
     Raises:
         MambalensError: if there is none of that name; by the measure itself, if the function gives anything else.
@@ -31,7 +35,7 @@ def measure_of(name: str | Measure) -> Measure:
     if name == PAIRED:
         raise MambalensError(f"measure={name!r} is of pairs of answers: name {choose('', MEASURES)}, or a function.")
     if name not in MEASURES:
-        raise MambalensError(f"measure={name!r} is not a measure: {choose(name, MEASURES)}, or a function.")
+        raise MambalensError(f"measure={name!r} is not a measure: {choose(name, (*MEASURES, *more))}, or a function.")
     return {"log_odds": log_odds, "log_prob": log_prob, "logit": logit, "prob": prob}[name]
 
 

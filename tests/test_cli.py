@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -12,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from started import python
 
-from mambalens import SweepResult
+from mambalens import MambalensError, SweepResult
 from mambalens.cli.app import app
 from mambalens.data import checkpoints
 
@@ -100,6 +101,9 @@ def test_heatmap_models_and_facts(tmp_path: Path) -> None:
         (["facts", "--where", "wording"], "is not COLUMN=VALUE"),
         (["facts", "--where", "wording=nowhere"], "No fact of 'atlas' has wording=nowhere"),
         (["plot", "nowhere"], "does not exist"),
+        (["attention", MODEL, "--prompt", "a", "--out", "map.pgn"], "written as 'map.pgn': did you mean 'png'"),
+        (["attention", MODEL, "--prompt", "a", "--out", "none/map.png"], "there is no folder 'none'"),
+        (["patch", MODEL, "--memory", "lots", "--out", "x"], "memory='lots' is not a size"),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
@@ -126,6 +130,28 @@ def test_a_command_that_cannot_be_read_is_quoted_beside_the_usage(arguments: lis
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert done.output.startswith("Usage:") and sentence in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["steer", "--from", "relation=language", "--to", "capital"], "--to 'capital' is not COLUMN=VALUE"),
+        (["steer", "--from", "language", "--to", "relation=capital"], "--from 'language' is not COLUMN=VALUE"),
+        (["features", "--select", "half_lives"], "--select 'half_lives' is not measured .*mean 'half_life'"),
+        (["features", "--select", "half_life", "--top", "2"], "--top 2: give the part"),
+        (["logits", "--prompt", "a", "--target", "b", "--limit", "3"], "--limit would choose among facts"),
+        (["contributions", "--target", "b"], "--target would be of a single prompt: give --prompt too"),
+        (["contributions", "--prompt", "a", "--target", "b", "--where", "c=d"], "--where would choose among facts"),
+        (["flow", "--prompt", "a", "--subject", "a", "--target", "b", "--limit", "3"], "--limit would choose among"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_contradicts_itself_is_refused_before_a_model_is_loaded(
+    arguments: list[str], sentence: str, tmp_path: Path
+) -> None:
+    done = CliRunner().invoke(app, [arguments[0], "/nowhere", *arguments[1:], "--out", str(tmp_path / "out")])
+    assert isinstance(done.exception, MambalensError)
+    assert re.search(sentence, str(done.exception)) and not (tmp_path / "out").exists()
 
 
 def test_features_writes_tables_figures_and_a_selection_that_sweep_takes(tmp_path: Path) -> None:

@@ -271,6 +271,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     lens = lens_on("mamba")
     for wrong, said in (
         ({"measure": "log_ods"}, "'log_ods' is not a measure"),
+        ({"measure": "entropy"}, "prob, logit_difference, or a function"),
         ({"measure": "prob", "against": " Lima"}, "leave out either"),
         ({"against": [" Lima", " Lomé"]}, "2 answers for 3 facts"),
     ):

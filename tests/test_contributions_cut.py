@@ -165,7 +165,7 @@ def test_knockouts_steering_and_refusals_together() -> None:
     token = lens.prompt(FACTS[0]).target_id
     score = float(z[token] - torch.cat([z[:token], z[token + 1 :]]).logsumexp(0))
     np.testing.assert_allclose(added_up(found), [score], atol=1e-8)
-    assert "added vectors" in found.plot().get_suptitle().replace("\n", " ")
+    assert "added\u00a0vectors" in found.plot().get_suptitle()
     own_code = lens_on("gptj")
     with (
         pytest.raises(MambalensError, match="reads by code of its own, in which other values cannot be told"),

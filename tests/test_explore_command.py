@@ -178,6 +178,12 @@ def test_a_port_that_is_taken_is_said_before_anything_is_loaded() -> None:
     assert found.returncode == 2 and "cannot be used" in found.stderr and "loading" not in found.stderr
 
 
+def test_a_port_that_there_is_not_is_said_too() -> None:
+    command = [sys.executable, "-m", "mambalens", "explore", MODEL, "--no-browser", "--port", "80000"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert found.returncode == 2 and "Port 80000 cannot be used (ports go to 65,535)" in found.stderr
+
+
 def test_the_state_of_a_command_line_is_the_state_of_its_page() -> None:
     cut = Cut((3, 4), (5,), tuple(range(12)), "both", "slow")
     options = [

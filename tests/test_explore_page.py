@@ -124,7 +124,7 @@ def percent(value: float) -> str:
     hundredfold = value * 100
     if 0 < hundredfold < 0.001:
         return "< 0.001 %"
-    return f"{hundredfold:.2f} %" if 99.95 <= hundredfold < 100 else f"{float(f'{hundredfold:.3g}'):g} %"
+    return f"{hundredfold:.2f} %" if 99.95 <= hundredfold < 100 else f"{hundredfold:#.3g}".rstrip(".") + " %"
 
 
 def expected(lens: Lens, cuts: list[Cut], prompt: str = PERU) -> tuple[float, float]:

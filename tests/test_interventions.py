@@ -103,6 +103,16 @@ def test_behind_the_last_layer_the_last_position_is_all_there_is(name: str) -> N
     assert (behind[~last].effect == 0).all()
     (axis, _) = patched.plot().axes
     assert axis.get_xlabel() == "Layer (4: behind the last)"
+    assert axis.patches and "layer 4 aside" in axis.get_title().replace("\n", " ")
+
+
+def test_red_is_less_of_the_own_answer_in_every_figure() -> None:
+    lens = lens_of(NAMES[0])
+    patched = lens.patch(Pairs([Pair(ONE, TWO)]), progress=False)
+    traced = lens.trace([ONE], samples=1, progress=False)
+    for figure, more in ((patched.plot(), False), (patched.plot(metric="prob"), True), (traced.plot(), True)):
+        red, _, blue, _ = figure.axes[0].images[0].cmap(1.0)
+        assert (blue > red) == more
 
 
 @pytest.mark.parametrize("name", [*NAMES, "llama"])

@@ -45,6 +45,11 @@ def test_weights_offloaded_to_disk_give_the_same(name: str, tmp_path: Path) -> N
     spread.hooks.check()
 
 
+def test_a_precision_that_there_is_not_is_quoted() -> None:
+    with pytest.raises(MambalensError, match="dtype='bfloat' is no precision: did you mean 'bfloat16'"):
+        Lens.load("atlas-mamba1", dtype="bfloat")
+
+
 @pytest.mark.parametrize("name", list(PARTS))
 def test_dtype_and_device_are_heard(name: str) -> None:
     half = Lens.load(name, dtype=torch.bfloat16, device="cpu")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
 from test_contributions import FACTS, lens_on
 
 from mambalens import MambalensError
-from mambalens.figures.style import signed, visible
+from mambalens.figures.style import lines, signed, visible
 
 
 def grid(axis: Axes) -> np.ndarray:
@@ -98,3 +100,20 @@ def test_contributions_of_several_facts_say_the_interval_of_the_largest_of_a_sou
         known = of_piece[(of_piece.low > 0) | (of_piece.high < 0)]
         best = known.loc[known["mean"].abs().idxmax()]
         assert text.replace("−", "-") == f"{best['mean']:z.2f} [{best.low:z.2f}, {best.high:z.2f}]"
+
+
+@pytest.mark.parametrize("width", [20, 40, 97, 400])
+def test_titles_take_few_lines_of_about_one_length(width: int) -> None:
+    text = "Log-odds of the target (nats): +7.61 = token mixers +11.38, MLPs +2.96, embedding +0.03, biases −6.77"
+    shown = lines(text, width)
+    assert " ".join(shown) == text and max(map(len, shown)) <= width
+    assert len(shown) == len(textwrap.wrap(text, width))
+    longest = max(map(len, text.split()))
+    assert max(map(len, shown)) - min(map(len, shown)) <= 2 * longest
+    assert lines("", width) == [] and lines("one", 2) == textwrap.wrap("one", 2)
+
+
+def test_a_title_says_what_is_framed_where_something_is() -> None:
+    found = lens_on("llama").contributions(FACTS)
+    assert "framed: where a source does most" in found.plot().get_suptitle().replace("\n", " ")
+    assert "framed" not in found.plot("a").get_suptitle()

@@ -119,6 +119,16 @@ def test_a_dry_run_says_what_it_will_take_and_writes_nothing(tmp_path: Path) -> 
     assert "Nothing was written" in text and not (tmp_path / "out").exists()
 
 
+def test_a_size_of_memory_is_read_before_any_model_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(f"model = 'nowhere'\nout = '{tmp_path}/o'\nmemory = 'lots'\n")
+    for told in (
+        ["--config", str(tmp_path / "s.toml")],
+        ["nowhere", "--out", str(tmp_path / "o"), "--memory", "lots"],
+    ):
+        done = CliRunner().invoke(app, ["sweep", *told])
+        assert "memory='lots' is not a size: give bytes, or text like '4GB'" in str(done.exception)
+
+
 def test_a_model_that_fails_does_not_stop_the_others(tmp_path: Path) -> None:
     done = typed("sweep", "atlas-gpt-neox", str(tmp_path), "--where", "wording=near", "--limit", "3", "--window", "6", "--out",
                  str(tmp_path / "out"))  # fmt: skip

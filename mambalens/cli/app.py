@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 from mambalens.cli import asked
-from mambalens.cli.parser import Verbs, argument, every_setting, option, settings, typed
+from mambalens.cli.parser import Verbs, argument, every_setting, option, prompt_or_facts, settings, typed
 from mambalens.cli.settings import SweepSettings
 from mambalens.defaults import (
     ABLATION,
@@ -125,11 +125,7 @@ def flow(model: str, out: Path, as_json: bool, **given: Any) -> None:
     from mambalens.runs.folder import FLOW, writable_folder
 
     settings = flows.FlowSettings(**given)
-    choosing = typed("facts", "where", "limit", "all_facts")
-    if settings.prompt is not None and choosing:
-        raise MambalensError(
-            f"--prompt is a single one, and {', '.join(choosing)} would choose among facts: leave out either."
-        )
+    prompt_or_facts(settings.prompt)
     writable_folder(out, FLOW)
     if as_json:
         print_json()
@@ -271,7 +267,7 @@ def evaluate(
 @option("--subject", help="The subject, as spelled in the prompt.", required=True)
 @option("--target", help="The continuation.", required=True)
 @settings(window=WINDOW)
-@option("--path", help="main, conv or both.", default=PATH)
+@option("--path", help="main, conv, erase or both.", default=PATH)
 @ONE_GROUP
 @settings("mixers", ablation=ABLATION)
 @settings("keys", "over", "over_where")
@@ -288,13 +284,15 @@ def heatmap(
 
     Example: mambalens heatmap atlas-mamba1 --prompt 'The capital of Peru is' --subject Peru --target Lima
     """
+    from mambalens.cli import output
     from mambalens.facts.fact import Fact
 
+    output.figure_file(out)
     fact, group = Fact(prompt, subject, target), asked.features(features)
     put_in = asked.ablation(ablation, keys, over, over_where, other, other_subject, fact)
     lens = asked.lens(model, dtype, tokenizer)
     figure = lens.heatmap(fact, window, features=group, path=path, memory=memory, mixers=mixers, **put_in)
-    figure.savefig(out, dpi=130)
+    output.draw(figure, out)
     click.echo(f"{lens.predict(fact).to_string(index=False)}\n\nFigure: {out}")
 
 
@@ -364,6 +362,8 @@ def features(
     if unused:
         raise MambalensError(f"Nothing is knocked out without --causal: leave out {', '.join(unused)}, or give it.")
     put_in = asked.ablation(ablation, keys, over, over_where)
+    if select is not None:
+        output.check_selection(select, top)
     writable_folder(out)
     lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where, None if causal else limit)
     if causal:
@@ -401,13 +401,15 @@ def attention(
 
     Example: mambalens attention atlas-mamba2 --prompt 'The capital of Peru is' --layer 9 --features 0 --reduce none
     """
+    from mambalens.cli import output
     from mambalens.facts.fact import Fact
 
+    output.figure_file(out)
     lens = asked.lens(model, dtype, tokenizer)
     layer = lens.n_layers // 2 if layer is None else layer
     how = None if reduce == "none" else reduce
     figure = lens.attention_map(Fact(prompt, subject, "."), layer, asked.features(features), how, mixers)
-    figure.savefig(out, dpi=130)
+    output.draw(figure, out)
     click.echo(f"Layer {layer} of {lens.n_layers}. Figure: {out}")
 
 
@@ -438,6 +440,7 @@ def logits(
     from mambalens.runs.folder import LOGIT, writable_folder
 
     checked_metric(metric)
+    prompt_or_facts(prompt)
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
     writable_folder(out, LOGIT)
     lens = asked.lens(model, dtype, tokenizer)
@@ -476,6 +479,7 @@ def contributions(
     from mambalens.cli import output, readings
     from mambalens.runs.folder import CONTRIBUTION, writable_folder
 
+    prompt_or_facts(prompt)
     asked_facts = readings.chosen(prompt, subject, target, facts, where)
     writable_folder(out, CONTRIBUTION)
     lens = asked.lens(model, dtype, tokenizer)
@@ -545,10 +549,11 @@ def steer(
     from mambalens.cli.programs import known_or_all
     from mambalens.experiments.steering import between
 
+    wanted = [asked.conditions(positive, "--to"), asked.conditions(negative, "--from")]
     lens, chosen = asked.lens(model, dtype, tokenizer), asked.facts(facts, where)
     sides = []
-    for conditions in (positive, negative):
-        side = chosen.where(**asked.conditions(conditions))
+    for conditions, values in zip((positive, negative), wanted, strict=True):
+        side = chosen.where(**values)
         if not len(side):
             raise MambalensError(f"No fact of {facts!r} has {' and '.join((*where, *conditions))}.")
         sides.append(known_or_all(lens, side, None, all_facts, batch_size, _say(silent=False), True, "taking"))
@@ -559,8 +564,8 @@ def steer(
         click.echo(f"\n{len(table)} rows in {out}")
 
 
-@app.command(short_help="Draw a sweep's curves, a flow, patches or traces.")
-@argument("folder", "DIR", "Folder of a sweep, a flow, patches or traces, or of several.", kind=Path)
+@app.command(short_help="Draw what a folder keeps, such as a sweep or a flow.")
+@argument("folder", "DIR", "Folder of one of them, or of several.", kind=Path)
 @option("--metric", help="change_pct, prob, hit, rank, kl or measure; moved, effect, ...", default="change_pct")
 @option("--x", help="layer, or depth in %.", default="layer")
 @option("--rows", help="What rows of panels differ in: path, wording, ...")
@@ -572,8 +577,8 @@ def plot(
     folder: Path, metric: str, x: str, rows: str | None, columns: str | None, where: tuple[str, ...], interval: str,
     out: Path | None,
 ) -> None:  # fmt: skip
-    """Draw the information-flow curves of a finished sweep, a flow (a prompt's graph, or pieces over many facts), or
-    the figure of patches, traces, contributions or logits.
+    """Draw the curves of a sweep, a flow (a prompt's graph, or pieces over many facts), or the figure of patches,
+    traces, contributions or logits.
 
     Of a flow and of contributions, --where is the only option beside --out; of patches and traces, --metric too, which
     is the only one of logits.
@@ -585,6 +590,8 @@ def plot(
     from mambalens.runs.stored import kind_of
 
     kind = kind_of(folder)
+    if out is not None:
+        output.figure_file(out)
     if kind not in (FLOW, SWEEP):
         from mambalens.cli import patches, readings
 

@@ -80,8 +80,12 @@ def ablation(
             "over": None if over is None else facts(over, over_where)}  # fmt: skip
 
 
-def conditions(where: Sequence[str]) -> dict[str, list[str]]:
+def conditions(where: Sequence[str], flag: str = "--where") -> dict[str, list[str]]:
     """COLUMN=VALUE texts as columns and what they may be; several values of a column: any of them.
+
+    Args:
+        where: the texts.
+        flag: the option that has them.
 
     Raises:
         MambalensError: for a text without an equals sign.
@@ -90,7 +94,7 @@ def conditions(where: Sequence[str]) -> dict[str, list[str]]:
     for text in where:
         column, equals, value = text.partition("=")
         if not equals:
-            raise MambalensError(f"--where {text!r} is not COLUMN=VALUE.")
+            raise MambalensError(f"{flag} {text!r} is not COLUMN=VALUE.")
         wanted.setdefault(column, []).append(value)
     return wanted
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 import pandas as pd
 
-from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.folder import atomically, writing
 
 if TYPE_CHECKING:
@@ -35,6 +35,22 @@ def _duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def figure_file(path: Path) -> Path:
+    """A file that a figure can be written to; asked for before long work starts.
+
+    Raises:
+        MambalensError: for an ending that no figure has, or a folder that there is not.
+    """
+    from matplotlib.figure import Figure
+
+    kinds, kind = Figure().canvas.get_supported_filetypes(), path.suffix.removeprefix(".") or "png"
+    if kind not in kinds:
+        raise MambalensError(f"No figure can be written as {path.name!r}: {choose(kind, kinds)}.")
+    if not path.parent.is_dir():
+        raise MambalensError(f"The figure {str(path)!r} cannot be written: there is no folder {str(path.parent)!r}.")
+    return path
 
 
 def draw(figure: Figure, path: Path) -> Path:
@@ -100,6 +116,21 @@ def evaluated(table: pd.DataFrame) -> None:
         click.echo(f"skipped {row.fact_id}: {row.skipped}", err=True)
     if len(missing) > 5:
         click.echo(f"... {len(missing)} facts skipped in all", err=True)
+
+
+def check_selection(select: str, top: float) -> None:
+    """Whether features can be picked so, before they are measured.
+
+    Raises:
+        MambalensError: for something that is not measured, or a part that there is not.
+    """
+    from mambalens.features.measures import MEASURED
+
+    numbers = ("decay_norm", *MEASURED)
+    if select not in numbers:
+        raise MambalensError(f"--select {select!r} is not measured of features: {choose(select, numbers)}.")
+    if not 0 < top <= 1:
+        raise MambalensError(f"--top {top:g}: give the part of a layer's features, more than 0 and at most 1.")
 
 
 def measured(table: pd.DataFrame, out: Path, select: str | None, top: float) -> list[str]:

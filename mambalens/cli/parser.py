@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from mambalens.cli.settings import CONDITIONS, SweepSettings
+from mambalens.hooks.errors import MambalensError
 
 Verb = TypeVar("Verb", bound=Callable[..., Any])
 
@@ -82,6 +83,21 @@ def typed(*names: str) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name in given]
 
 
+def prompt_or_facts(prompt: str | None) -> None:
+    """Refuse options of a single prompt beside those that choose among facts.
+
+    Raises:
+        MambalensError: if there are.
+    """
+    choosing, of_one = typed("facts", "where", "limit", "all_facts"), typed("subject", "target")
+    if prompt is not None and choosing:
+        raise MambalensError(
+            f"--prompt is a single one, and {', '.join(choosing)} would choose among facts: leave out either."
+        )
+    if prompt is None and of_one:
+        raise MambalensError(f"{' and '.join(of_one)} would be of a single prompt: give --prompt too, or leave it out.")
+
+
 def settings(*names: str, **defaults: Any) -> Callable[[Verb], Verb]:
     """Options of a sweep that another verb has too, in this order; one with a default of its own takes one value."""
     known = {setting.name: setting for setting in fields(SweepSettings)}
@@ -113,8 +129,18 @@ def _option_of(setting: Field[Any], many: bool, default: Any, help: str) -> Call
     flag, about = f"--{setting.name.replace('_', '-')}", setting.metadata
     metavar = "COLUMN=VALUE" if setting.name in CONDITIONS else None
     return option(
-        flag, help=help, kind=about["kind"], many=many, least=about["least"], metavar=metavar, default=default
-    )
+        flag, help=help, kind=about["kind"], many=many, least=about["least"], metavar=metavar, default=default,
+        callback=_memory if setting.name == "memory" else None,
+    )  # fmt: skip
+
+
+def _memory(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """A size, refused before any model is asked anything."""
+    if value is not None:
+        from mambalens.system.memory import size_of
+
+        size_of(value)
+    return value
 
 
 def _type(kind: type, least: int | None = None) -> Any:

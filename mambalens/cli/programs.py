@@ -23,6 +23,7 @@ from mambalens.sweep.plan import Plan
 from mambalens.sweep.run import run
 from mambalens.system import processes
 from mambalens.system.events import tell
+from mambalens.system.memory import size_of
 
 MEASURED = 32
 """Facts of the block that a dry run measures."""
@@ -72,6 +73,8 @@ def sweep_all(
     """
     say = say if processes.first() else lambda _: None
     progress = progress and processes.first()
+    if settings.memory is not None:  # which a file may say too
+        size_of(settings.memory)
     if settings.common:
         every = (load(model) for model in settings.model)
         facts = known_to_all(every, facts, settings.batch_size, progress, settings.subject_tokens)

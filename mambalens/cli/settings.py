@@ -40,7 +40,7 @@ class SweepSettings:
     keys: bool = _option("Put in keys of attention with the values.", False, bool)
     over: str | None = _option("Facts to average over, if others.", None)
     over_where: tuple[str, ...] = _option("Keep of --over facts with this value.", (), many=True)
-    mixers: str | None = _option("Cut only this kind: attention, mamba1 or mamba2 (in hybrid models).", None)
+    mixers: str | None = _option("Cut only this kind: attention, mamba2, deltanet, ... (in hybrid models).", None)
     all_facts: bool = _option("Also facts the model answers wrong.", False, bool)
     common: bool = _option("Only facts that all of several models know.", False, bool)
     subject_tokens: int | None = _option("Subjects of at most so many tokens.", None, int, least=1)

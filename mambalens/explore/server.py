@@ -153,8 +153,9 @@ def serve(loading: Loading, begin_with: str, port: int, browser: bool, say: Call
     with socket.socket() as listening:
         try:
             listening.bind((HOST, port))
-        except OSError as error:
-            raise MambalensError(f"Port {port} cannot be used ({error.strerror}): leave --port out.") from None
+        except (OSError, OverflowError) as error:
+            why = getattr(error, "strerror", None) or "ports go to 65,535"
+            raise MambalensError(f"Port {port} cannot be used ({why}): leave --port out.") from None
         # A browser that is quicker than the server waits in the socket.
         listening.listen()
         bound = listening.getsockname()[1]

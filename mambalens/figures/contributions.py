@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -15,7 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
 from mambalens.figures.framed import Framed, changing, frame
-from mambalens.figures.style import plain, signed, visible
+from mambalens.figures.style import lines, plain, signed, visible
 from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
@@ -102,10 +101,9 @@ def contributions(found: ContributionData, fact_id: str | None = None, title: st
     bar = figure.colorbar(image, cax=scale)
     bar.set_label("Token mixer adds" + (f" ({unit})" if unit else ""), fontsize=8.5)
     bar.ax.tick_params(labelsize=8)
-    heading = title or _heading(one, fact_id)
-    lines = textwrap.wrap(plain(heading), int(13.5 * figure.get_figwidth()))
-    lines += textwrap.wrap(_sum(one), int(13.5 * figure.get_figwidth()))
-    figure.suptitle("\n".join(lines), fontsize=9.5)
+    about = [title] if title else _heading(one, fact_id)
+    room = int(13.5 * figure.get_figwidth())
+    figure.suptitle("\n".join(line for text in (*about, _sum(one)) for line in lines(plain(text), room)), fontsize=9.5)
     plt.close(figure)
     return figure
 
@@ -159,16 +157,17 @@ def _by_piece(found: ContributionData, layers: int) -> Grid:
     return Grid(rows, [], grid.to_numpy(float), _with_mixers(found, layers), changing(summary, grid))
 
 
-def _heading(found: ContributionData, fact_id: str | None) -> str:
+def _heading(found: ContributionData, fact_id: str | None) -> list[str]:
     (model,) = found.n_layers
     if fact_id is None:
-        about = f"means over {len(found.scores)} facts with 95 % intervals; framed: the largest of a source"
-        return f"{model}: what adds to the answer, {about}"
-    return f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"
+        about = f"means over {len(found.scores)} facts with 95 % intervals; framed: where a source does most"
+        return [f"{model}: what adds to the answer", about]
+    return [f"{model}: what adds to {str(found.scores.target.iloc[0]).strip()!r}"]
 
 
 def _sum(found: ContributionData) -> str:
     """The score as a sum: '+4.20 = biases −7.62, token mixers +9.10, ...'."""
     parts = found.summary(by=("part",)).set_index("part")["mean"]
-    listed = [f"{WORDS[part]} {signed(parts[part])}" for part in WORDS if part in parts]
+    # A part stays on the line of its number.
+    listed = [f"{WORDS[part]} {signed(parts[part])}".replace(" ", "\u00a0") for part in WORDS if part in parts]
     return f"{found.axis}: {signed(float(found.scores.score.mean()))} = {', '.join(listed)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.figures.framed import changing, frame
 from mambalens.figures.one import of_one
-from mambalens.figures.style import plain, visible
+from mambalens.figures.style import lines, plain, visible
 from mambalens.hooks.errors import MambalensError, choose
 from mambalens.runs.table import ROLE
 
@@ -32,6 +31,8 @@ SITE_NAMES = {
 """What titles call the sites."""
 CHANGES = ("moved", "effect")
 """Metrics that are zero where nothing changes."""
+AGAINST = ("moved", "other_prob", "other_log_odds")
+"""Metrics that rise as a fact loses its own answer: red, as losses are in every figure; gains are blue."""
 
 
 def cells(
@@ -76,8 +77,10 @@ def cells(
         bold: list[int] = []
         inside = summary[summary.window_start < depth]
         framed = changing(inside, grid) if name in CHANGES else []
-        about = f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"
-        about += "; framed, and at the right with its 95 % interval: the largest of each" if framed else ""
+        about = [f"means over {len(facts)} facts{_samples(table)}; in parentheses how many have the piece"]
+        if framed:
+            aside = f", layer {depth} aside" if summary.window_start.max() >= depth else ""
+            about.append(f"framed, with its 95 % interval at the right: where a piece does most{aside}")
     else:
         table = table[(table.fact_id == fact_id) & (table.position != ROLE)]
         if not len(table):
@@ -86,7 +89,7 @@ def cells(
         grid = table.groupby(["position", "window_start"])[name].mean().unstack("window_start")
         bold = [list(grid.index).index(position) for position in bold if position in grid.index]
         labels = [visible(tokens[position]) for position in grid.index]
-        about, framed = f"fact {fact_id}{_samples(table)}", []
+        about, framed = [f"fact {fact_id}{_samples(table)}"], []
     values = grid.to_numpy(float)
     wide, high = max(0.3 * values.shape[1] + 4.6, 7.0), max(0.3 * values.shape[0] + 1.7, 3.4)
     wide += 1.4 if framed else 0.0
@@ -94,7 +97,8 @@ def cells(
     axis.set_facecolor("#D0D0D0")
     reach = float(np.nanmax(np.abs(values - centre))) if np.isfinite(values).any() else 1.0
     norm = TwoSlopeNorm(centre, centre - (reach or 1.0), centre + (reach or 1.0))
-    image = axis.imshow(values, aspect="auto", cmap="RdBu_r", norm=norm, interpolation="nearest")
+    colours = "RdBu_r" if name in AGAINST else "RdBu"
+    image = axis.imshow(values, aspect="auto", cmap=colours, norm=norm, interpolation="nearest")
     axis.set_yticks(range(len(labels)), labels, fontsize=9)
     for position in bold:
         axis.get_yticklabels()[position].set_fontweight("bold")
@@ -109,11 +113,11 @@ def cells(
     axis.set_xlabel(f"Layer{behind}" if size == 1 else f"First layer of the window ({size} layers)")
     said = f"{first.model}: {SITE_NAMES[str(first.site)]}"
     said += f" restored, {_corrupted(str(first.corruption))}" if "corruption" in data.apart else " patched"
-    heading = plain(title or said)
-    lines = [*textwrap.wrap(heading, int(9 * wide)), *textwrap.wrap(plain(about), int(10 * wide))]
-    axis.set_title("\n".join(lines), fontsize=9.5)
+    heading = lines(plain(title or said), int(9 * wide))
+    heading += [line for text in about for line in lines(plain(text), int(10 * wide))]
+    axis.set_title("\n".join(heading), fontsize=9.5)
     label = data.metrics[name] + ("" if name in CHANGES else "; white: without a patch")
-    figure.colorbar(image, ax=axis).set_label("\n".join(textwrap.wrap(label, int(11 * high))), fontsize=9)
+    figure.colorbar(image, ax=axis).set_label("\n".join(lines(label, int(11 * high))), fontsize=9)
     plt.close(figure)
     return figure
 

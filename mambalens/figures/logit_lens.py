@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from mambalens.facts.pieces import PIECES
 from mambalens.figures.framed import best, frame
-from mambalens.figures.style import plain, visible
+from mambalens.figures.style import lines, plain, visible
 from mambalens.hooks.errors import MambalensError
 from mambalens.interventions.lens_data import METRICS, checked_metric
 
@@ -63,8 +62,8 @@ def logit_lens(
         framed = best(summary, grid, smallest=metric == "rank")
         values = grid.to_numpy(float)
         rows = [f"{piece}  ({count[piece]})" for piece in pieces]
-        heading = f"{model}: the answer behind every layer, means over {len(facts)} facts; framed, and at the right "
-        heading += "with its 95 % interval: the best of each"
+        heading = f"{model}: the answer behind every layer, means over {len(facts)} facts; framed: the best of "
+        heading += "each piece, with its 95 % interval at the right"
     else:
         table = found.table[found.table.fact_id == fact_id]
         values = table.pivot(index="position", columns="layer", values=metric).to_numpy(float)
@@ -93,7 +92,7 @@ def logit_lens(
     axis.tick_params(labelsize=8.5)
     axis.set_xlabel("Layers behind it (0: the embeddings)", fontsize=9)
     axis.set_ylabel("Token" if fact_id is not None else "Piece (facts that have it)", fontsize=9)
-    figure.suptitle("\n".join(textwrap.wrap(plain(title or heading), int(13.5 * figure.get_figwidth()))), fontsize=9.5)
+    figure.suptitle("\n".join(lines(plain(title or heading), int(13.5 * figure.get_figwidth()))), fontsize=9.5)
     bar = figure.colorbar(image, ax=axis)
     bar.set_label(METRICS[metric], fontsize=8.5)
     bar.ax.tick_params(labelsize=8)

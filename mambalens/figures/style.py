@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -66,6 +67,14 @@ def visible(token: str) -> str:
 def plain(text: str) -> str:
     """Text in which no mathematics is read into a dollar sign."""
     return text.replace("$", r"\$")
+
+
+def lines(text: str, width: int) -> list[str]:
+    """Text in as few lines of at most `width` characters as it takes, about equally long: no word is left over."""
+    few = textwrap.wrap(text, width)
+    while len(textwrap.wrap(text, width - 1)) == len(few) > 1:
+        width -= 1
+    return textwrap.wrap(text, width)
 
 
 def signed(value: float, digits: int = 2) -> str:

@@ -63,7 +63,7 @@ class Asked(NamedTuple):
         """
         others = () if against is None else (against,) if isinstance(against, str) else tuple(against)
         if measure != PAIRED:
-            measure_of(measure)
+            measure_of(measure, (PAIRED,))
         if others and measure not in ("log_odds", PAIRED):
             raise MambalensError(
                 f"against={against!r} asks for the {PAIRED!r} of two answers, and measure={name_of(measure)!r} is of "

@@ -16,6 +16,9 @@ from mambalens.loading.gguf import SMOLLM2, load_gguf, smollm2_folder
 from mambalens.loading.mamba_ssm import TOKENIZER, WEIGHTS, is_original, load_original
 from mambalens.system.hub import unreachable
 
+PRECISIONS = ("auto", "float32", "bfloat16", "float16", "float64")
+"""What a dtype is called."""
+
 
 def find_model(name: str) -> tuple[str, Path | str]:
     """A short name, and a folder, a GGUF file or a hub id.
@@ -62,6 +65,9 @@ def load_model(name: str, **options: Any) -> tuple[str, Any, Any]:
     Raises:
         MambalensError: in one sentence, whatever is missing.
     """
+    dtype = options.get("dtype")
+    if isinstance(dtype, str) and dtype not in PRECISIONS:
+        raise MambalensError(f"dtype={dtype!r} is no precision: {choose(dtype, PRECISIONS)}.")
     short, place = find_model(name)
     _mute_advice()
     device = options.pop("device", None)

@@ -27,8 +27,15 @@ def budget(memory: int | str | None, device: torch.device) -> int:
     Raises:
         MambalensError: for text that is no size, or less than a mebibyte.
     """
-    if memory is None:
-        return max(LEAST, int(SHARE * free(device)))
+    return max(LEAST, int(SHARE * free(device))) if memory is None else size_of(memory)
+
+
+def size_of(memory: int | str) -> int:
+    """Bytes that were asked for, as a number or as text like '4GB'.
+
+    Raises:
+        MambalensError: for text that is no size, or less than a mebibyte.
+    """
     try:
         size = convert_file_size_to_int(memory) if isinstance(memory, str) and not memory.isdigit() else int(memory)
     except (ValueError, TypeError):

@@ -349,7 +349,8 @@ export function explore(root, ask, options = {}) {
     }
     const { base, prob, token, base_rank, rank } = found.answer, cuts = found.cuts > 0;
     box.append(el("p", { className: "big", text: cuts ? `${visible(token)}: ${percent(base)} → ${percent(prob)}` : `${visible(token)}: ${percent(base)}` }));
-    box.append(el("p", { className: "caption", text: `Rank ${base_rank}${cuts ? ` → ${rank}` : ""}. Answered in ${Math.round(found.took)} ms.` }));
+    const whole = found.target.trim(), part = whole === token.trim() ? "" : `First token of ‘${whole}’. `;
+    box.append(el("p", { className: "caption", text: `${part}Rank ${base_rank}${cuts ? ` → ${rank}` : ""}. Took ${Math.round(found.took)} ms.` }));
     const bar = (value, name) => el("div", { className: name, style: `width: ${Math.max(value * 100, 0.5)}%` });
     const rows = found.top.map((row) => el("tr", { className: row.id === found.answer.id ? "watched" : "" },
       el("th", { text: visible(row.token), scope: "row" }), el("td", { className: "number", text: percent(row.base) }),
@@ -526,7 +527,7 @@ export function explore(root, ask, options = {}) {
 
   function drawReading() {
     const { name, model, found, cuts } = looked;
-    const given = { cut, layers: known(model).n_layers, room: () => ui.reading.clientWidth - 8 /* the frame */, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
+    const given = { cut, layers: known(model).n_layers, kinds: known(model).kinds, room: () => ui.reading.clientWidth - 8 /* the frame */, walk: (other, told) => guarded(() => look(other, { model, ...told }))() };
     const made = readings[name](found, given), named = `${made.name}-${model}`;
     const files = [
       ...(made.figure ? [button("SVG", () => saveSvg(named, made.figure(LIGHT)), { data: { save: "svg" } }), button("PNG", () => savePng(named, made.figure(LIGHT)), { data: { save: "png" } })] : []),

@@ -1,9 +1,13 @@
 // What is looked at more closely: each answer of the model as a title, a figure, a table and rows of numbers.
-import { all, el, fill, percent, ranges, signed, visible } from "./dom.js";
-import { grid } from "./figures.js";
+import { all, el, fill, percent, ranges, short, signed, visible } from "./dom.js";
+import { grid, length } from "./figures.js";
 import { graph } from "./graph.js";
 
-const WAYS = { main: "scan or attention", conv: "convolution", erase: "erasure", both: "all paths" };
+/** What a model's paths are. */
+function waysOf(kinds) {
+  const main = new Set(kinds.filter((kind) => kind !== "shortconv").map((kind) => (kind === "attention" ? "attention" : "scan")));
+  return { main: [...main].toSorted().toReversed().join(" or "), conv: "convolution", erase: "erasure", both: "all paths" };
+}
 
 const place = (found, position) => `${visible(found.tokens[position])} (${position})`;
 const named = (found) => found.tokens.map((token, i) => ({ text: visible(token), title: place(found, i), bold: found.subject.includes(i) }));
@@ -13,7 +17,7 @@ const table = (head, rows) => el("div", { className: "scroll" }, fill(el("table"
 
 const cutButton = (says, click) => el("button", { type: "button", text: "Cut", aria: { label: `Cut ${says}` }, on: { click } });
 
-export function heatmap(found, { cut }) {
+export function heatmap(found, { cut, kinds }) {
   const last = found.tokens.length - 1, ends = found.starts.map((start) => start + found.window - 1);
   const windows = found.starts.map((start, i) => (start === ends[i] ? `${start}` : `${start}–${ends[i]}`));
   const cell = (row, column) => {
@@ -28,26 +32,26 @@ export function heatmap(found, { cut }) {
     [found.model, found.path, position, found.tokens[position], start, ends[i], found.base_prob, found.prob[row][i], found.change_pct[row][i]]));
   return {
     name: "heatmap", title: `Heatmap of ${found.model}`,
-    caption: `Change of the watched answer's probability, in %, when the last token gets nothing from one token in a window of layers (${WAYS[found.path]}). Without: ${percent(found.base_prob)}. Click a cell to cut it.`,
+    caption: `Change of the watched answer's probability, in %, when the last token gets nothing from one token in a window of layers (${waysOf(kinds)[found.path]}). Without that it is ${percent(found.base_prob)}. Click a cell to cut it.`,
     figure: (theme) => grid({ rows: found.positions.map((position) => named(found)[position]), columns: windows.map((text) => ({ text })), cell, aside: "source", across: "layers", name: `Heatmap of ${found.model}: change in %` }, theme),
     rows: [["model", "path", "position", "token", "first_layer", "last_layer", "base_prob", "prob", "change_pct"], ...numbers],
   };
 }
 
-export function flow(found, { cut, layers: depth, room }) {
-  const edges = found.edges.map((edge) => {
-    const way = `layer ${edge.layer}, ${WAYS[edge.path]}`, change = `${edge.exact === null ? "≈ " : ""}${signed(edge.effect)} nats`;
+export function flow(found, { cut, kinds, layers: depth, room }) {
+  const ways = waysOf(kinds), edges = found.edges.map((edge) => {
+    const way = `layer ${edge.layer}, ${ways[edge.path]}`, change = `${edge.exact === null ? "≈ " : ""}${signed(edge.effect)} nats`;
     return { ...edge, way, change, says: `${place(found, edge.source)} → ${place(found, edge.target)}, ${way}: ${change}. Cut it.`,
       click: () => cut(one(edge.source, edge.target, [edge.layer], edge.path)) };
   });
   const columns = ["layer", "path", "source", "target", "attributed", "exact"];
   const listed = table(["", "edge", { text: "layer", number: true }, "path", { text: "change, nats", number: true }],
     edges.map((edge) => [cutButton(`${place(found, edge.source)} to ${place(found, edge.target)} in layer ${edge.layer}`, edge.click),
-      `${place(found, edge.source)} → ${place(found, edge.target)}`, edge.layer, WAYS[edge.path], edge.change.replace(" nats", "")]));
+      `${place(found, edge.source)} → ${place(found, edge.target)}`, edge.layer, ways[edge.path], edge.change.replace(" nats", "")]));
   return {
     name: "flow", title: `Flow of ${found.model}`,
     caption: `The ${edges.length} strongest of ${found.of.toLocaleString("en")} edges: what cutting each alone changes of the answer's log-odds, in nats. Solid edges were cut; dashed ones (≈) are attributed only. Click an edge to cut it.`,
-    figure: (theme) => graph({ tokens: found.tokens, subject: found.subject, layers: depth, edges, answer: found.target, words: WAYS, unit: "nats", name: `Flow of ${found.model}, ${edges.length} edges; the same edges are in the table` }, theme, room()),
+    figure: (theme) => graph({ tokens: found.tokens, subject: found.subject, layers: depth, edges, answer: found.target, words: ways, unit: "nats", name: `Flow of ${found.model}, ${edges.length} edges; the same edges are in the table` }, theme, room()),
     table: el("details", {}, el("summary", { text: "The same edges as a table" }), listed),
     rows: [["model", ...columns, "source_token", "target_token"], ...edges.map((edge) => [found.model, ...columns.map((name) => edge[name]), found.tokens[edge.source], found.tokens[edge.target]])],
   };
@@ -74,12 +78,14 @@ export function routes(found, { cut }) {
   };
 }
 
-export function layers(found, { walk }) {
+export function layers(found, { walk, room }) {
   const order = all(found.layers.length).toReversed(), depth = found.layers.length - 1;
+  // The answer is in the last column: words are shortened where all columns have room so.
+  const fits = Math.floor(((room() - 70) / found.tokens.length - 10) / length("m")), letters = fits >= 4 && fits < 9 ? fits : 9;
   const cell = (r, position) => {
     const i = order[r];
     return {
-      value: found.prob[i][position], text: visible(found.top[i][position]).slice(0, 9),
+      value: found.prob[i][position], text: short(visible(found.top[i][position]), letters),
       says: `Behind ${found.layers[i]} layers at ${place(found, position)}: says ${visible(found.top[i][position])}; the watched answer has ${percent(found.prob[i][position])}, rank ${found.rank[i][position]}. ${i < depth ? `Look at the attention of layer ${i}.` : ""}`,
       click: i < depth ? () => walk("attention", { layer: i }) : null,
     };

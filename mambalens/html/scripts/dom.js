@@ -31,7 +31,7 @@ export function percent(value) {
   const hundredfold = value * 100;
   if (hundredfold === 0) return "0 %";
   if (hundredfold < 0.001) return "< 0.001 %";
-  return `${hundredfold >= 99.95 && hundredfold < 100 ? hundredfold.toFixed(2) : Number(hundredfold.toPrecision(3))} %`;
+  return `${hundredfold >= 99.95 && hundredfold < 100 ? hundredfold.toFixed(2) : hundredfold >= 100 ? hundredfold.toFixed(0) : hundredfold.toPrecision(3)} %`;
 }
 
 export const signed = (value, digits = 2) =>

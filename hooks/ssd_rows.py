@@ -51,7 +51,8 @@ class SSDState:
     @cached_property
     def whole(self) -> Float[Tensor, "batch group state lane"]:
         """The state itself, a group's heads side by side."""
-        return sum((part.B * part.keep[:, None, :, None]).mT @ part.x for part in self.parts)
+        first, *others = ((part.B * part.keep[:, None, :, None]).mT @ part.x for part in self.parts)
+        return sum(others, first)
 
     def heads(self, features: int) -> Float[Tensor, "batch feature state width"]:
         """The state itself, head by head."""

@@ -165,6 +165,9 @@ class Lens(LoadedModel):
             batch_size: prompts a batch.
             progress: show a progress bar.
             limit: stop when so many are found, looking at the facts in a random order given by `seed`.
+
+        Raises:
+            MambalensError: for a limit below 1.
         """
         return evaluation.known(self, facts, batch_size, progress, limit, seed)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -383,3 +386,18 @@ def test_groups_are_those_of_pandas_over_all_pieces(frames: list[pd.DataFrame]) 
     numbers, at = numbered([whole.x, whole.y])
     assert repr(whole[names].iloc[at[numbers]].to_numpy().tolist()) == repr(whole[names].to_numpy().tolist())
     assert list(at) == [numbers.tolist().index(number) for number in range(len(at))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_the_benchmarks_peak_is_that_of_its_work_and_not_of_who_starts_it(folder: Path) -> None:
+    script = Path(__file__).parent / "benchmarks" / "long_table.py"
+    starts = (
+        "import resource, subprocess, sys\n"
+        "held = b'x' * 10**9\n"
+        "subprocess.run(sys.argv[1:], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", starts, sys.executable, str(script), "--only", "load", str(folder)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert int(said[-1]) * 1024 > 10**9
+    assert 0.05 < json.loads(said[-2])["peak_gb"] < 0.8

@@ -401,3 +401,35 @@ def test_the_benchmarks_peak_is_that_of_its_work_and_not_of_who_starts_it(folder
     said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     assert int(said[-1]) * 1024 > 10**9
     assert 0.05 < json.loads(said[-2])["peak_gb"] < 0.8
+
+
+def test_every_pass_of_a_long_report_says_how_far_it_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    capsys.readouterr()
+    result.report(tmp_path / "page.html")
+    said = capsys.readouterr().err
+    parts = [
+        "look for groups",
+        "look for first rows",
+        "look for single tokens",
+        "look for rows by fact_id",
+        "read rows",
+    ]
+    for doing in parts:
+        assert f"{doing}: " in said and "0/4" in said.partition(f"{doing}: ")[2].partition("\r")[0], doing
+    assert "curves of facts: " in said and "heatmaps of facts: " in said
+    twice = SweepResult.concat([result, SweepResult.load(folder)])
+    capsys.readouterr()
+    twice.report(tmp_path / "page.html")
+    assert "compare what stands twice: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["mambalens.runs.rows.Kept.take", "mambalens.runs.rows.Kept.frame",
+                                "mambalens.report.page._top", "mambalens.report.page.packed"])  # fmt: skip
+def test_an_interrupt_in_the_middle_of_facts_leaves_the_page_that_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    test_an_interrupt_leaves_the_page_that_was_there(folder, tmp_path, monkeypatch, at)

@@ -325,6 +325,7 @@ def test_the_page_is_carried_and_has_no_script_or_style_of_its_own(client: TestC
             "figures.js",
             "graph.js",
             "readings.js",
+            "theme.css",
             "explore.css",
             "page.css",
         )

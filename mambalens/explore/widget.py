@@ -7,7 +7,6 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
 from typing import TYPE_CHECKING, Any
 
 from mambalens.explore.answers import Answers
@@ -19,7 +18,7 @@ from mambalens.explore.turns import listen, shell
 from mambalens.facts.fact import Fact
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
-from mambalens.html.modules import joined
+from mambalens.html.modules import joined, styles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,7 +42,6 @@ REMEMBERED = 8
 RESULT = ("model", "answer", "answer_id", "base_prob", "prob", "base_rank", "rank", "error")
 """Columns of `ExploreWidget.result`."""
 _log = logging.getLogger(__name__)
-_TEMPLATES = files("mambalens.explore") / "templates"
 
 
 class ExploreWidget(AnyWidget):
@@ -55,7 +53,7 @@ class ExploreWidget(AnyWidget):
     """
 
     _esm = joined("widget.js", "mambalens.explore")
-    _css = "\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("explore.css", "widget.css"))
+    _css = styles("mambalens.explore", "explore.css", "widget.css")
     _link = traitlets.Unicode("").tag(sync=True)
 
     def __init__(self, lenses: Mapping[str, Lens], facts: Facts, state: State) -> None:

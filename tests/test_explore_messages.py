@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mambalens import Fact, Facts, Lens, MambalensError
+from mambalens.data import checkpoints
 from mambalens.explore.line import Dropped
 from mambalens.explore.queue import Queue
 from mambalens.explore.state import Cut, State
 from mambalens.explore.turns import Turns
+from mambalens.loading.origin import Origin
 
 widget_module = pytest.importorskip("mambalens.explore.widget")
 NAMES = ("atlas-mamba1", "atlas-gpt-neox")
 PERU = Fact("The capital of Peru is", "Peru", "Lima")
+ROOT = Path(__file__).parent.parent
 CUT = Cut((3, 4), (5,), tuple(range(4, 12)), "both")
 
 
@@ -225,3 +232,82 @@ def test_two_lenses_of_one_name_and_odd_facts_are_refused(lenses: dict[str, Lens
 def test_a_stored_notebook_shows_a_sentence(widget: Any) -> None:
     shown, _ = widget._repr_mimebundle_()
     assert shown["text/plain"] == "mambalens explore: atlas-mamba1; a widget, shown where a kernel runs"
+
+
+def printed(program: str) -> list[tuple[str, float, float]]:
+    """What a program prints that runs in a process of its own: names and numbers."""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    lines = [line.rsplit(" ", 2) for line in done.stdout.splitlines()]
+    return [(name, float(before), float(after)) for name, before, after in lines]
+
+
+def code(widget: Any) -> Any:
+    return say(widget, number=99, question={"verb": "code", "state": widget.state.json, "watched": "Lima"})
+
+
+def test_a_copied_program_loads_what_the_lenses_were_loaded_from(
+    lenses: dict[str, Lens], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoints()[NAMES[0]], tmp_path / "a copy")
+    facts = tmp_path / "mine.csv"
+    Facts([PERU, Fact("The capital of Chile is", "Chile", "Santiago")]).table.to_csv(facts, index=False)
+    monkeypatch.chdir(tmp_path)
+    exact = Lens.load("./a copy", dtype=torch.float64, device=torch.device("cpu"), tokenizer="a copy")
+    exact.name = "exact"
+    widget = heard(exact.explore(PERU, others=[lenses[NAMES[1]]], facts="mine.csv"))
+    told = set()
+    for ablation in ("zero", "mean"):
+        widget.state = replace(widget.state, cuts=(CUT,), ablation=ablation)
+        answers = [ask(widget, widget.state, name)["answer"] for name in ("exact", NAMES[1])]
+        found = code(widget)
+        assert "float64" in found["python"] and f"'tokenizer': {str(tmp_path / 'a copy')!r}" in found["python"]
+        expected = [(name, answer["base"], answer["prob"]) for name, answer in zip((str(tmp_path / "a copy"), NAMES[1]), answers, strict=True)]  # fmt: skip
+        assert printed(found["python"]) == expected
+        told.add(answers[0]["prob"])
+        # One dtype and tokenizer for all is what a command line has.
+        *comments, command = found["command"].splitlines()
+        assert command.startswith("mambalens explore --print ") and "--dtype" not in command
+        assert all(comment.startswith("# 'exact' was loaded with ") for comment in comments) and len(comments) == 3
+        widget.state = replace(widget.state, models=("exact",))
+        alone = code(widget)
+        assert f"Lens.load(name, dtype='float64', device='cpu', tokenizer={str(tmp_path / 'a copy')!r})" in alone["python"]  # fmt: skip
+        assert printed(alone["python"]) == expected[:1]
+        assert "--dtype=float64" in alone["command"] and alone["command"].count("# ") == 1
+        widget.state = replace(widget.state, models=("exact", NAMES[1]))
+    assert len(told) == 2
+
+
+def test_what_a_copied_program_cannot_repeat_it_says_in_a_line(lenses: dict[str, Lens]) -> None:
+    lens = lenses[NAMES[0]]
+    mine = Lens(lens.model, lens.tokenizer, "mine\nimport os")
+    widget = heard(mine.explore(PERU, facts=Facts([PERU, Fact("The capital of Chile is", "Chile", "Santiago")])))
+    widget.state = replace(widget.state, cuts=(CUT,), ablation="mean")
+    program = code(widget)["python"]
+    note = "# 'mine\\nimport os' was made of a model object: put its lens in the place of Lens.load."
+    means = "# Means are over facts that were an object: put them in the place of load_facts."
+    assert [line for line in program.splitlines() if line.startswith("#")] == [note, means]
+    assert code(widget)["command"].startswith(f"{note}\n{means}\nmambalens explore ")
+    compile(program, "copied", "exec")
+    cast = Lens.load(NAMES[1], attn_implementation="eager")
+    cast.model.double()
+    cast.origin = cast.origin._replace(left_out=("config",)) if cast.origin else None
+    program = code(heard(cast.explore(PERU)))["python"]
+    assert "Lens.load(name, attn_implementation='eager')" in program
+    assert (
+        f"# {NAMES[1]!r}: config= of Lens.load is an object and left out here; it was cast from float32 to float64 since: "
+        "lens.model.to(torch.float64) does so here.\n" in program
+    )
+
+
+def test_where_a_lens_comes_from_is_written_down_as_python_reads_it(tmp_path: Path) -> None:
+    options = {"dtype": torch.bfloat16, "device": torch.device("cpu"), "revision": "main", "config": object(),
+               "device_map": {"": "cpu"}, "tokenizer": tmp_path}  # fmt: skip
+    origin = Origin.of("org/model", options, torch.float32, torch.device("cpu"))
+    written = {"dtype": "bfloat16", "device": "cpu", "revision": "main", "device_map": {"": "cpu"}, "tokenizer": str(tmp_path)}  # fmt: skip
+    assert origin == ("org/model", written, ("config",), "float32", "cpu")
+    assert ast.literal_eval(repr(origin.options)) == written
+    assert Origin.of(str(tmp_path / "x" / ".."), {}, "float32", "cpu").name == str(tmp_path / "x" / "..")
+    (tmp_path / "x").mkdir()
+    assert Origin.of(str(tmp_path / "x" / ".."), {}, "float32", "cpu").name == str(tmp_path)
+    assert Origin.of(NAMES[0], {}, "float32", "cpu").name == NAMES[0]

@@ -7,15 +7,18 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mambalens.explore.answers import Answers
 from mambalens.explore.line import Dropped
+from mambalens.explore.origins import loaded
 from mambalens.explore.questions import Questions
 from mambalens.explore.queue import Queue
-from mambalens.explore.state import MODELS, Cut, Loaded, State
+from mambalens.explore.state import MODELS, Cut, State
 from mambalens.explore.turns import listen, shell
 from mambalens.facts.fact import Fact
+from mambalens.facts.files import as_facts
 from mambalens.facts.sequence import Facts
 from mambalens.hooks.errors import MambalensError
 from mambalens.html.modules import joined, styles
@@ -56,12 +59,12 @@ class ExploreWidget(AnyWidget):
     _css = styles("mambalens.explore", "explore.css", "widget.css")
     _link = traitlets.Unicode("").tag(sync=True)
 
-    def __init__(self, lenses: Mapping[str, Lens], facts: Facts, state: State) -> None:
+    def __init__(self, lenses: Mapping[str, Lens], facts: Facts, state: State, named: str | None = None) -> None:
         notebook = shell()
         if notebook is not None:
             listen(notebook)
         self._lenses = dict(lenses)
-        self._questions = Questions(Answers(self._lenses, facts), Loaded({name: name for name in lenses}))
+        self._questions = Questions(Answers(self._lenses, facts), loaded(self._lenses, named))
         self._queue = Queue(threaded=notebook is not None)
         self._answers: dict[str, dict[str, dict[str, Any]]] = {}
         super().__init__(_link=state.link if state.prompt else "")
@@ -231,7 +234,9 @@ def _row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": name, "answer": answer["token"], "answer_id": answer["id"], **numbers, **ranks, "error": ""}
 
 
-def widget(lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: Facts) -> ExploreWidget:
+def widget(
+    lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: Fact | Iterable[Fact] | str | Path
+) -> ExploreWidget:
     """The page with a lens, and others beside it.
 
     Args:
@@ -252,4 +257,6 @@ def widget(lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: F
     words = {} if asked is None else {"prompt": asked.prompt, "target": asked.target}
     if isinstance(fact, Fact):
         words["subject"] = fact.subject
-    return ExploreWidget(lenses, facts, State.read({**words, "models": list(lenses)}))
+    state = State.read({**words, "models": list(lenses)})
+    named = str(facts) if isinstance(facts, str | Path) else None
+    return ExploreWidget(lenses, as_facts(facts), state, named)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from mambalens import Fact, Facts, Lens, MambalensError
+from mambalens import Fact, Facts, Lens, MambalensError, load_facts
 from mambalens.data import checkpoints
 from mambalens.explore.line import Dropped
 from mambalens.explore.queue import Queue
@@ -311,3 +311,42 @@ def test_where_a_lens_comes_from_is_written_down_as_python_reads_it(tmp_path: Pa
     (tmp_path / "x").mkdir()
     assert Origin.of(str(tmp_path / "x" / ".."), {}, "float32", "cpu").name == str(tmp_path)
     assert Origin.of(NAMES[0], {}, "float32", "cpu").name == NAMES[0]
+
+
+@pytest.mark.parametrize("ablation", ["mean", "resample"])
+def test_knockouts_carry_what_stands_in_the_place_of_the_cuts(ablation: str, lenses: dict[str, Lens]) -> None:
+    widget = heard(lenses[NAMES[0]].explore(PERU, others=[lenses[NAMES[1]]]))
+    second = Cut((0, 2), (3,), (2, 3), "both")
+    plain = [CUT.knockout, second.knockout]
+    widget.state = replace(widget.state, cuts=(CUT, second), ablation=ablation,
+                           other="The capital of Kenya is", other_subject="Kenya")  # fmt: skip
+    for name in NAMES:
+        lens, knockouts = lenses[name], widget.knockouts_of(name)
+        assert [{**one, "instead": None} for one in knockouts] == [{**one, "instead": None} for one in plain]
+        found = ask(widget, widget.state, name)["answer"]
+        assert found["prob"] == probability(lens, knockouts)
+        assert abs(found["prob"] - probability(lens, plain)) > 1e-6
+        # By roles, from the lens itself: the same values at the same places.
+        asked = {"mean": {"over": load_facts("atlas").sample(100)},
+                 "resample": {"other": Fact("The capital of Kenya is", "Kenya", "Lima")}}[ablation]  # fmt: skip
+        widget.cuts = [Cut(tuple(lens.prompt(PERU).positions("subject")), (5,), tuple(range(4, 12)), "both")]
+        with lens.knockout(PERU, "subject", "last", range(4, 12), path="both", ablation=ablation, **asked):
+            expected = probability(lens, [])
+        assert probability(lens, widget.knockouts_of(name)) == pytest.approx(expected, rel=1e-6)
+        widget.cuts = [CUT, second]
+    assert [one["instead"] is not None for one in widget.knockouts] == [True, True]
+    assert probability(lenses[NAMES[0]], widget.knockouts) == probability(lenses[NAMES[0]], widget.knockouts_of(NAMES[0]))  # fmt: skip
+
+
+def test_knockouts_with_values_are_refused_where_they_would_be_wrong(widget: Any, lenses: dict[str, Lens]) -> None:
+    widget.state = replace(widget.state, cuts=(CUT,), ablation="resample")
+    with pytest.raises(MambalensError, match="type that prompt"):
+        _ = widget.knockouts
+    widget.state = replace(widget.state, ablation="mean")
+    with lenses[NAMES[0]].hooks.knockout([3], [5]), pytest.raises(MambalensError, match="is open in the notebook"):
+        _ = widget.knockouts
+    with pytest.raises(MambalensError, match="'atlas-mamba' is no model of this widget: .*atlas-mamba1"):
+        widget.knockouts_of("atlas-mamba")
+    assert widget.knockouts[0]["instead"] is not None
+    widget.cuts = []
+    assert widget.knockouts == []

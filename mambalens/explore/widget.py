@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mambalens.defaults import ABLATION
 from mambalens.explore.answers import Answers
 from mambalens.explore.line import Dropped
 from mambalens.explore.origins import loaded
@@ -20,7 +21,7 @@ from mambalens.explore.turns import listen, shell
 from mambalens.facts.fact import Fact
 from mambalens.facts.files import as_facts
 from mambalens.facts.sequence import Facts
-from mambalens.hooks.errors import MambalensError
+from mambalens.hooks.errors import MambalensError, choose
 from mambalens.html.modules import joined, styles
 
 if TYPE_CHECKING:
@@ -119,8 +120,35 @@ class ExploreWidget(AnyWidget):
 
     @property
     def knockouts(self) -> list[dict[str, Any]]:
-        """The cuts, each as the arguments of `HookManager.knockout`: sources, targets, layers, path, features."""
-        return [cut.knockout for cut in self.cuts]
+        """The cuts, each as the arguments of `HookManager.knockout` of the first model that is shown.
+
+        Returns:
+            sources, targets, layers, path, features; under ablation 'mean' or 'resample' also `instead`, what stands in
+            the place of what is cut: a model's own, so that other models have theirs (`knockouts_of`).
+
+        Raises:
+            MambalensError: as `knockouts_of`.
+        """
+        shown = [name for name in self.state.models if name in self._lenses]
+        return self.knockouts_of((shown or list(self._lenses))[0])
+
+    def knockouts_of(self, model: str) -> list[dict[str, Any]]:
+        """The cuts as another model's `HookManager.knockout` is told them.
+
+        Args:
+            model: its name.
+
+        Raises:
+            MambalensError: for a name that the widget does not have; under ablation 'mean' or 'resample', where the
+                values cannot be found: a block that cuts the model is open, or the other prompt is missing.
+        """
+        state = self.state
+        if model not in self._lenses:
+            raise MambalensError(f"{model!r} is no model of this widget: {choose(model, self._lenses)}.")
+        if not state.cuts or state.ablation == ABLATION:
+            return self._questions.answers.knockouts(state, model)
+        with self._alone(model, ()):
+            return self._questions.answers.knockouts(state, model)
 
     @property
     def result(self) -> pd.DataFrame | None:

@@ -350,3 +350,33 @@ def test_knockouts_with_values_are_refused_where_they_would_be_wrong(widget: Any
     assert widget.knockouts[0]["instead"] is not None
     widget.cuts = []
     assert widget.knockouts == []
+
+
+def test_a_cell_reads_the_state_that_was_asked_last_before_its_answer_is_in(widget: Any) -> None:
+    clicked = replace(widget.state, cuts=(CUT,))
+    dropped = widget._questions.understand(
+        {"verb": "ask", "reading": "predict", "model": NAMES[0], "state": clicked.json}
+    )
+    run = widget._questions.understand
+
+    def ended(told: Any) -> Any:  # a cell took the question's turn, and it waits behind the cell
+        asking = run(told)
+        return asking._replace(run=lambda gone: Dropped()) if told["verb"] == "ask" else asking
+
+    assert dropped.reading == "predict"
+    widget._questions.understand = ended
+    ask(widget, clicked)
+    assert widget.state == clicked and widget.knockouts == [CUT.knockout] and widget.result is None
+    assert State.of_link(widget._link).cuts == ()  # the page says its link behind the answer
+    # Another reading of an older state moves nothing; what is asked next, or said, does.
+    say(widget, question={"verb": "ask", "reading": "layers", "model": NAMES[0], "state": replace(clicked, cuts=()).json})  # fmt: skip
+    assert widget.cuts == (CUT,)
+    ask(widget, replace(clicked, cuts=()))
+    assert widget.cuts == ()
+    ask(widget, clicked)
+    say(widget, drop=True, key=f"v predict {NAMES[0]}")  # undone, and nothing is asked anew
+    assert widget.cuts == ()
+    widget.cuts = [CUT]
+    ask(widget, replace(clicked, cuts=()))
+    widget._link = ""
+    assert widget.state.prompt == ""

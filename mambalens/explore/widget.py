@@ -68,7 +68,10 @@ class ExploreWidget(AnyWidget):
         self._questions = Questions(Answers(self._lenses, facts), loaded(self._lenses, named))
         self._queue = Queue(threaded=notebook is not None)
         self._answers: dict[str, dict[str, dict[str, Any]]] = {}
+        self._newest = ""
         super().__init__(_link=state.link if state.prompt else "")
+        self._follow()
+        self.observe(self._follow, "_link")
         self.on_msg(self._hear)
 
     def __repr__(self) -> str:
@@ -78,11 +81,12 @@ class ExploreWidget(AnyWidget):
     @property
     def state(self) -> State:
         """What the page shows; set it, and the page shows that."""
-        return State.of_link(self._link)
+        return State.of_link(self._newest)
 
     @state.setter
     def state(self, state: State) -> None:
         self._link = State.read(state.json).link if state.prompt else ""
+        self._follow()
 
     def show(self, link: str) -> None:
         """Show the state that a link stands for, such as one of the page that `mambalens explore` opens.
@@ -167,7 +171,10 @@ class ExploreWidget(AnyWidget):
         return pd.DataFrame([_row(name, found[name]) for name in names], columns=list(RESULT))
 
     def _of_now(self) -> dict[str, dict[str, Any]]:
-        return self._answers.get(self._link, {})
+        return self._answers.get(self._newest, {})
+
+    def _follow(self, *_: Any) -> None:
+        self._newest = self._link
 
     def close(self) -> None:
         """Drop what is asked, and end."""
@@ -184,6 +191,8 @@ class ExploreWidget(AnyWidget):
             return
         if content.get("drop") is True:
             self._queue.drop(str(content.get("key")))
+            if str(content.get("key")).startswith(f"{view} predict "):
+                self._follow()  # where nothing new is asked, the page is back at what it showed
             return
 
         def tell(found: Any) -> None:
@@ -205,6 +214,10 @@ class ExploreWidget(AnyWidget):
                 self._queue.put(f"{view} {told['verb']}", asking.run, tell)
                 return
             state = State.read(told["state"])
+            if asking.reading == "predict":
+                # The page says its link behind the answer. A cell that is run right behind a click takes the question's
+                # turn, and would read the state before the click.
+                self._newest = state.link
 
             def work(gone: threading.Event) -> dict[str, Any]:
                 with self._alone(asking.model, state.models):

@@ -14,6 +14,7 @@ from mambalens.facts.fact import Answered, Fact
 from mambalens.facts.files import as_facts
 from mambalens.facts.prompts import Prompt, read_facts, whole_target
 from mambalens.facts.sequence import Facts
+from mambalens.hooks.errors import MambalensError
 from mambalens.html.render import render
 from mambalens.model import LoadedModel
 from mambalens.sweep.prediction import Prediction
@@ -160,6 +161,8 @@ def known(
     seed: int = 0,
 ) -> Facts:
     """See `Lens.known`."""
+    if limit is not None and limit < 1:
+        raise MambalensError(f"limit={limit} leaves no fact: give 1 or more, or None for all that the model knows.")
     facts = as_facts(facts)
     order = list(range(len(facts)))
     if limit is not None:

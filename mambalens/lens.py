@@ -19,6 +19,7 @@ from mambalens.hooks.knockout import Features, Knockout, Paths
 from mambalens.hooks.knockout import Path as KnockoutPath
 from mambalens.html.render import render
 from mambalens.loading.models import load_model
+from mambalens.loading.origin import Origin
 from mambalens.model import LoadedModel
 from mambalens.result import CausalFeatures, Contributions, Flow, LogitLens, Patches, SweepResult, Traces
 
@@ -50,6 +51,7 @@ class Lens(LoadedModel):
         tokenizer: its tokenizer.
         hooks: its hook manager.
         name: what results call the model.
+        origin: how it was loaded (name, options); None where the model was given as an object.
     """
 
     @classmethod
@@ -63,7 +65,9 @@ class Lens(LoadedModel):
                 somewhere; `tokenizer` names another place to take the tokenizer from.
         """
         short, model, tokenizer = load_model(str(name), **options)
-        return cls(model, tokenizer, short)
+        lens = cls(model, tokenizer, short)
+        lens.origin = Origin.of(str(name), options, model.dtype, lens.device)
+        return lens
 
     def __repr__(self) -> str:
         return f"<Lens on {self.name}: {self.n_layers} layers, {', '.join(self.hooks.kinds)}>"
@@ -165,6 +169,9 @@ class Lens(LoadedModel):
             batch_size: prompts a batch.
             progress: show a progress bar.
             limit: stop when so many are found, looking at the facts in a random order given by `seed`.
+
+        Raises:
+            MambalensError: for a limit below 1.
         """
         return evaluation.known(self, facts, batch_size, progress, limit, seed)
 
@@ -716,7 +723,7 @@ class Lens(LoadedModel):
         """
         from mambalens.explore.widget import widget
 
-        return widget(self, fact, others, as_facts(facts))
+        return widget(self, fact, others, facts)
 
     def attention_map(
         self,

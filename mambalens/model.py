@@ -13,6 +13,7 @@ from mambalens.facts.fact import Fact
 from mambalens.facts.prompts import Batch, Prompt, batches, read_fact
 from mambalens.hooks import HookManager
 from mambalens.hooks.errors import MambalensError
+from mambalens.loading.origin import Origin
 
 BATCH_TOKENS = 4096
 """Tokens (padding included) of a batch where the user names no batch size."""
@@ -31,7 +32,10 @@ class LoadedModel:
         tokenizer: its tokenizer.
         hooks: its hook manager.
         name: what results call the model.
+        origin: how it was loaded; None where the model was given as an object.
     """
+
+    origin: Origin | None = None
 
     def __init__(self, model: Any, tokenizer: Any, name: str | None = None) -> None:
         self.model, self.tokenizer = model, tokenizer

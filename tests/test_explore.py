@@ -198,7 +198,7 @@ def test_a_link_brings_its_state_back(client: TestClient) -> None:
 
 
 def test_code_holds_the_options_that_models_were_loaded_with() -> None:
-    loaded = Loaded({"mine": "/a folder/mine.gguf"}, "float64", "elsewhere")
+    loaded = Loaded({"mine": "/a folder/mine.gguf"}, options={"mine": {"dtype": "float64", "tokenizer": "elsewhere"}})
     state = replace(PERU, models=("mine",))
     assert "for name in ['/a folder/mine.gguf']" in loaded.python(state)
     assert "Lens.load(name, dtype='float64', tokenizer='elsewhere')" in loaded.python(state)
@@ -325,6 +325,7 @@ def test_the_page_is_carried_and_has_no_script_or_style_of_its_own(client: TestC
             "figures.js",
             "graph.js",
             "readings.js",
+            "theme.css",
             "explore.css",
             "page.css",
         )

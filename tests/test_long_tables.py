@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -393,3 +396,50 @@ def test_groups_are_those_of_pandas_over_all_pieces(frames: list[pd.DataFrame]) 
     numbers, at = numbered([whole.x, whole.y])
     assert repr(whole[names].iloc[at[numbers]].to_numpy().tolist()) == repr(whole[names].to_numpy().tolist())
     assert list(at) == [numbers.tolist().index(number) for number in range(len(at))]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+def test_the_benchmarks_peak_is_that_of_its_work_and_not_of_who_starts_it(folder: Path) -> None:
+    script = Path(__file__).parent / "benchmarks" / "long_table.py"
+    starts = (
+        "import resource, subprocess, sys\n"
+        "held = b'x' * 10**9\n"
+        "subprocess.run(sys.argv[1:], check=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", starts, sys.executable, str(script), "--only", "load", str(folder)]
+    said = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
+    assert int(said[-1]) * 1024 > 10**9
+    assert 0.05 < json.loads(said[-2])["peak_gb"] < 0.8
+
+
+def test_every_pass_of_a_long_report_says_how_far_it_is(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "HELD", 10)
+    result = SweepResult.load(folder)
+    capsys.readouterr()
+    result.report(tmp_path / "page.html")
+    said = capsys.readouterr().err
+    parts = [
+        "look for groups",
+        "look for first rows",
+        "look for single tokens",
+        "look for rows by fact_id",
+        "read rows",
+    ]
+    for doing in parts:
+        assert f"{doing}: " in said and "0/4" in said.partition(f"{doing}: ")[2].partition("\r")[0], doing
+    assert "curves of facts: " in said and "heatmaps of facts: " in said
+    twice = SweepResult.concat([result, SweepResult.load(folder)])
+    capsys.readouterr()
+    twice.report(tmp_path / "page.html")
+    assert "compare what stands twice: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("at", ["mambalens.runs.rows.Kept.take", "mambalens.runs.rows.Kept.frame",
+                                "mambalens.report.page._top", "mambalens.report.page.packed"])  # fmt: skip
+def test_an_interrupt_in_the_middle_of_facts_leaves_the_page_that_was_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    test_an_interrupt_leaves_the_page_that_was_there(folder, tmp_path, monkeypatch, at)

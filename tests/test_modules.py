@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mambalens.html.modules import join, joined, named
+from mambalens.html.modules import join, joined, named, styles
 
 MODULES = {
     "a.js": 'export const name = "a";\nlet count = 0;\nexport function next() { return (count += 1); }\n',
@@ -76,3 +77,54 @@ def test_no_name_leads_out_of_the_folders() -> None:
     assert named("explore.js", "mambalens.explore") is not None
     for name in ("../modules.py", "..", "", "/etc/passwd", "nothing.js"):
         assert named(name, "mambalens.explore") is None
+
+
+PACKAGES = Path(__file__).parent.parent / "mambalens"
+STYLED = {
+    "report": styles("mambalens.report", "report.css"),
+    "flow": styles("mambalens.report", "report.css", "flow.css"),
+    "widget": styles("mambalens.explore", "explore.css", "widget.css"),
+    "explore": styles("mambalens.explore", "page.css", "explore.css"),
+}
+
+
+@pytest.mark.parametrize("page", STYLED)
+def test_every_colour_that_a_page_names_is_given_and_once(page: str) -> None:
+    text = STYLED[page]
+    given = re.findall(r"(--[\w-]+):", text)
+    named_here = set(re.findall(r"var\((--[\w-]+)\)", text))
+    by_hand = {"--share", "--full"}  # of single cells, by the flow's template and its classes
+    assert named_here and named_here - by_hand <= set(given)
+    assert all(given.count(name) == 1 for name in set(given) - by_hand - {"--dt-html-background"})
+    assert text.count("--ink: ") == 1 and "--paper: light-dark(" in text
+
+
+def test_colours_of_styles_are_those_of_figures(browser: Any) -> None:
+    page = browser.new_page()
+    page.set_content(f'<html class="mambalens-theme"><style>{STYLED["flow"]}</style><p></p></html>')
+    figures = join("figures.js", (PACKAGES / "html" / "scripts",))
+    found = page.evaluate(
+        """async (text) => {
+          const { LIGHT, DARK } = await import(URL.createObjectURL(new Blob([text], { type: "text/javascript" })));
+          const shown = document.querySelector("p").style, names = ["ink", "soft", "line", "paper", "loss", "gain", "none"];
+          const colour = (value) => { shown.color = value; return getComputedStyle(document.querySelector("p")).color; };
+          return [LIGHT, DARK].map((theme, dark) => {
+            document.documentElement.style.colorScheme = dark ? "dark" : "light";
+            return names.map((name) => [name, colour(`var(--${name})`), colour(Array.isArray(theme[name]) ? `rgb(${theme[name]})` : theme[name])]);
+          });
+        }""",
+        figures,
+    )
+    page.close()
+    light, dark = found
+    assert len(light) == len(dark) == 7 and all(ours == theirs for _, ours, theirs in light + dark), found
+    assert all(ours != other for (_, ours, _), (_, other, _) in zip(light, dark, strict=True))
+
+
+def test_everything_that_pages_carry_is_in_the_package() -> None:
+    carried = tomllib.loads((PACKAGES.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    found = [path.relative_to(PACKAGES) for path in PACKAGES.rglob("*") if path.suffix in (".css", ".js", ".html")]
+    assert {path.suffix for path in found} == {".css", ".js", ".html"}
+    for path in found:
+        package, *rest = path.parts
+        assert any(Path(*rest).match(pattern) for pattern in carried[f"mambalens.{package}"]), path

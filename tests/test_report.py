@@ -394,3 +394,13 @@ def test_a_sweep_of_single_tokens_alone_has_its_facts_and_heatmaps(browser: Any,
     tab.click("#facts-table button[data-row='0']")
     assert len(drawn(tab, "heatmap-plot")) == 1 and tab.is_hidden("#fact-plot") and complaints == []
     tab.close()
+
+
+def test_a_dark_page_is_printed_on_white(browser: Any, page: Path) -> None:
+    tab = browser.new_page(color_scheme="dark")
+    tab.goto(page.as_uri())
+    paper = "getComputedStyle(document.body).backgroundColor"
+    assert tab.evaluate(paper) == "rgb(22, 22, 22)"
+    tab.emulate_media(media="print", color_scheme="dark")
+    assert tab.evaluate(paper) == "rgb(255, 255, 255)"
+    tab.close()

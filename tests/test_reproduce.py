@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from mambalens import Lens, MambalensError, SweepResult, known_to_all, load_facts
+from mambalens import Fact, Facts, Lens, MambalensError, SweepResult, known_to_all, load_facts
 from mambalens.cli.app import app
+from mambalens.experiments import demo
 from mambalens.experiments.reproduce import EXPERIMENTS, WINDOW_SIZES, reproduce, words
 
 FACTS = load_facts("atlas").where(relation="capital", wording="near")[:40]
@@ -80,3 +81,48 @@ def test_every_experiment_names_models_of_the_paper_and_findings() -> None:
         assert experiment.paper and experiment.findings and experiment.models
     with pytest.raises(MambalensError, match="did you mean 'figure1'"):
         reproduce("figur1", (), FACTS, ".")
+
+
+def test_an_experiment_of_no_facts_is_refused_and_one_fact_has_no_interval(tmp_path: Path) -> None:
+    for limit in (0, -1):
+        with pytest.raises(MambalensError, match=f"^limit={limit} leaves no fact"):
+            reproduce("figure1", MODELS, FACTS, tmp_path, limit=limit, progress=False)
+        with pytest.raises(MambalensError, match=f"^limit={limit} leaves no fact"):
+            Lens.load("atlas-mamba2").known(FACTS, limit=limit, progress=False)
+    with pytest.raises(MambalensError, match=r"^sample\(-1\) is no number of facts"):
+        FACTS.sample(-1)
+    found = reproduce("figure4", (), FACTS, tmp_path, limit=1, say=lambda _: None, progress=False)
+    assert found.findings.measured.str.contains(r"% \[no interval\]").all()
+    assert not found.findings.measured.str.contains("nan").any()
+
+
+def test_the_demo_runs_on_one_fact(tmp_path: Path) -> None:
+    # Drawn with the demo's seed it is none of the capitals, of which the heatmap is where there is one.
+    far = Lens.load("atlas-mamba1").known(load_facts("atlas").where(wording="far"), limit=1, progress=False)
+    assert far[0].relation != "capital"
+    result = demo.demo(tmp_path, ["atlas-mamba1"], 1)
+    assert result.table.fact_id.nunique() == 2
+    assert (tmp_path / "atlas-mamba1" / "heatmap.png").stat().st_size > 10_000
+    table = demo.findings(result)
+    assert (table.facts == 1).all() and table["costs most"].str.endswith("% [no interval]").all()
+    grouped = demo.groups(tmp_path, ["atlas-mamba1"], 1)
+    assert set(grouped.table.source) == set(demo.GROUP_SOURCES)
+    assert demo.group_findings(grouped).change.str.endswith("% [no interval]").all()
+
+
+@pytest.mark.parametrize("count", ["0", "-3"])
+def test_a_demo_of_no_facts_says_what_to_do(count: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["demo", f"--facts={count}", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=f"A demo of {count} facts for each wording shows nothing: give 1 or more"):
+        demo.main()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_knows_too_little_for_the_demo_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = [Fact(fact.prompt, fact.subject, " Z", fact.relation, fact.id) for fact in FACTS[:3]]
+    rows = [{"wording": wording} for wording in ("near", "far", "far")]
+    monkeypatch.setattr(demo, "load_facts", lambda name: Facts(wrong, rows, name))
+    with pytest.raises(MambalensError, match=r"^Of 1 facts atlas-mamba2 answers 0 right, .* leave this model out"):
+        demo.demo(tmp_path, ["atlas-mamba2"], 4)
+    with pytest.raises(MambalensError, match=r"^Of 2 facts atlas-mamba2 answers 0 right, and the demo takes 2"):
+        demo.groups(tmp_path, ["atlas-mamba2"], 4)

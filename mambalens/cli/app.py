@@ -319,7 +319,7 @@ def explore(
     Example: mambalens explore atlas-mamba1 atlas-gpt-neox
     """
     from mambalens.explore.programs import answered, opened
-    from mambalens.explore.state import Cut, Loaded
+    from mambalens.explore.state import Cut
 
     state = {**told, "cuts": [Cut.parse(text).json for text in cuts]}
     load = functools.partial(asked.lens, dtype=dtype, tokenizer=tokenizer)
@@ -328,8 +328,7 @@ def explore(
         for line in answered(models, state, read, load):
             click.echo(line)
         return
-    loaded = Loaded({}, dtype, tokenizer, facts)
-    opened(models, state, read, load, loaded, port, not no_browser, _say(silent=False))
+    opened(models, state, read, load, facts, port, not no_browser, _say(silent=False))
 
 
 @app.command(short_help="Measure what each feature carries.")

@@ -94,8 +94,10 @@ def reproduce(
         progress: show progress bars.
 
     Raises:
-        MambalensError: for an unknown experiment, or if no fact is left.
+        MambalensError: for an unknown experiment, a limit below 1, or if no fact is left.
     """
+    if limit is not None and limit < 1:
+        raise MambalensError(f"limit={limit} leaves no fact: give 1 or more, or None for all that the models know.")
     if name not in EXPERIMENTS:
         raise MambalensError(f"{name!r} is no experiment of the paper: {choose(name, EXPERIMENTS)}.")
     experiment, out = EXPERIMENTS[name], Path(out)
@@ -192,8 +194,9 @@ class _Point(NamedTuple):
 
     @property
     def change(self) -> str:
-        """Its mean with the interval."""
-        return f"{self.mean:+z.1f} % [{self.low:+z.1f}, {self.high:+z.1f}]"
+        """Its mean with the interval, which one fact does not have."""
+        interval = f"[{self.low:+z.1f}, {self.high:+z.1f}]" if self.n > 1 else "[no interval]"
+        return f"{self.mean:+z.1f} % {interval}"
 
     @property
     def layers(self) -> str:

@@ -310,12 +310,18 @@ class Answers:
         over = self.facts.sample(AVERAGED) if state.ablation == "mean" else None
         return Asked.of(state.ablation, over=over, other=state.stands_in)
 
-    def _instead(self, asked: Question) -> Values | None:
+    def knockouts(self, state: State, model: str) -> list[dict[str, Any]]:
+        """A state's cuts as `HookManager.knockout` of a model is told them, with what stands in for what is cut."""
+        told = [cut.knockout for cut in state.cuts]
+        if not told or state.ablation == ABLATION:
+            return told
+        instead = self._instead(state, model)
+        return [{**one, "instead": instead} for one in told]
+
+    def _instead(self, state: State, model: str) -> Values | None:
         """What stands in for what is cut."""
-        state, lens = asked.state, self.lenses[asked.model]
-        if state.ablation == ABLATION:
-            return None
-        key = asked.model, state.prompt, state.subject, state.ablation, state.other, state.other_subject
+        lens = self.lenses[model]
+        key = model, state.prompt, state.subject, state.ablation, state.other, state.other_subject
         with torch.no_grad():
             prompt = lens.prompt(replace(state.fact, target=state.target or "."))
             return _remembered(
@@ -327,9 +333,8 @@ class Answers:
         """The state's cuts are made, in a run that ends when nobody waits any more."""
         lens = self.lenses[asked.model]
         with self._until_gone(asked), ExitStack() as stack:
-            instead = self._instead(asked) if asked.state.cuts else None
-            for cut in asked.state.cuts:
-                stack.enter_context(lens.hooks.knockout(**cut.knockout, instead=instead))
+            for one in self.knockouts(asked.state, asked.model):
+                stack.enter_context(lens.hooks.knockout(**one))
             yield
 
     @contextmanager

@@ -12,6 +12,7 @@ class Lens(Protocol):
     tokenizer: Any
     hooks: Any
     name: str
+    origin: Any
 
     @property
     def n_layers(self) -> int: ...

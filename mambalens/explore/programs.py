@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mambalens.explore.server import Loading, serve
-from mambalens.explore.state import MODELS, Loaded, State
+from mambalens.explore.state import MODELS, State
 from mambalens.hooks.errors import MambalensError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def opened(
     told: Mapping[str, Any],
     facts: Callable[[], Facts],
     load: Callable[[str], Lens],
-    loaded: Loaded,
+    named: str,
     port: int,
     browser: bool,
     say: Callable[[str], None],
@@ -34,7 +34,7 @@ def opened(
         told: the state that the page begins with, without its models.
         facts: reads what can be searched in the page.
         load: loads a model.
-        loaded: how models are asked for, for the page's code; their names are not known yet.
+        named: name or path of these, for the page's code.
         port: where to listen; 0: any free port.
         browser: open it in a browser.
         say: hears what is done.
@@ -44,6 +44,7 @@ def opened(
 
     def everything(does: Callable[[str], None]) -> Questions:
         from mambalens.explore.answers import Answers
+        from mambalens.explore.origins import loaded
         from mambalens.explore.questions import Questions
 
         searched, lenses = facts(), {}
@@ -55,7 +56,7 @@ def opened(
         answers = Answers({name: lenses[typed] for name, typed in given.items()}, searched)
         does("warming up")
         answers.warm_up()
-        return Questions(answers, replace(loaded, given=given))
+        return Questions(answers, loaded(answers.lenses, named))
 
     serve(Loading(everything), state.link if state.prompt else "", port, browser, say)
 

@@ -6,7 +6,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 from urllib.parse import parse_qs, urlencode
@@ -193,6 +193,8 @@ class State:
         return Fact(self.other, self.other_subject or self.other, self.target or ".")
 
 
+_SO = {"dtype": DTYPE, "tokenizer": None}
+"""Options that are so anyway."""
 _WORDS = {"prompt": PROMPT, "subject": WORDS, "target": WORDS, "other": PROMPT, "other_subject": WORDS}
 """Texts of a state, and how many characters each may have."""
 
@@ -203,19 +205,46 @@ class Loaded:
 
     given: Mapping[str, str]
     """What was typed for every model, by its name."""
-    dtype: str = DTYPE
-    tokenizer: str | None = None
-    facts: str = FACTS
-    """Where the facts are from that means are taken over."""
+    facts: str | None = FACTS
+    """Where the facts are from that means are taken over; None: they are objects."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """What `Lens.load` was told of every model beside that, by its name."""
+    notes: Mapping[str, str] = field(default_factory=dict)
+    """What code cannot repeat of a model, in a sentence."""
 
     def _typed(self, state: State) -> list[str]:
         return [self.given.get(name, name) for name in state.models]
 
+    def _options_of(self, state: State) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """What `Lens.load` is told of every model beside its name, and those that are the same for all."""
+        every = [
+            {option: value for option, value in self.options.get(name, {}).items()
+             if option not in _SO or value != _SO[option]}
+            for name in state.models
+        ]  # fmt: skip
+        first: dict[str, Any] = every[0] if every else {}
+        return every, {
+            option: value for option, value in first.items() if all(one.get(option) == value for one in every)
+        }
+
+    def _notes(self, state: State) -> list[str]:
+        """What code cannot repeat, as comments."""
+        said = [self.notes[name] for name in state.models if name in self.notes]
+        if state.cuts and state.ablation == "mean" and self.facts is None:
+            said.append("Means are over facts that were an object: put them in the place of load_facts.")
+        return [f"# {' '.join(note.split())}" for note in said]
+
     def python(self, state: State) -> str:
         """A program that prints, for every model, the probability of the answer before and after the cuts."""
         fact, other = state.fact, state.stands_in
-        words = {"dtype": self.dtype if self.dtype != DTYPE else None, "tokenizer": self.tokenizer}
-        options = "".join(f", {name}={value!r}" for name, value in words.items() if value)
+        options, alike = self._options_of(state)
+        if all(one == alike for one in options):
+            loop = f"for name in {self._typed(state)!r}:"
+            words = "".join(f", {option}={value!r}" for option, value in alike.items())
+        else:
+            models = [f"    ({name!r}, {one!r})," for name, one in zip(self._typed(state), options, strict=True)]
+            loop = "\n".join(["models = [  # name, options", *models, "]", "for name, options in models:"])
+            words = ", **options"
         cuts = [
             f"    ({list(c.sources)}, {list(c.targets)}, {_as_range(c.layers)}, {features!r}, {c.path!r}),"
             for c in state.cuts
@@ -225,7 +254,7 @@ class Loaded:
         imports = [f"from mambalens import {names}"]
         asked = None
         if state.cuts and state.ablation == "mean":
-            asked = f"Asked.of('mean', over=load_facts({self.facts!r}).sample({AVERAGED}))"
+            asked = f"Asked.of('mean', over=load_facts({self.facts or FACTS!r}).sample({AVERAGED}))"
         elif state.cuts and other is not None:
             asked = f"Asked.of('resample', other=Fact({other.prompt!r}, {other.subject!r}, {other.target!r}))"
         if asked is not None:
@@ -240,8 +269,9 @@ class Loaded:
             f"fact = Fact({fact.prompt!r}, {fact.subject!r}, {fact.target!r})",
             *(["cuts = [  # sources, targets, layers, features, path", *cuts, "]"] if cuts else ["cuts = []"]),
             *([f"asked = {asked}"] if asked else []),
-            f"for name in {self._typed(state)!r}:",
-            f"    lens = Lens.load(name{options})",
+            *self._notes(state),
+            loop,
+            f"    lens = Lens.load(name{words})",
             *(values if asked else []),
             "    (batch,) = lens.batches([lens.prompt(fact)])",
             "    answer = batch.targets[0]  # the target's first token",
@@ -256,13 +286,22 @@ class Loaded:
 
     def command(self, state: State) -> str:
         """A command line that prints the same numbers; without its --print, it opens the page in this state."""
+        options, alike = self._options_of(state)
+        said = {option: value for option, value in alike.items() if option in ("dtype", "tokenizer")}
         words = [("--prompt", state.prompt), ("--subject", state.subject), ("--target", state.target),
                  *(("--cut", cut.text) for cut in state.cuts), ("--ablation", state.ablation), ("--other", state.other),
-                 ("--other-subject", state.other_subject), ("--facts", self.facts), ("--dtype", self.dtype),
-                 ("--tokenizer", self.tokenizer or "")]  # fmt: skip
+                 ("--other-subject", state.other_subject), ("--facts", self.facts or FACTS),
+                 ("--dtype", said.get("dtype", DTYPE)), ("--tokenizer", said.get("tokenizer", ""))]  # fmt: skip
         left_out = {("--ablation", ABLATION), ("--facts", FACTS), ("--dtype", DTYPE)}  # what is so anyway
-        options = [f"{name}={word}" for name, word in words if word and (name, word) not in left_out]
-        return shlex.join(["mambalens", "explore", "--print", *options, "--", *self._typed(state)])
+        given = [f"{name}={word}" for name, word in words if word and (name, word) not in left_out]
+        unsaid = [
+            f"# {name!r} was loaded with {option}={value!r}, which a command line of these models cannot say."
+            for name, one in zip(state.models, options, strict=True)
+            for option, value in one.items()
+            if option not in said
+        ]
+        line = shlex.join(["mambalens", "explore", "--print", *given, "--", *self._typed(state)])
+        return "\n".join([*self._notes(state), *unsaid, line])
 
 
 def _short(value: object) -> str:

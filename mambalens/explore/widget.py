@@ -7,19 +7,22 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mambalens.defaults import ABLATION
 from mambalens.explore.answers import Answers
 from mambalens.explore.line import Dropped
+from mambalens.explore.origins import loaded
 from mambalens.explore.questions import Questions
 from mambalens.explore.queue import Queue
-from mambalens.explore.state import MODELS, Cut, Loaded, State
+from mambalens.explore.state import MODELS, Cut, State
 from mambalens.explore.turns import listen, shell
 from mambalens.facts.fact import Fact
+from mambalens.facts.files import as_facts
 from mambalens.facts.sequence import Facts
-from mambalens.hooks.errors import MambalensError
-from mambalens.html.modules import joined
+from mambalens.hooks.errors import MambalensError, choose
+from mambalens.html.modules import joined, styles
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -43,7 +46,6 @@ REMEMBERED = 8
 RESULT = ("model", "answer", "answer_id", "base_prob", "prob", "base_rank", "rank", "error")
 """Columns of `ExploreWidget.result`."""
 _log = logging.getLogger(__name__)
-_TEMPLATES = files("mambalens.explore") / "templates"
 
 
 class ExploreWidget(AnyWidget):
@@ -55,18 +57,21 @@ class ExploreWidget(AnyWidget):
     """
 
     _esm = joined("widget.js", "mambalens.explore")
-    _css = "\n".join((_TEMPLATES / name).read_text(encoding="utf-8") for name in ("explore.css", "widget.css"))
+    _css = styles("mambalens.explore", "explore.css", "widget.css")
     _link = traitlets.Unicode("").tag(sync=True)
 
-    def __init__(self, lenses: Mapping[str, Lens], facts: Facts, state: State) -> None:
+    def __init__(self, lenses: Mapping[str, Lens], facts: Facts, state: State, named: str | None = None) -> None:
         notebook = shell()
         if notebook is not None:
             listen(notebook)
         self._lenses = dict(lenses)
-        self._questions = Questions(Answers(self._lenses, facts), Loaded({name: name for name in lenses}))
+        self._questions = Questions(Answers(self._lenses, facts), loaded(self._lenses, named))
         self._queue = Queue(threaded=notebook is not None)
         self._answers: dict[str, dict[str, dict[str, Any]]] = {}
+        self._newest = ""
         super().__init__(_link=state.link if state.prompt else "")
+        self._follow()
+        self.observe(self._follow, "_link")
         self.on_msg(self._hear)
 
     def __repr__(self) -> str:
@@ -76,11 +81,12 @@ class ExploreWidget(AnyWidget):
     @property
     def state(self) -> State:
         """What the page shows; set it, and the page shows that."""
-        return State.of_link(self._link)
+        return State.of_link(self._newest)
 
     @state.setter
     def state(self, state: State) -> None:
         self._link = State.read(state.json).link if state.prompt else ""
+        self._follow()
 
     def show(self, link: str) -> None:
         """Show the state that a link stands for, such as one of the page that `mambalens explore` opens.
@@ -118,8 +124,35 @@ class ExploreWidget(AnyWidget):
 
     @property
     def knockouts(self) -> list[dict[str, Any]]:
-        """The cuts, each as the arguments of `HookManager.knockout`: sources, targets, layers, path, features."""
-        return [cut.knockout for cut in self.cuts]
+        """The cuts, each as the arguments of `HookManager.knockout` of the first model that is shown.
+
+        Returns:
+            sources, targets, layers, path, features; under ablation 'mean' or 'resample' also `instead`, what stands in
+            the place of what is cut: a model's own, so that other models have theirs (`knockouts_of`).
+
+        Raises:
+            MambalensError: as `knockouts_of`.
+        """
+        shown = [name for name in self.state.models if name in self._lenses]
+        return self.knockouts_of((shown or list(self._lenses))[0])
+
+    def knockouts_of(self, model: str) -> list[dict[str, Any]]:
+        """The cuts as another model's `HookManager.knockout` is told them.
+
+        Args:
+            model: its name.
+
+        Raises:
+            MambalensError: for a name that the widget does not have; under ablation 'mean' or 'resample', where the
+                values cannot be found: a block that cuts the model is open, or the other prompt is missing.
+        """
+        state = self.state
+        if model not in self._lenses:
+            raise MambalensError(f"{model!r} is no model of this widget: {choose(model, self._lenses)}.")
+        if not state.cuts or state.ablation == ABLATION:
+            return self._questions.answers.knockouts(state, model)
+        with self._alone(model, ()):
+            return self._questions.answers.knockouts(state, model)
 
     @property
     def result(self) -> pd.DataFrame | None:
@@ -138,7 +171,10 @@ class ExploreWidget(AnyWidget):
         return pd.DataFrame([_row(name, found[name]) for name in names], columns=list(RESULT))
 
     def _of_now(self) -> dict[str, dict[str, Any]]:
-        return self._answers.get(self._link, {})
+        return self._answers.get(self._newest, {})
+
+    def _follow(self, *_: Any) -> None:
+        self._newest = self._link
 
     def close(self) -> None:
         """Drop what is asked, and end."""
@@ -155,6 +191,8 @@ class ExploreWidget(AnyWidget):
             return
         if content.get("drop") is True:
             self._queue.drop(str(content.get("key")))
+            if str(content.get("key")).startswith(f"{view} predict "):
+                self._follow()  # where nothing new is asked, the page is back at what it showed
             return
 
         def tell(found: Any) -> None:
@@ -176,6 +214,10 @@ class ExploreWidget(AnyWidget):
                 self._queue.put(f"{view} {told['verb']}", asking.run, tell)
                 return
             state = State.read(told["state"])
+            if asking.reading == "predict":
+                # The page says its link behind the answer. A cell that is run right behind a click takes the question's
+                # turn, and would read the state before the click.
+                self._newest = state.link
 
             def work(gone: threading.Event) -> dict[str, Any]:
                 with self._alone(asking.model, state.models):
@@ -233,7 +275,9 @@ def _row(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     return {"model": name, "answer": answer["token"], "answer_id": answer["id"], **numbers, **ranks, "error": ""}
 
 
-def widget(lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: Facts) -> ExploreWidget:
+def widget(
+    lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: Fact | Iterable[Fact] | str | Path
+) -> ExploreWidget:
     """The page with a lens, and others beside it.
 
     Args:
@@ -254,4 +298,6 @@ def widget(lens: Lens, fact: Fact | str | None, others: Sequence[Lens], facts: F
     words = {} if asked is None else {"prompt": asked.prompt, "target": asked.target}
     if isinstance(fact, Fact):
         words["subject"] = fact.subject
-    return ExploreWidget(lenses, facts, State.read({**words, "models": list(lenses)}))
+    state = State.read({**words, "models": list(lenses)})
+    named = str(facts) if isinstance(facts, str | Path) else None
+    return ExploreWidget(lenses, as_facts(facts), state, named)

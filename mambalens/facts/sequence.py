@@ -126,5 +126,11 @@ class Facts(Sequence[Fact]):
         return Pairs(found, found.left_out, self.name, self.answered)
 
     def sample(self, n: int, seed: int = 0) -> Facts:
-        """At most n facts drawn at random, in their old order."""
+        """At most n facts drawn at random, in their old order.
+
+        Raises:
+            MambalensError: for a negative number.
+        """
+        if n < 0:
+            raise MambalensError(f"sample({n}) is no number of facts: give 0 or more.")
         return self.pick(sorted(random.Random(seed).sample(range(len(self)), min(n, len(self)))))

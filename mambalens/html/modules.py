@@ -10,6 +10,8 @@ from importlib.resources.abc import Traversable
 
 SHARED = files("mambalens.html") / "scripts"
 """Modules that pages share."""
+STYLES = files("mambalens.html") / "styles"
+"""Styles that pages share."""
 _IMPORT = re.compile(
     r'^import (?:\* as (?P<whole>\w+)|\{(?P<names>[^}]*)\}) from "\./(?P<file>[\w.-]+)";\n', re.MULTILINE
 )
@@ -42,9 +44,16 @@ def join(entry: str, folders: Sequence[Traversable]) -> str:
     return "".join(outside) + _OUTSIDE.sub("", text)
 
 
+def styles(package: str, *names: str) -> str:
+    """Styles as one text: those that pages share, and then files among the templates of a package."""
+    shared = sorted(STYLES.iterdir(), key=lambda file: file.name)
+    own = [files(package) / "templates" / name for name in names]
+    return "\n".join(file.read_text(encoding="utf-8") for file in (*shared, *own))
+
+
 def named(name: str, package: str) -> Traversable | None:
     """A file of front-end code, of a package or shared; None if there is none of this name."""
-    for folder in (files(package) / "templates", SHARED):
+    for folder in (files(package) / "templates", SHARED, STYLES):
         # One part of a path, and only of what is carried: no name leads elsewhere.
         for file in folder.iterdir():
             if file.name == name:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float
 
-from mambalens.html.modules import joined
+from mambalens.html.modules import joined, styles
 from mambalens.runs.folder import atomically, writing
 
 if TYPE_CHECKING:
@@ -34,18 +34,17 @@ def write(path: str | Path, page: str) -> Path:
 
 
 @functools.cache
-def texts(wiring: str, *styles: str) -> dict[str, Markup]:
+def texts(wiring: str, *further: str) -> dict[str, Markup]:
     """The styles of every page and further ones, and the page's script with the modules that it imports.
 
     Args:
         wiring: the script's file among the templates.
-        styles: files of styles after those of every page.
+        further: files of styles after those of every page.
     """
     from markupsafe import Markup
 
-    own = files("mambalens.report") / "templates"
     return {
-        "own_styles": Markup("\n".join((own / name).read_text(encoding="utf-8") for name in ("report.css", *styles))),
+        "own_styles": Markup(styles("mambalens.report", "report.css", *further)),
         "wiring": Markup(joined(wiring, "mambalens.report")),
     }
 

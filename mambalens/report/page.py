@@ -19,6 +19,7 @@ from mambalens.report.assets import left_out, packed, plain, rounded, tables, te
 from mambalens.runs.data import SweepData
 from mambalens.runs.rows import Rows
 from mambalens.runs.table import GROUP, SINGLE
+from mambalens.system.progress import tqdm
 
 SUBSET_VALUES = 12
 """A column of the facts with at most so many values splits the curves."""
@@ -83,7 +84,9 @@ def _whole(result: SweepData) -> SweepData:
     kept = pd.Series(numbers)
     again = kept.duplicated()
     twice = kept.duplicated(keep=False).to_numpy()
-    spread = rows.take(["prob"])[twice].groupby(kept[twice].to_numpy()).prob.agg(["min", "max"])
+    spread = (
+        rows.take(["prob"], "compare what stands twice")[twice].groupby(kept[twice].to_numpy()).prob.agg(["min", "max"])
+    )
     if (spread["max"] - spread["min"] > 1e-5 * spread["max"]).any():
         model = rows.take(["model"]).model[twice].iloc[0]
         raise MambalensError(
@@ -138,7 +141,8 @@ def _columns(result: SweepData) -> list[str]:
 def _details(result: SweepData, model: str, every: pd.Series, most: int) -> dict[str, Any]:
     """Facts of one model with the numbers of every knockout, as arrays that the page reads when it needs them."""
     rows = _only(result.rows, "model", {model})
-    tokens = rows.only(frame.position.to_numpy() >= 0 for frame in rows.taken(["position"]))
+    masks = (frame.position.to_numpy() >= 0 for frame in rows.taken(["position"], "look for single tokens"))
+    tokens = rows.only(masks)
     with_tokens = set(tokens.first(["fact_id"]).fact_id)
     ids = sorted(every, key=lambda fact_id: fact_id not in with_tokens)[:most]  # stable: those with heatmaps go first
     table = _only(rows, "fact_id", set(ids)).frame()
@@ -167,17 +171,18 @@ def _details(result: SweepData, model: str, every: pd.Series, most: int) -> dict
         "curves": [
             about | {"starts": starts, "top": _top(group, grids["change_pct"], row, starts),
                      "values": {metric: packed(grid) for metric, grid in grids.items()}}
-            for about, group, starts, grids in _grids(table[~single], row, result.metrics)
+            for about, group, starts, grids in _grids(table[~single], row, result.metrics, result.rows.kept)
         ],
-        "tokens": list(_token_grids(table[single], row, prompts, result.metrics)),
+        "tokens": list(_token_grids(table[single], row, prompts, result.metrics, result.rows.kept)),
     }  # fmt: skip
 
 
 def _grids(
-    table: pd.DataFrame, row: dict[str, int], metrics: Iterable[str]
+    table: pd.DataFrame, row: dict[str, int], metrics: Iterable[str], progress: bool
 ) -> Iterator[tuple[dict[str, Any], pd.DataFrame, list[int], dict[str, Float[np.ndarray, "fact window"]]]]:
     """For every series: what it is, its rows, its windows, and for each metric the values."""
-    for key, group in table.groupby(_SERIES, sort=False):
+    series = table.groupby(_SERIES, sort=False)
+    for key, group in tqdm(series, "curves of facts", unit="curve", disable=not progress, leave=False):
         starts = sorted(int(start) for start in group.window_start.unique())
         at = (group.fact_id.map(row).to_numpy(int), np.searchsorted(starts, group.window_start.to_numpy()))
         grids = {}
@@ -199,11 +204,12 @@ def _top(
 
 
 def _token_grids(
-    table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame, metrics: Iterable[str]
+    table: pd.DataFrame, row: dict[str, int], prompts: pd.DataFrame, metrics: Iterable[str], progress: bool
 ) -> Iterator[dict[str, Any]]:
     """For all that curves differ in but model and source: values [tokens of all facts, windows], fact by fact."""
     names = [name for name in DIMENSIONS if name not in ("model", "source")]
-    for key, group in table.groupby(names, sort=False):
+    apart = table.groupby(names, sort=False)
+    for key, group in tqdm(apart, "heatmaps of facts", unit="heatmap", disable=not progress, leave=False):
         starts = sorted(int(start) for start in group.window_start.unique())
         facts, position = group.fact_id.map(row).to_numpy(int), group.position.to_numpy(int)
         length = np.zeros(len(row), int)
@@ -222,7 +228,8 @@ def _token_grids(
 
 def _only(rows: Rows, column: str, values: set[str]) -> Rows:
     """Rows that have some of these values in a column."""
-    return rows.only(frame[column].isin(values).to_numpy() for frame in rows.taken([column]))
+    masks = (frame[column].isin(values).to_numpy() for frame in rows.taken([column], f"look for rows by {column}"))
+    return rows.only(masks)
 
 
 def _about(result: SweepData, model: str, base: pd.DataFrame) -> dict[str, Any]:

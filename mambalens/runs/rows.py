@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from mambalens.hooks.errors import MambalensError
 from mambalens.runs.folder import texts_of
 from mambalens.runs.table import columns_of, missing_column, with_all_columns
+from mambalens.system.progress import tqdm
 
 Key = TypeVar("Key", bound=tuple[Any, ...])
 HELD = 2_000_000
@@ -137,10 +138,15 @@ class Rows:
         """Names of the columns."""
         return list(dict.fromkeys(name for piece in self.pieces for name in piece.columns))
 
-    def taken(self, names: Sequence[str]) -> Iterator[pd.DataFrame]:
-        """Some columns of one piece after another; texts may be categories."""
+    def taken(self, names: Sequence[str], doing: str = "") -> Iterator[pd.DataFrame]:
+        """Some columns of one piece after another; texts may be categories.
+
+        Args:
+            names: the columns.
+            doing: what it is done for; where it is said, and rows stay in their folder, a bar shows how far it is.
+        """
         names = list(dict.fromkeys(names))
-        for piece in self.pieces:
+        for piece in self._passing(doing):
             has = set(piece.columns)
             taken = piece.take([name for name in names if name in has])
             yield taken if len(has.intersection(names)) == len(names) else taken.reindex(columns=names)
@@ -150,9 +156,12 @@ class Rows:
         for piece in self.pieces:
             yield piece.numbers(name) if name in piece.columns else np.full(piece.size, np.nan)
 
-    def take(self, names: Sequence[str]) -> pd.DataFrame:
+    def _passing(self, doing: str) -> Iterator[Held | Kept]:
+        yield from tqdm(self.pieces, doing, unit="part", disable=not (doing and self.kept), leave=False)
+
+    def take(self, names: Sequence[str], doing: str = "") -> pd.DataFrame:
         """Some columns of all rows, texts as texts."""
-        return _below([_plain(frame) for frame in self.taken(names)])
+        return _below([_plain(frame) for frame in self.taken(names, doing)])
 
     def frame(self) -> pd.DataFrame:
         """All columns of all rows; they are held from then on.
@@ -171,7 +180,9 @@ class Rows:
                     "than there is."
                 )
             self._groups = {}
-            self.pieces = [Held(_below([first, *(piece.frame() for piece in self.pieces[1:])]))]
+            parts = self._passing("read rows")
+            next(parts)
+            self.pieces = [Held(_below([first, *(piece.frame() for piece in parts)]))]
         return self.pieces[0].frame()
 
     def parts(self) -> Iterator[pd.DataFrame]:
@@ -191,7 +202,7 @@ class Rows:
         """Rows that have the same in some columns; of rows that stay in their folder, they are looked for once."""
         found = self._groups.get(tuple(names))
         if found is None:
-            found = Groups.of(self, ([frame[name] for name in names] for frame in self.taken(names)))
+            found = Groups.of(self, ([frame[name] for name in names] for frame in self.taken(names, "look for groups")))
             if self.kept:
                 self._groups[tuple(names)] = found
         return found
@@ -199,7 +210,7 @@ class Rows:
     def first(self, keys: Sequence[str], others: Sequence[str] = ()) -> pd.DataFrame:
         """The first row for every value of some columns, in order, with these columns and others."""
         found = []
-        for frame in self.taken([*keys, *others]):
+        for frame in self.taken([*keys, *others], "look for first rows"):
             _, at = numbered(frame[name] for name in keys)
             found.append(_plain(frame.iloc[at]))
         return _below(found).drop_duplicates(list(keys), ignore_index=True)

@@ -40,7 +40,7 @@ function render({ model, el: box }) {
   }
 
   const root = document.createElement("div");
-  root.classList.add("mambalens-widget");
+  root.classList.add("mambalens-widget", "mambalens-theme");
   const paint = () => { root.style.colorScheme = notebookTheme(); };
   paint();
   box.append(root);

@@ -10,6 +10,7 @@ import pytest
 
 from mambalens import Flow, Lens, SweepResult, load_facts
 from mambalens.runs.folder import CHECKS
+from mambalens.sweep.checks import MULTIPLE
 
 FACTS = load_facts("atlas").where(wording="near").sample(5)
 
@@ -21,7 +22,7 @@ def lens_of(name: str) -> Lens:
 
 def looks_right(checks: pd.DataFrame, model: str) -> None:
     assert tuple(checks.columns) == CHECKS and (checks.model == model).all() and checks.passed.all()
-    assert (checks.difference <= 3 * checks.noise).all() and (checks.noise > 0).all()
+    assert (checks.difference <= MULTIPLE * checks.noise).all() and (checks.noise > 0).all()
     assert checks.tokens.between(3, 30).all() and checks.passed.dtype == bool and checks.noise.dtype == float
 
 

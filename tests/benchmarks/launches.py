@@ -3,7 +3,7 @@
 Tiny models of 64 layers on a pretended device (tests/pretend_device.py): what is counted does not depend on the width. Eight
 prompts of 5 to 8 tokens, or of 128, one batch, 4 sources, every window of 9 layers, target last: 224 knockouts. Operations a
 layer are those of the whole sweep, the head included, by the number of layers; each is at least one launch of a kernel. Those
-of the model's own code in the check of the replay, which runs it twice, stand for themselves. Beside them those of one plain
+of the model's own code in the check of the replay, which runs two rows of it, stand for themselves. Beside them those of one plain
 pass, of one flow of a prompt at one point, and how often the host waits for the device in the sweep's batch.
 """
 

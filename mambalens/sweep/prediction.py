@@ -100,4 +100,6 @@ def kl_divergence(
         base, knocked_out: log-probabilities.
         probs: `base.exp()`, where many are compared with one base.
     """
-    return torch.linalg.vecdot(base.exp() if probs is None else probs, base - knocked_out).clamp_min(0.0)
+    probs = base.exp() if probs is None else probs
+    # In the difference's own memory: as much anew for every knockout would take longer than the arithmetic.
+    return (base - knocked_out).mul_(probs).sum(-1).clamp_min(0.0)

@@ -49,9 +49,9 @@ class Measured(NamedTuple):
 
 
 MEASURED = {
-    "790M": Measured(48, 1536, 4, 6.4, 10.3),
-    "1.4B": Measured(48, 2048, 4, 11.2, 18.0),
-    "2.8B": Measured(64, 2560, 2, 13.2, 20.0),
+    "790M": Measured(48, 1536, 4, 6.3, 8.6),
+    "1.4B": Measured(48, 2048, 4, 9.8, 13.9),
+    "2.8B": Measured(64, 2560, 2, 12.7, 16.2),
 }
 ASSUMED = {"multiply_adds": 100e12, "bytes": 2e12}
 """A GPU's, a second; assumed, not measured."""

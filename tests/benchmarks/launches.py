@@ -65,7 +65,7 @@ def main() -> None:
             with counted() as flow:
                 lens.flow(facts[:1], points=1, **QUIET)
             of_plain, of_sweep, of_flow = (sum(of.launches.values()) / LAYERS for of in (plain, swept, flow))
-            numbers = (of_plain, of_sweep - 2 * of_plain, 2 * of_plain, of_flow)
+            numbers = (of_plain, of_sweep - of_plain, of_plain, of_flow)
             print(
                 f"| {name} | {tokens or '5 to 8'} | {' | '.join(f'{number:.0f}' for number in numbers)} "
                 f"| {swept.synchronisations} | {swept.transfers} |",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 MULTIPLE = 4.0
 """How many times the model's own noise a replay may miss it by. Replays of 360 random models of 2 to 64 layers missed
 by 1.7 times the largest of three looks at most, of 480 of the bundled models none fell back; with one mixer's output a
-thousandth too large it is 6.6 to 770 times in random models of 2 to 64 layers, but 2 to 4 in a Mamba-1 of 64 layers whose
-weights amplify rounding from layer to layer."""
+thousandth too large it is 6.6 to 770 times in random models of 2 to 64 layers, but 2 to 4 in a Mamba-1 of 64 layers
+whose weights amplify rounding from layer to layer."""
 BREAKS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError)
 """What a model's code raises that does not take a replay's rows; see `Checks.broke`."""
 TRIES = 3

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambalens.hooks.mixer import replace_forward
+from mambalens.hooks.on_cpu import aligned_head
 
 Beside = Sequence[tuple[Any, ...] | None]
 """What each layer returns beside its hidden states; None where it returns these alone."""
@@ -45,6 +46,7 @@ def logits_behind(
     with ExitStack() as stack:
         for layer, more in zip(layers, beside, strict=True):
             stack.callback(replace_forward(layer, hand_on(more)))
+        stack.enter_context(aligned_head(model))
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, 0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

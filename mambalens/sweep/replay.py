@@ -29,16 +29,17 @@ from mambalens.hooks.behind import Beside, beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
+from mambalens.hooks.on_cpu import one_gelu, tokens_alone
 from mambalens.hooks.resume import Base
 from mambalens.hooks.uniting import UNCUT as NOTHING
 from mambalens.hooks.uniting import Pair, RowCut, United, rows_of
 from mambalens.hooks.values import Written
-from mambalens.system.memory import widest
+from mambalens.system.memory import keep_pages, widest
 
 SHARES = 4
 """Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
 
-TEMPORARY = 2**23
+TEMPORARY = 3 * 2**22
 """Bytes a thread of what a layer makes of rows on a CPU: much more at once comes from the system as fresh pages each
 time, which took a twentieth of a sweep of GPT-2 medium."""
 
@@ -199,6 +200,7 @@ class _Walk:
         # The uncut row, then the others in the order in which they join, so that joined rows stand in front.
         order = sorted((i for i in range(len(cuts)) if cuts[i] is not UNCUT), key=lambda i: cuts[i].start)
         self.cuts = [UNCUT, *(cuts[i] for i in order)]
+        self.starts = [cut.start for cut in self.cuts]
         nothing = torch.zeros_like(replay.sources[:1])
         self.base = Base(replay.first, replay.targets, torch.cat([nothing, replay.sources]))
         instead = {} if replay.instead is None else replay.instead.of
@@ -227,14 +229,18 @@ class _Walk:
         """Hidden states behind the layers at the last position, in the order of the cuts."""
         mixers = self.replay.hooks.mixers
         for mixer in mixers:
-            joined = sum(cut.start <= mixer.layer for cut in self.cuts)
+            joined = sum(start <= mixer.layer for start in self.starts)
             mixer.expect(joined * self.replay.targets[0].numel())
+        keep_pages()
         with ExitStack() as stack:
+            layers, ids = self.replay.layers, self.replay.ids
+            stack.enter_context(tokens_alone(layers, self.base.tokens, ids.shape, now=lambda: not self.in_rows))
+            stack.enter_context(one_gelu(layers))
             for mixer in mixers:
                 self.kept[mixer] = stack.enter_context(mixer.keeping(self.of_mixer[mixer].base))
-            for number, layer in enumerate(self.replay.layers):
+            for number, layer in enumerate(layers):
                 stack.callback(layer.register_forward_hook(self._behind(number, layer), with_kwargs=True).remove)
-            self.replay.hooks.trunk(input_ids=self.replay.ids, use_cache=False)
+            self.replay.hooks.trunk(input_ids=ids, use_cache=False)
         assert self.hidden is not None
         hidden = self.hidden.unflatten(1, (len(self.cuts), self.base.length))  # [B, R, L, W]
         at = (self.replay.last - self.replay.first).to(hidden.device, non_blocking=True)
@@ -262,8 +268,8 @@ class _Walk:
         self, number: int, layer: nn.Module, whole: Float[Tensor, "batch time hidden"], kwargs: dict[str, Any]
     ) -> None:
         """Rows join before a layer, and go through it."""
-        joined = [cut for cut in self.cuts if cut.start <= number]
-        new = sum(cut.start == number for cut in joined)
+        joined = sum(start <= number for start in self.starts)
+        new = self.starts.count(number)
         length = self.base.length
         if self.hidden is None:
             hidden = self.base.to(whole.device).at_rows(whole, new)  # [B, new L, W]
@@ -279,16 +285,16 @@ class _Walk:
         size = min([max(1, room // per_cut), *(of_layer.most_cuts for of_layer in kept)])
         parts = []
         of_base = self.base.to(whole.device)
-        for begin in range(0, len(joined), size):
-            cuts = joined[begin : begin + size]
-            given = {name: of_base.at_rows(value, len(cuts)) for name, value in kwargs.items()}
+        for begin in range(0, joined, size):
+            end = min(begin + size, joined)
+            given = {name: of_base.at_rows(value, end - begin) for name, value in kwargs.items()}
             with ExitStack() as stack:
-                stack.enter_context(self.replay.hooks.rows(functools.partial(of_base.at_rows, cuts=len(cuts))))
+                stack.enter_context(self.replay.hooks.rows(functools.partial(of_base.at_rows, cuts=end - begin)))
                 for mixer, of_layer in zip(here, kept, strict=True):
                     base, pairs = self.of_mixer[mixer]
-                    rows = rows_of(pairs[begin : begin + len(cuts)], mixer.n_features)
+                    rows = rows_of(pairs[begin:end], mixer.n_features)
                     stack.enter_context(mixer.resuming(of_layer, base, rows))
-                part = hidden[:, begin * length : (begin + len(cuts)) * length]
+                part = hidden[:, begin * length : end * length]
                 parts.append(hidden_of(layer(part, **given)))
         self.hidden = torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mambalens.hooks import fused, scan
+from mambalens.hooks import fused, native, scan
 
 CHUNK = 256
 """Positions of a chunk of Mamba-2's kernel; a power of two."""
@@ -33,7 +33,12 @@ def installed() -> bool:
 
 
 def backend(device: torch.device) -> str:
-    """What scans on a device: 'mamba-ssm' or 'torch', with '+compile' where Mamba-1's steps run compiled."""
+    """What scans on a device: 'mamba-ssm', or 'torch'.
+
+    '+numba' where Mamba-1 runs compiled on a CPU (in float32, without gradients), '+compile' where its steps do.
+    """
+    if device.type == "cpu" and native.kernels():
+        return "torch+numba"
     return ("mamba-ssm" if _on(device) else "torch") + ("+compile" if fused.compiled() else "")
 
 

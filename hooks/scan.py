@@ -24,7 +24,7 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from mambalens.hooks import fused
+from mambalens.hooks import fused, native
 from mambalens.hooks.indices import to_pick
 from mambalens.hooks.linear_scan import LOOPS, linear_scan
 
@@ -76,6 +76,8 @@ def selective_scan(
     """
     batch, time, _ = x.shape
     rate, in_place = _rate(A), not torch.is_grad_enabled()
+    if native.fits(x, dt, rate, B, C):
+        return native.scan(x, dt, rate, B, C, start)
     if in_place and x.device.type in LOOPS and batch * time * rate.numel() > near(x.device):
         return _by_position(x, dt, rate, B, C, start)
     width, chunk = _tiles(rate, batch, time)
@@ -148,9 +150,11 @@ def selective_states(
     """
     batch, time, _ = x.shape
     rate = _rate(A)
+    weights = keep.to(x.dtype).transpose(0, 1).contiguous()  # [B, sets, T]
+    if native.fits(x, dt, rate, B):
+        return list(native.scan_and_states(x, dt, rate, B, B, weights)[1].unbind(1))
     width, chunk = _tiles(rate, batch, time)
     later, dtx = sum_of_later(dt), dt * x  # [B, T, D]
-    weights = keep.to(x.dtype).transpose(0, 1).contiguous()  # [B, sets, T]
     total, scratch = x.new_empty(batch, len(keep), rate.numel()), _Scratch(0, x)
     for at in _slices(batch, width):
         for now in _slices(time, chunk):
@@ -162,6 +166,22 @@ def selective_states(
             else:
                 total[at].baddbmm_(weights[at, :, now], left.flatten(2))
     return list(total.unflatten(-1, rate.shape).unbind(1))
+
+
+def selective_scan_and_states(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    A: Float[Tensor, "feature state"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    keep: Bool[Tensor, "sets batch time"],
+) -> tuple[Float[Tensor, "batch time feature"], list[Float[Tensor, "batch state feature"]]] | None:
+    """`selective_scan` and `selective_states` at once, where all is kept first; None where nothing does both."""
+    rate = _rate(A)
+    if not native.fits(x, dt, rate, B, C) or not keep[0].all():
+        return None
+    y, states = native.scan_and_states(x, dt, rate, B, C, keep.to(x.dtype).transpose(0, 1).contiguous())
+    return y, list(states.unbind(1))
 
 
 def selective_step(
@@ -184,6 +204,8 @@ def selective_step(
     rate = _rate(A)
     y = own_entry(B[..., None, :], C[..., None, :], dt)
     y *= x
+    if native.fits(x, dt, rate, C, *states):
+        return native.step(dt, rate, C, states, number, y)
     scratch = _Scratch(0, x)
     for index in number.unique().tolist():
         rows = (number == index).nonzero().flatten()

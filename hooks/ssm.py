@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import fused, kernels, scan, ssd_rows
+from mambalens.hooks import fused, kernels, native, scan, ssd_rows
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.indices import having
 from mambalens.hooks.knockout import Paths
@@ -123,6 +123,16 @@ class S6Mixer(SSMMixer):
         found = scan.selective_states(inputs.x[..., 0], inputs.dt, inputs.A, inputs.B[:, :, 0], ~sources)
         return lambda written, erased: found[written]
 
+    def scan_and_states(
+        self, inputs: ScanInputs, sources: Bool[Tensor, "set batch time"]
+    ) -> tuple[Float[Tensor, "batch time feature width"], States]:
+        x, B, C = inputs.x[..., 0], inputs.B[:, :, 0], inputs.C[:, :, 0]
+        both = scan.selective_scan_and_states(x, inputs.dt, inputs.A, B, C, ~sources)
+        if both is None:
+            return super().scan_and_states(inputs, sources)
+        y, found = both
+        return y[..., None], lambda written, erased: found[written]
+
     def resume_scan(
         self, inputs: ScanInputs, states: Sequence[State], number: Int[Tensor, " row"]
     ) -> Float[Tensor, "batch row time feature width"]:
@@ -139,7 +149,8 @@ class S6Mixer(SSMMixer):
         return y[..., None]
 
     def expect(self, rows: int) -> None:
-        fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
+        if not (self.module.A_log.device.type == "cpu" and native.kernels()):
+            fused.expect(rows * self.module.A_log.numel(), self.module.A_log.device)
 
     def alpha(self, inputs: ScanInputs, features: Int[Tensor, " some"]) -> Float[Tensor, "batch some time time"]:
         return scan.selective_attention(

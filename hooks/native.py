@@ -1,0 +1,123 @@
+"""Mamba-1's scan on the CPU by compiled code, where numba is installed (the extra `cpu`); see `numba_scan`.
+
+In float32 and without gradients; elsewhere `scan` goes by PyTorch's operations. Prompts go to as many threads as
+PyTorch has. The code of a kernel is compiled when it runs first, in about half a second, and kept on disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+@cache
+def kernels() -> ModuleType | None:
+    """The compiled code; None where there is no numba, or none that works."""
+    if find_spec("numba") is None:
+        return None
+    try:
+        from mambalens.hooks import numba_scan
+    except Exception as error:  # built for another numpy, or a machine that it cannot compile for
+        log.info("Mamba-1's scan runs without numba: %s", error)
+        return None
+    return numba_scan
+
+
+def fits(*tensors: Float[Tensor, " ..."]) -> bool:
+    """Whether compiled code takes these tensors."""
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 for t in tensors)
+    return plain and not torch.is_grad_enabled() and kernels() is not None
+
+
+def scan(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    rate: Float[Tensor, "state feature"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    start: Float[Tensor, "#batch state feature"] | None = None,
+) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch state feature"]]:
+    """`scan.selective_scan`; `rate` is A in powers of two."""
+    y, state = torch.empty_like(dt), dt.new_zeros(len(dt), *rate.shape)
+    if start is not None:
+        state += start
+    dtx, of_dt, of_rate, of_B, of_C, of_state, of_y = _arrays(dt * x, dt, rate, B, C, state, y)
+    run = _the_kernels().scan
+    _each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], of_state[p], of_y[p]))
+    return torch.from_numpy(of_y), state
+
+
+def scan_and_states(
+    x: Float[Tensor, "batch time feature"],
+    dt: Float[Tensor, "batch time feature"],
+    rate: Float[Tensor, "state feature"],
+    B: Float[Tensor, "batch time state"],
+    C: Float[Tensor, "batch time state"],
+    keep: Float[Tensor, "batch sets time"],
+) -> tuple[Float[Tensor, "batch time feature"], Float[Tensor, "batch sets state feature"]]:
+    """What is read where the first of several choices is kept, and `scan.selective_states` of all.
+
+    1 is kept, else 0; the choices are as there.
+    """
+    y, found = torch.empty_like(dt), dt.new_zeros(*keep.shape[:2], *rate.shape)
+    dtx, of_dt, of_rate, of_B, of_C, kept, of_found, of_y = _arrays(dt * x, dt, rate, B, C, keep, found, y)
+    run = _the_kernels().scan_and_states
+    _each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], kept[p], of_found[p], of_y[p]))
+    return torch.from_numpy(of_y), found
+
+
+def step(
+    dt: Float[Tensor, "batch rows feature"],
+    rate: Float[Tensor, "state feature"],
+    C: Float[Tensor, "batch rows state"],
+    starts: Sequence[Float[Tensor, "batch state feature"]],
+    number: Int[Tensor, " rows"],
+    y: Float[Tensor, "batch rows feature"],
+) -> Float[Tensor, "batch rows feature"]:
+    """`y` and what rows read of the states before them, `scan.selective_step`; `number` says which state each has."""
+    of_dt, of_rate, of_C, of_y = _arrays(dt, rate, C, y)
+    of_state = [(_arrays(start)[0], np.flatnonzero(number.numpy() == index)) for index, start in enumerate(starts)]
+    run = _the_kernels().step
+
+    def of_prompt(p: int) -> None:
+        for start, rows in of_state:
+            run(of_dt[p], of_rate, of_C[p], np.ascontiguousarray(start[p]), rows, of_y[p])
+
+    _each(len(dt), of_prompt)
+    return torch.from_numpy(of_y)
+
+
+def _the_kernels() -> Any:
+    found = kernels()
+    assert found is not None, "see `fits`"
+    return found
+
+
+def _arrays(*tensors: Float[Tensor, " ..."]) -> list[Shaped[np.ndarray, " ..."]]:
+    """Arrays that the kernels take: a tensor's own memory where that lies in one piece, prompt by prompt."""
+    return [(t if t.ndim > 2 and t[0].is_contiguous() else t.contiguous()).detach().numpy() for t in tensors]
+
+
+def _each(prompts: int, work: Callable[[int], None]) -> None:
+    """Work for every prompt, on PyTorch's number of threads; the compiled code lets others run."""
+    threads = min(prompts, torch.get_num_threads())
+    if threads < 2:
+        for p in range(prompts):
+            work(p)
+        return
+    # None is kept for later: a fork of this process would wait for its threads in vain.
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(work, range(prompts)):
+            pass

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from mambalens.hooks import HookManager, Mixer, Values
 from mambalens.hooks.behind import beside_of, hidden_of
 from mambalens.hooks.calls import bound
+from mambalens.hooks.on_cpu import one_gelu
 from mambalens.hooks.resume import Base
 from mambalens.hooks.sublayers import sublayers_of
 from mambalens.hooks.uniting import UNCUT, WAYS, Pair, RowCut, United, rows_of
@@ -33,7 +34,7 @@ from mambalens.interventions.embeddings import noisy_embeddings
 from mambalens.interventions.groups import Group, Prompts, Spot, begins_of, fitting
 from mambalens.interventions.sites import layers_with
 from mambalens.sweep.replay import SHARES, bytes_of, head_of, prompts_at_once
-from mambalens.system.memory import widest
+from mambalens.system.memory import keep_pages, widest
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """Of logits [row, vocabulary] and the prompts [row] that they belong to: some numbers for each [row, numbers]."""
@@ -259,7 +260,9 @@ class _Walk:
         hooks = self.hooks
         for mixer in hooks.mixers:
             mixer.expect(sum(side.group.rows * side.group.length for side in self.sides) // 2)
+        keep_pages()
         with ExitStack() as stack:
+            stack.enter_context(one_gelu(hooks.layers))
             for mixer in hooks.mixers:
                 self.seen[mixer] = stack.enter_context(mixer.watching(self.around.get(mixer, ())))
             for number, layer in enumerate(hooks.layers):

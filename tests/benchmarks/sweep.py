@@ -267,7 +267,7 @@ def main() -> None:
     """Command line."""
     parser = parser_of(__doc__, PARTS)
     parser.add_argument(
-        "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves"
+        "--compile", action="store_true", help="compile Mamba-1's step, as long sweeps do by themselves without numba"
     )
     options = parser.parse_args()
     options.part = options.part or ["models", "growth", "long"]

@@ -107,7 +107,8 @@ def _the_kernels() -> Any:
 
 def _arrays(*tensors: Float[Tensor, " ..."]) -> list[Shaped[np.ndarray, " ..."]]:
     """Arrays that the kernels take: a tensor's own memory where that lies in one piece, prompt by prompt."""
-    return [(t if t.ndim > 2 and t[0].is_contiguous() else t.contiguous()).detach().numpy() for t in tensors]
+    in_pieces = [t.ndim > 2 and len(t) > 0 and t[0].is_contiguous() for t in tensors]
+    return [(t if fits else t.contiguous()).detach().numpy() for t, fits in zip(tensors, in_pieces, strict=True)]
 
 
 def _each(prompts: int, work: Callable[[int], None]) -> None:

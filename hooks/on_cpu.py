@@ -1,6 +1,6 @@
 """What a CPU does faster in another way: products of fewer tokens, in rows that lie well, one operation for eight.
 
-Nothing of it changes what a model computes beyond its last digits.
+Nothing of it changes more than the last digits of what anybody reads.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def tokens_alone(
     shape: tuple[int, ...],
     now: Callable[[], bool],
 ) -> Iterator[None]:
-    """While the block runs, the layers' projections take some tokens of a pass alone, and give 0 for others.
+    """While the block runs, the layers' projections take some tokens of a pass alone; others, which nobody reads, get 0.
 
     Args:
         layers: a model's layers.

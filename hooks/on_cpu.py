@@ -36,7 +36,7 @@ def tokens_alone(
     shape: tuple[int, ...],
     now: Callable[[], bool],
 ) -> Iterator[None]:
-    """While the block runs, the layers' projections take some tokens of a pass alone; others, which nobody reads, get 0.
+    """While the block runs, the layers' projections take some tokens alone; others, which nobody reads, get 0.
 
     Args:
         layers: a model's layers.

@@ -194,15 +194,15 @@ def test_a_fork_scans_too() -> None:
     before = torch.get_num_threads()
     expected = scan.selective_scan(*given)[0]
     child = os.fork()
-    if not child:
-        torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork
-        native_threads = native.torch.get_num_threads
-        native.torch.get_num_threads = lambda: 2
-        same = torch.equal(
-            native.scan(*given[:2], (given[2] * math.log2(math.e)).T.contiguous(), *given[3:])[0], expected
-        )
-        native.torch.get_num_threads = native_threads
-        os._exit(0 if same else 1)
+    if not child:  # which never comes back to the tests
+        try:
+            torch.set_num_threads(1)  # PyTorch's own threads do not survive a fork
+            native.torch.get_num_threads = lambda: 2
+            rate = (given[2] * math.log2(math.e)).T.contiguous()
+            same = torch.equal(native.scan(*given[:2], rate, *given[3:])[0], expected)
+            os._exit(0 if same else 1)
+        finally:
+            os._exit(2)
     for _ in range(300):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:

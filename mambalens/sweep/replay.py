@@ -40,8 +40,8 @@ SHARES = 4
 """Hidden states of rows, their passage through a layer, the base pass and the head each have a share of the memory."""
 
 TEMPORARY = 3 * 2**22
-"""Bytes a thread of what a layer makes of rows on a CPU: much more at once comes from the system as fresh pages each
-time, which took a twentieth of a sweep of GPT-2 medium."""
+"""Bytes a thread of what a layer makes of rows on a CPU: with 2**24, more than `keep_pages` keeps, memory came from the
+system as fresh pages again, twice as many in a sweep of GPT-2 medium."""
 
 
 class Row(NamedTuple):

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -109,26 +106,3 @@ def test_the_head_writes_rows_that_lie_well(vocabulary: int) -> None:
             assert head(many).requires_grad
     torch.testing.assert_close(found, head(many), rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(head)
-
-
-FAULTS = """
-import resource, torch
-from mambalens.system.memory import keep_pages
-{first}
-for _ in range(5):
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    held = [torch.ones(15 * 2**18) for _ in range(3)]  # 15 MB each
-    del held
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another allocator")
-def test_memory_that_was_given_back_is_kept() -> None:
-    """Pages that a process does not have, it has to be given: faults. In processes of their own, which learn nothing."""
-    fresh, kept = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(first=first)], capture_output=True, check=True).stdout)
-        for first in ("", "keep_pages()")
-    )
-    assert kept < 500 and fresh > 45 * 2**20 // 4096 // 2

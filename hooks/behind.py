@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mambalens.hooks.mixer import replace_forward
-from mambalens.hooks.on_cpu import aligned_head
+from mambalens.hooks.on_cpu import Room, roomy_head
 
 Beside = Sequence[tuple[Any, ...] | None]
 """What each layer returns beside its hidden states; None where it returns these alone."""
@@ -28,7 +28,11 @@ def hidden_of(output: Any) -> Float[Tensor, "batch time hidden"]:
 
 
 def logits_behind(
-    model: Any, layers: Sequence[nn.Module], beside: Beside, hidden: Float[Tensor, "row 1 hidden"]
+    model: Any,
+    layers: Sequence[nn.Module],
+    beside: Beside,
+    hidden: Float[Tensor, "row 1 hidden"],
+    room: Room | None = None,
 ) -> Float[Tensor, "row vocabulary"]:
     """What the model's own code behind its layers makes of rows, in float32 or better.
 
@@ -37,6 +41,7 @@ def logits_behind(
         layers: its layers.
         beside: what each of them returns beside its hidden states.
         hidden: residual streams, each of one position.
+        room: where the head may write, see `on_cpu.roomy_head`.
     """
 
     def hand_on(more: tuple[Any, ...] | None) -> Callable[[Any], Any]:
@@ -46,7 +51,7 @@ def logits_behind(
     with ExitStack() as stack:
         for layer, more in zip(layers, beside, strict=True):
             stack.callback(replace_forward(layer, hand_on(more)))
-        stack.enter_context(aligned_head(model))
+        stack.enter_context(roomy_head(model, room))
         ids = torch.zeros(len(hidden), 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
         logits = model(input_ids=ids, use_cache=False).logits[:, 0]
     return logits.to(torch.promote_types(logits.dtype, torch.float32))

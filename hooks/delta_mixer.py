@@ -64,8 +64,9 @@ class DeltaMixer(RecurrentMixer):
         # A set may be left out of what is written, of what is erased or of both: a state each, and writes of its own.
         return sets * (3 * self.state_numbers + time * heads * key) + 2 * time * heads * (key + value)
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        return ACT2FN[self.module.activation](convolved)
+    @property
+    def activation(self) -> nn.Module:
+        return ACT2FN[self.module.activation]
 
     def channels_by_feature(self, device: torch.device) -> tuple[Int[Tensor, " wider"], Int[Tensor, " wider"]]:
         """Queries and keys once for each head: [q of head 1, q of head 2, ... | k of head 1, ... | v]."""

@@ -63,8 +63,9 @@ class LightningMixer(SSDMixer):
         with weights_at_hand(self.module):
             return torch.exp(-self.module.slope_rate.flatten().double())
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        return self.module.act_fn(convolved)
+    @property
+    def activation(self) -> nn.Module:
+        return self.module.act_fn
 
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         return Projected(self.module.output_gate(hidden), self.module.qkv_proj(hidden), None)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from mambalens.hooks import pointwise
 from mambalens.hooks.recurrence import Projected
 from mambalens.hooks.ssm import S6Mixer, ScanInputs
 
@@ -36,7 +37,7 @@ class Mamba1Mixer(S6Mixer):
             dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
         precise = torch.promote_types(convolved.dtype, torch.float32)
         if convolved.dtype == precise:
-            dt = F.softplus(mixer.dt_proj(dt))
+            dt = pointwise.softplus(mixer.dt_proj(dt))
         else:  # the bias is added in the scan's precision, as transformers does
             dt = F.softplus(F.linear(dt, mixer.dt_proj.weight).to(precise) + mixer.dt_proj.bias.to(precise))
         A = -torch.exp(mixer.A_log.to(precise))

@@ -82,8 +82,9 @@ class RGLRUMixer(RecurrentMixer):
         anew = (position == 0).expand(hidden.shape[:2])
         return torch.cat([hidden, anew[..., None].to(hidden)], -1), None
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        return convolved
+    @property
+    def activation(self) -> nn.Module:
+        return nn.Identity()
 
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         hidden, anew = hidden[..., :-1], hidden[..., -1:]

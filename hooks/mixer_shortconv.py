@@ -90,8 +90,9 @@ class ShortConvMixer(RecurrentMixer):
     def convolution(self) -> nn.Conv1d:
         return self.module.conv
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        return convolved
+    @property
+    def activation(self) -> nn.Module:
+        return nn.Identity()
 
     def project(self, hidden: Float[Tensor, "batch time given"]) -> Projected:
         B, C, x = self.module.in_proj(hidden).chunk(3, -1)

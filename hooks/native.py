@@ -2,11 +2,13 @@
 
 In float32 and without gradients; elsewhere `scan` goes by PyTorch's operations. Prompts go to as many threads as
 PyTorch has. The code of a kernel is compiled when it runs first, in about half a second, and kept on disk.
+`pointwise` runs compiled code in the same way.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -79,24 +81,38 @@ def scan_and_states(
 
 
 def step(
+    x: Float[Tensor, "batch rows feature"],
     dt: Float[Tensor, "batch rows feature"],
     rate: Float[Tensor, "state feature"],
+    B: Float[Tensor, "batch rows state"],
     C: Float[Tensor, "batch rows state"],
     starts: Sequence[Float[Tensor, "batch state feature"]],
     number: Int[Tensor, " rows"],
-    y: Float[Tensor, "batch rows feature"],
 ) -> Float[Tensor, "batch rows feature"]:
-    """`y` and what rows read of the states before them, `scan.selective_step`; `number` says which state each has."""
-    of_dt, of_rate, of_C, of_y = _arrays(dt, rate, C, y)
+    """`scan.selective_step`; `number` says which of the states before them each row has."""
+    arrays = of_x, of_dt, of_rate, of_B, of_C, of_y = _arrays(x, dt, rate, B, C, torch.empty_like(dt))
     of_state = [(_arrays(start)[0], np.flatnonzero(number.numpy() == index)) for index, start in enumerate(starts)]
     run = _the_kernels().step
 
     def of_prompt(p: int) -> None:
         for start, rows in of_state:
-            run(of_dt[p], of_rate, of_C[p], np.ascontiguousarray(start[p]), rows, of_y[p])
+            run(of_x[p], of_dt[p], of_rate, of_B[p], of_C[p], np.ascontiguousarray(start[p]), rows, of_y[p])
 
     _each(len(dt), of_prompt)
-    return torch.from_numpy(of_y)
+    return torch.from_numpy(arrays[-1])
+
+
+def in_parts(count: int, work: Callable[[int, int], None], least: int = 1) -> None:
+    """Work from one number to another, below `count`, in parts for PyTorch's number of threads.
+
+    Args:
+        count: of what is to be done.
+        work: begins and ends.
+        least: how much is worth a thread.
+    """
+    threads = max(1, min(torch.get_num_threads(), count // least))
+    ends = [count * part // threads for part in range(threads + 1)]
+    _each(threads, lambda part: work(ends[part], ends[part + 1]))
 
 
 def _the_kernels() -> Any:
@@ -111,14 +127,21 @@ def _arrays(*tensors: Float[Tensor, " ..."]) -> list[Shaped[np.ndarray, " ..."]]
     return [(t if fits else t.contiguous()).detach().numpy() for t, fits in zip(tensors, in_pieces, strict=True)]
 
 
-def _each(prompts: int, work: Callable[[int], None]) -> None:
-    """Work for every prompt, on PyTorch's number of threads; the compiled code lets others run."""
-    threads = min(prompts, torch.get_num_threads())
+def _each(count: int, work: Callable[[int], None]) -> None:
+    """Work of every number below `count`, on PyTorch's number of threads; the compiled code lets others run."""
+    threads = min(count, torch.get_num_threads())
     if threads < 2:
-        for p in range(prompts):
-            work(p)
+        for number in range(count):
+            work(number)
         return
-    # None is kept for later: a fork of this process would wait for its threads in vain.
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in pool.map(work, range(prompts)):
-            pass
+    for _ in _pool(threads).map(work, range(count)):
+        pass
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "mambalens")
+
+
+if hasattr(os, "register_at_fork"):  # a fork has none of these threads, and would wait for them in vain
+    os.register_at_fork(after_in_child=_pool.cache_clear)

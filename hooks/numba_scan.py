@@ -6,51 +6,22 @@ arrays in float32, each of one prompt; `native` calls them. Letters and recurren
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
 
-FOLDED = {"contract"}
-"""What the compiler may do to arithmetic: take a product and a sum together. No sum changes its order."""
+from mambalens.hooks.numba_math import compiled, exp2
 
 
-def _compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-    # Unwrapped: what checks shapes while the tests run does not compile.
-    options = {"nogil": True, "fastmath": FOLDED, "error_model": "numpy", **options}
-    try:
-        return numba.njit(cache=True, **options)(inspect.unwrap(function))
-    except RuntimeError:  # nowhere to write
-        return numba.njit(**options)(inspect.unwrap(function))
+def _step(x, dt, rate, B, C, start, rows, y):  # type: ignore[no-untyped-def]
+    """What the position of some rows reads of itself and of the state before it, `C . (exp2(dt rate) start)`.
 
-
-def _exp2(x):  # type: ignore[no-untyped-def]
-    """2 to the power of x <= 0, to within a unit in the last place; at least the smallest normal number."""
-    x = max(x, np.float32(-126))
-    whole = np.floor(x + np.float32(0.5))
-    part = x - whole  # at most a half; its power by the polynomial of Cephes' exp2f, good to 1.6e-8
-    power = np.float32(1.535336188319500e-4)
-    power = power * part + np.float32(1.339887440266574e-3)
-    power = power * part + np.float32(9.618437357674640e-3)
-    power = power * part + np.float32(5.550332471162809e-2)
-    power = power * part + np.float32(2.402264791363012e-1)
-    power = power * part + np.float32(6.931472028550421e-1)
-    power = power * part + np.float32(1)
-    exponent = (np.int32(whole) + np.int32(127)) << np.int32(23)
-    return power * np.int32(exponent).view(np.float32)
-
-
-exp2 = _compiled(_exp2, inline="always")
-
-
-def _step(dt, rate, C, start, rows, y):  # type: ignore[no-untyped-def]
-    """Adds to `y` of some rows what their position reads of the state before it, `C . (exp2(dt rate) start)`.
-
-    Shapes: dt, y [rows, D]; rate, start [N, D]; C [rows, N]; rows: their numbers.
+    Shapes: x, dt, y [rows, D]; rate, start [N, D]; B, C [rows, N]; rows: their numbers.
     """
     for row in rows:
+        own = np.float32(0)
+        for n in range(len(rate)):
+            own += B[row, n] * C[row, n]
+        for d in range(rate.shape[1]):
+            y[row, d] = own * dt[row, d] * x[row, d]
         for n in range(len(rate)):
             read = C[row, n]
             for d in range(rate.shape[1]):
@@ -99,4 +70,4 @@ def _scan_and_states(dtx, dt, rate, B, C, keep, states, y):  # type: ignore[no-u
                 y[t, d] += read * states[0, n, d]
 
 
-step, scan, scan_and_states = _compiled(_step), _compiled(_scan), _compiled(_scan_and_states)
+step, scan, scan_and_states = compiled(_step), compiled(_scan), compiled(_scan_and_states)

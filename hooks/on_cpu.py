@@ -11,12 +11,12 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from mambalens.hooks import pointwise
 from mambalens.hooks.mixer import replace_forward
 
 PROJECTIONS = (nn.Linear, Conv1D)
@@ -75,7 +75,7 @@ def one_gelu(layers: Iterable[nn.Module]) -> Iterator[None]:
         def gelu(x: Float[Tensor, " ..."]) -> Float[Tensor, " ..."]:
             if x.dtype != torch.float32 or x.device.type != "cpu":
                 return forward(x)
-            return F.gelu(x, approximate="tanh")
+            return pointwise.gelu(x)
 
         return gelu
 
@@ -85,11 +85,32 @@ def one_gelu(layers: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+class Room:
+    """Memory for logits on a CPU that is written anew for every batch.
+
+    As much anew from the system each time takes an eighth of the time of the product that fills it.
+    """
+
+    def __init__(self) -> None:
+        self._numbers = torch.empty(0)
+
+    def of(self, rows: int, width: int) -> Float[Tensor, "row width"]:
+        """Rows that hold anything, in the memory of those that were given before."""
+        if self._numbers.numel() < rows * width:
+            self._numbers = torch.empty(0)  # not both at once
+            self._numbers = torch.empty(rows * width)
+        return self._numbers[: rows * width].view(rows, width)
+
+
 @contextmanager
-def aligned_head(model: Any) -> Iterator[None]:
+def roomy_head(model: Any, room: Room | None = None) -> Iterator[None]:
     """While the block runs, the head writes the logits of many rows where a matrix product writes fast.
 
-    Rows of GPT-2's 50,257 logits, one below the other, begin anywhere in a processor's vectors.
+    Rows of GPT-2's 50,257 logits, one below the other, begin anywhere in a processor's vectors: they are spaced.
+
+    Args:
+        model: the model.
+        room: where to write them, over what was there; memory of their own by default.
     """
 
     def spaced(forward: Forward) -> Forward:
@@ -98,13 +119,14 @@ def aligned_head(model: Any) -> Iterator[None]:
             fits = x.dtype == weight.dtype == torch.float32 and weight.device.type == "cpu"
             if not fits or torch.is_grad_enabled() or rows < FEW:
                 return forward(x)
-            room = x.new_empty(rows, -(-len(weight) // ALIGNED) * ALIGNED)[:, : len(weight)]
-            return torch.mm(x.reshape(rows, -1), weight.T, out=room).unflatten(0, x.shape[:-1])
+            width = -(-len(weight) // ALIGNED) * ALIGNED
+            out = (x.new_empty(rows, width) if room is None else room.of(rows, width))[:, : len(weight)]
+            return torch.mm(x.reshape(rows, -1), weight.T, out=out).unflatten(0, x.shape[:-1])
 
         return project
 
     head = model.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.out_features % ALIGNED == 0:
+    if type(head) is not nn.Linear or head.bias is not None or (room is None and head.out_features % ALIGNED == 0):
         yield
         return
     restore = replace_forward(head, spaced)

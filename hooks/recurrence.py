@@ -16,14 +16,17 @@ from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from transformers.activations import SiLUActivation
 
-from mambalens.hooks import scan
+from mambalens.hooks import pointwise, scan
 from mambalens.hooks.calls import recurrent_state
 from mambalens.hooks.knockout import Paths
 from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
+SILU = (nn.SiLU, SiLUActivation)
+"""Modules that are x sigmoid(x)."""
 AT_ONCE = 2**22
 """Numbers of effective attention that are made at a time."""
 
@@ -123,9 +126,14 @@ class Recurrence(Mixer):
     def reach(self, path: Paths) -> int | None:
         return self.kernel - 1 if path is Paths.CONV else None
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    @property
+    def activation(self) -> nn.Module:
         """The activation behind the convolution."""
-        return self.module.act(convolved)
+        return self.module.act
+
+    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """What the activation makes of what the convolution gave."""
+        return self.activation(convolved)
 
     def told(
         self, given: Mapping[str, Any]
@@ -181,6 +189,18 @@ class Recurrence(Mixer):
         for other in instead:
             out = out + scan.causal_conv(other.inner.to(out.dtype), weight, None, other.taps, other.past)
         return out
+
+    def convolved(
+        self,
+        inner: Float[Tensor, "*batch time channel"],
+        keep: list[Bool[Tensor, "*#batch #time feature"]] | None,
+        past: Float[Tensor, "*#batch before channel"] | None = None,
+        instead: Sequence[Instead] = (),
+    ) -> Float[Tensor, "*batch time wider"]:
+        """`convolve` with the activation behind it, both at once where that can be."""
+        if keep is None and not instead and self.convolution is not None and isinstance(self.activation, SILU):
+            return pointwise.silu_conv(inner, self.convolution.weight[:, 0], self.convolution_bias, past)
+        return self.activate(self.convolve(inner, keep, past, instead))
 
     @abstractmethod
     def scan_inputs(

@@ -68,7 +68,7 @@ class RecurrentMixer(Recurrence):
         projected = self.project(without_padding(hidden, padding) if self.masks_input else hidden)
         taps = on(Paths.CONV, cuts)
         others = [Instead(*other) for other in replaced_taps(taps, self.kernel)]
-        convolved = self.activate(self.convolve(projected.inner, kept_taps(taps, self.kernel), instead=others))
+        convolved = self.convolved(projected.inner, kept_taps(taps, self.kernel), instead=others)
         if self.masks_convolved:
             convolved = without_padding(convolved, padding)
         return self.scan_inputs(convolved, projected.beside), projected

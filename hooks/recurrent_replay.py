@@ -50,7 +50,7 @@ def keep(
     gate, inner, beside = mixer.project(hidden[tokens][None])
     inner = _spread(inner[:, :count], base.tokens, batch, time)
     beside = None if beside is None else _spread(beside[:, :count], base.tokens, batch, time)
-    inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
+    inputs = mixer.scan_inputs(mixer.convolved(inner, None), beside)
     # What is replayed leaves the states alone; nobody reads what it reads here.
     before = base.before[:, :time]
     if any(other.written.main is not None for other in base.instead):
@@ -124,7 +124,7 @@ def see(
         out, seen = mixer.under(hidden, None, around)
         return out, SeenPrompts(mixer, *seen)
     gate, inner, beside = mixer.project(hidden)
-    inputs = mixer.scan_inputs(mixer.activate(mixer.convolve(inner, None)), beside)
+    inputs = mixer.scan_inputs(mixer.convolved(inner, None), beside)
     y = mixer.with_skip(mixer.scan(inputs)[0], inputs)
     return mixer.finish(y, gate, hidden.dtype), SeenPrompts(mixer, inputs, inner)
 
@@ -142,7 +142,7 @@ def resume(
     projected = mixer.project(hidden)
     inner = side_by_side(projected.inner, len(rows))
     keep, others = taps_of_rows(base, rows, mixer.kernel) if rows.known.conv.any() else (None, [])
-    convolved = mixer.activate(mixer.convolve(inner, keep, kept.window[:, None], others))
+    convolved = mixer.convolved(inner, keep, kept.window[:, None], others)
     convolved = rearrange(convolved, "batch row time channel -> batch (row time) channel")
     inputs = mixer.scan_inputs(convolved, projected.beside)
     y = _cut_rows(mixer, inputs.by_row(len(rows)), kept, base, rows)  # [B, R, L, F, P]

@@ -202,10 +202,10 @@ def selective_step(
     """
     batch = len(x)
     rate = _rate(A)
+    if native.fits(x, dt, rate, B, C, *states):
+        return native.step(x, dt, rate, B, C, states, number)
     y = own_entry(B[..., None, :], C[..., None, :], dt)
     y *= x
-    if native.fits(x, dt, rate, C, *states):
-        return native.step(dt, rate, C, states, number, y)
     scratch = _Scratch(0, x)
     for index in number.unique().tolist():
         rows = (number == index).nonzero().flatten()

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from mambalens.hooks import fused, kernels, native, scan, ssd_rows
+from mambalens.hooks import fused, kernels, native, pointwise, scan, ssd_rows
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.indices import having
 from mambalens.hooks.knockout import Paths
@@ -172,7 +171,7 @@ class S6Mixer(SSMMixer):
     def finish(
         self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
     ) -> Float[Tensor, "batch time hidden"]:
-        return self.module.out_proj((y[..., 0] * F.silu(gate)).to(dtype))
+        return self.module.out_proj(pointwise.gated(y[..., 0], gate).to(dtype))
 
 
 class SSDMixer(RecurrentMixer):

@@ -14,7 +14,7 @@ from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from mambalens.hooks import HookManager
-from mambalens.hooks.on_cpu import aligned_head, one_gelu, tokens_alone
+from mambalens.hooks.on_cpu import Room, one_gelu, roomy_head, tokens_alone
 from mambalens.sweep import replay
 from mambalens.sweep.replay import UNCUT, Replay, Row
 
@@ -98,7 +98,7 @@ def test_the_head_writes_rows_that_lie_well(vocabulary: int) -> None:
     model = tiny("gpt2", torch.float32, vocabulary=vocabulary)
     head = model.get_output_embeddings()
     many, few = torch.randn(80, 1, model.config.n_embd), torch.randn(3, 1, model.config.n_embd)
-    with torch.no_grad(), aligned_head(model):
+    with torch.no_grad(), roomy_head(model):
         found = head(many)
         assert found.stride(0) == 64 and found.shape == (80, 1, vocabulary)
         assert head(few).is_contiguous() and head(many.new_zeros(0, 1, many.shape[2])).shape == (0, 1, vocabulary)
@@ -106,3 +106,26 @@ def test_the_head_writes_rows_that_lie_well(vocabulary: int) -> None:
             assert head(many).requires_grad
     torch.testing.assert_close(found, head(many), rtol=1e-5, atol=1e-5)
     assert "forward" not in vars(head)
+
+
+def test_a_heads_room_is_written_anew() -> None:
+    """And only where it is given: else every batch's logits are its own."""
+    model = tiny("mamba1", torch.float32)
+    hooks, room = HookManager(model), Room()
+    sets = torch.zeros(1, 70, 3, dtype=torch.bool)
+
+    def logits(ids: Tensor, room: Room | None, memory: int = 2**30) -> Tensor:
+        replay = Replay(hooks, ids, torch.full((70,), 2), sets, memory=memory, room=room)
+        return next(found for _, found in replay.logits([UNCUT]))
+
+    with torch.no_grad():
+        first, second = (torch.randint(2, model.config.vocab_size, (70, 3)) for _ in range(2))
+        own = logits(first, None)
+        shared = logits(first, room)
+        assert torch.equal(shared, own) and own.data_ptr() != shared.data_ptr()
+        kept = shared.data_ptr()
+        again = logits(second, room)
+        assert again.data_ptr() == kept and torch.equal(again, logits(second, None)) and torch.equal(shared, again)
+        assert not torch.equal(own, again)
+        small, large = room.of(2, 3), room.of(300, 50)
+        assert small.data_ptr() == kept and small.shape == (2, 3) and large.shape == (300, 50)

@@ -13,6 +13,7 @@ from torch import Tensor
 from mambalens.facts.prompts import Batch
 from mambalens.hooks import Values
 from mambalens.hooks.knockout import Cutting, Knockout
+from mambalens.hooks.on_cpu import Room
 from mambalens.model import LoadedModel
 from mambalens.sweep.ablation import Ablation
 from mambalens.sweep.checks import BREAKS, Checks
@@ -30,7 +31,9 @@ Positions = Sequence[Sequence[int]]
 """Positions in every prompt of a batch."""
 
 Answers = Iterator[tuple[int, Float[Tensor, "batch vocabulary"]]]
-"""Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1."""
+"""Logits [batch, vocabulary] with the number of the knockout they belong to, in any order; first the base's, -1.
+
+They hold until the next are asked for."""
 
 
 class Answerer:
@@ -49,6 +52,7 @@ class Answerer:
     def __init__(self, lens: LoadedModel, memory: int, replay: bool = True, ablation: Ablation | None = None) -> None:
         self.lens, self.memory, self.ablation = lens, memory, ablation
         self.checks = Checks.inside(lens, replay, "knockout")
+        self.room = Room()
 
     def prompts_at_once(self, sources: Sequence[str], time: int) -> int | None:
         """How many prompts of a length fit the memory; None: any number."""
@@ -114,7 +118,7 @@ class Answerer:
             *(Row(cutting, ((asked.source + 1, 0),)) for cutting, asked in zip(cuttings, knockouts, strict=True)),
         ]
         sets = torch.stack(list(sources))
-        replay = Replay(self.lens.hooks, batch.ids, batch.last, sets, targets, self.memory, instead)
+        replay = Replay(self.lens.hooks, batch.ids, batch.last, sets, targets, self.memory, instead, self.room)
         found = ((number - 1, logits) for number, logits in replay.logits(rows))
         try:
             first = next(found)

@@ -29,7 +29,7 @@ from mambalens.hooks.behind import Beside, beside_of, hidden_of, logits_behind
 from mambalens.hooks.calls import bound
 from mambalens.hooks.knockout import Cutting, Paths
 from mambalens.hooks.masks import distinct_rows
-from mambalens.hooks.on_cpu import one_gelu, tokens_alone
+from mambalens.hooks.on_cpu import Room, one_gelu, tokens_alone
 from mambalens.hooks.resume import Base
 from mambalens.hooks.uniting import UNCUT as NOTHING
 from mambalens.hooks.uniting import Pair, RowCut, United, rows_of
@@ -107,6 +107,7 @@ class Replay:
         targets: target positions, or target sets; the last positions by default.
         memory: bytes to plan tiles with; a plan, not a limit that is enforced.
         instead: what stands in the place of what sources hand on; nothing by default. What they erase is not replaced.
+        room: memory for logits, which then hold until the next are asked for. Each has its own by default.
 
     What the hook manager's running blocks cut and add is cut and added under every knockout.
     """
@@ -120,8 +121,9 @@ class Replay:
         targets: Bool[Tensor, "batch time"] | Bool[Tensor, "targetset batch time"] | None = None,
         memory: int = 2**30,
         instead: Values | None = None,
+        room: Room | None = None,
     ) -> None:
-        self.hooks, self.model, self.memory, self.instead = hooks, hooks.model, memory, instead
+        self.hooks, self.model, self.memory, self.instead, self.room = hooks, hooks.model, memory, instead, room
         self.layers = hooks.layers
         device = self.model.get_input_embeddings().weight.device
         self.ids, self.last, self.sources = ids.to(device, non_blocking=True), last.cpu(), sources.cpu()
@@ -152,8 +154,8 @@ class Replay:
             hidden = walk.run()  # [batch, cuts, width]
             for begin in range(0, len(group), at_once):
                 part = hidden[:, begin : begin + at_once].transpose(0, 1)
-                logits = head_of(self.hooks, walk.beside, part.flatten(0, 1)[:, None]).unflatten(0, (len(part), batch))
-                yield from zip(group[begin : begin + at_once], logits, strict=True)
+                logits = head_of(self.hooks, walk.beside, part.flatten(0, 1)[:, None], self.room)
+                yield from zip(group[begin : begin + at_once], logits.unflatten(0, (len(part), batch)), strict=True)
 
     def _groups(self, cuts: Sequence[Row]) -> Iterator[list[int]]:
         """Numbers of the cuts that share a base pass: as many as fit, with few source sets among them."""
@@ -342,7 +344,7 @@ def prompts_at_once(hooks: HookManager, time: int, sets: int, memory: int) -> in
 
 @torch.no_grad()
 def head_of(
-    hooks: HookManager, beside: Beside, hidden: Float[Tensor, "row 1 hidden"]
+    hooks: HookManager, beside: Beside, hidden: Float[Tensor, "row 1 hidden"], room: Room | None = None
 ) -> Float[Tensor, "row vocabulary"]:
     """What a model's own code behind its layers makes of rows.
 
@@ -350,9 +352,10 @@ def head_of(
         hooks: the model's hook manager.
         beside: what each layer has returned beside its hidden states.
         hidden: hidden states behind the last layer.
+        room: where the head may write, over what was there.
     """
     with hooks.aside():
-        return logits_behind(hooks.model, hooks.layers, beside, hidden)
+        return logits_behind(hooks.model, hooks.layers, beside, hidden, room)
 
 
 def bytes_of(model: Any) -> int:

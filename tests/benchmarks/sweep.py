@@ -45,6 +45,7 @@ from torch import Tensor
 from mambalens import Lens
 from mambalens.facts.prompts import Batch
 from mambalens.hooks import fused
+from mambalens.hooks.on_cpu import Room
 from mambalens.sweep.checks import check
 from mambalens.sweep.prediction import Prediction, kl_divergence
 from mambalens.sweep.replay import UNCUT, Replay, Row
@@ -70,6 +71,7 @@ class Sweep:
         self.batch = Batch([], self.ids, self.last, self.last)
         self.targets = torch.arange(columns) == self.last[:, None]
         self.sources = (torch.rand(SOURCES, count, columns) < 0.3) & (torch.arange(columns) < self.last[:, None])
+        self.room = Room()  # as a sweep's batches share it
         self.starts = range(self.hooks.n_layers - window + 1)
         windows = [self.hooks.resolve(range(start, start + window)) for start in self.starts]
         self.cuts = [Row(cutting, ((source + 1, 0),)) for cutting in windows for source in range(SOURCES)]
@@ -81,7 +83,8 @@ class Sweep:
     def replayed(self) -> None:
         """The whole sweep."""
         scored, memory = torch.zeros(len(self.ids), dtype=torch.long), budget(None, self.ids.device)
-        answers = Replay(self.hooks, self.ids, self.last, self.sources, memory=memory).logits([UNCUT, *self.cuts])
+        replay = Replay(self.hooks, self.ids, self.last, self.sources, memory=memory, room=self.room)
+        answers = replay.logits([UNCUT, *self.cuts])
         uncut = next(answers)[1]
         assert check(self.lens, self.batch, uncut).passed
         base = Prediction.of(uncut, scored)

@@ -8,9 +8,7 @@ PyTorch has. The code of a kernel is compiled when it runs first, in about half 
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
@@ -20,6 +18,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+
+from mambalens.hooks import team
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def scan(
         state += start
     dtx, of_dt, of_rate, of_B, of_C, of_state, of_y = _arrays(dt * x, dt, rate, B, C, state, y)
     run = _the_kernels().scan
-    _each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], of_state[p], of_y[p]))
+    team.each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], of_state[p], of_y[p]))
     return torch.from_numpy(of_y), state
 
 
@@ -76,7 +76,7 @@ def scan_and_states(
     y, found = torch.empty_like(dt), dt.new_zeros(*keep.shape[:2], *rate.shape)
     dtx, of_dt, of_rate, of_B, of_C, kept, of_found, of_y = _arrays(dt * x, dt, rate, B, C, keep, found, y)
     run = _the_kernels().scan_and_states
-    _each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], kept[p], of_found[p], of_y[p]))
+    team.each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], kept[p], of_found[p], of_y[p]))
     return torch.from_numpy(of_y), found
 
 
@@ -90,7 +90,7 @@ def step(
     number: Int[Tensor, " rows"],
 ) -> Float[Tensor, "batch rows feature"]:
     """`scan.selective_step`; `number` says which of the states before them each row has."""
-    arrays = of_x, of_dt, of_rate, of_B, of_C, of_y = _arrays(x, dt, rate, B, C, torch.empty_like(dt))
+    of_x, of_dt, of_rate, of_B, of_C, of_y = _arrays(x, dt, rate, B, C, torch.empty_like(dt))
     of_state = [(_arrays(start)[0], np.flatnonzero(number.numpy() == index)) for index, start in enumerate(starts)]
     run = _the_kernels().step
 
@@ -98,21 +98,8 @@ def step(
         for start, rows in of_state:
             run(of_x[p], of_dt[p], of_rate, of_B[p], of_C[p], np.ascontiguousarray(start[p]), rows, of_y[p])
 
-    _each(len(dt), of_prompt)
-    return torch.from_numpy(arrays[-1])
-
-
-def in_parts(count: int, work: Callable[[int, int], None], least: int = 1) -> None:
-    """Work from one number to another, below `count`, in parts for PyTorch's number of threads.
-
-    Args:
-        count: of what is to be done.
-        work: begins and ends.
-        least: how much is worth a thread.
-    """
-    threads = max(1, min(torch.get_num_threads(), count // least))
-    ends = [count * part // threads for part in range(threads + 1)]
-    _each(threads, lambda part: work(ends[part], ends[part + 1]))
+    team.each(len(dt), of_prompt)
+    return torch.from_numpy(of_y)
 
 
 def _the_kernels() -> Any:
@@ -125,23 +112,3 @@ def _arrays(*tensors: Float[Tensor, " ..."]) -> list[Shaped[np.ndarray, " ..."]]
     """Arrays that the kernels take: a tensor's own memory where that lies in one piece, prompt by prompt."""
     in_pieces = [t.ndim > 2 and len(t) > 0 and t[0].is_contiguous() for t in tensors]
     return [(t if fits else t.contiguous()).detach().numpy() for t, fits in zip(tensors, in_pieces, strict=True)]
-
-
-def _each(count: int, work: Callable[[int], None]) -> None:
-    """Work of every number below `count`, on PyTorch's number of threads; the compiled code lets others run."""
-    threads = min(count, torch.get_num_threads())
-    if threads < 2:
-        for number in range(count):
-            work(number)
-        return
-    for _ in _pool(threads).map(work, range(count)):
-        pass
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "mambalens")
-
-
-if hasattr(os, "register_at_fork"):  # a fork has none of these threads, and would wait for them in vain
-    os.register_at_fork(after_in_child=_pool.cache_clear)

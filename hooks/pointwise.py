@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from mambalens.hooks import native
+from mambalens.hooks import native, team
 from mambalens.hooks.scan import causal_conv
 
 WORTH = 2**16
@@ -39,9 +39,7 @@ def gated(x: Float[Tensor, "*batch"], gate: Float[Tensor, "*batch"]) -> Float[Te
         return x * F.silu(gate)
     of_x, (flat, stride), made = _rows(x), _apart(gate), torch.empty(x.shape)
     y, run = _rows(made), _kernels().gated
-    native.in_parts(
-        len(y), lambda begin, end: run(of_x[begin:end], flat[begin * stride :], stride, y[begin:end]), _worth(y)
-    )
+    team.parts(len(y), lambda begin, end: run(of_x[begin:end], flat[begin * stride :], stride, y[begin:end]), _worth(y))
     return made
 
 
@@ -70,7 +68,7 @@ def silu_conv(
     offset = torch.zeros(len(weight)) if bias is None else bias
     taps, of_bias, of_past = (t.detach().contiguous().numpy() for t in (weight.T, offset, before))
     run = _kernels().silu_conv
-    native.in_parts(
+    team.parts(
         len(y),
         lambda begin, end: run(flat, stride, taps, of_bias, of_past, shared or len(y), begin, end, y),
         _worth(y),
@@ -92,7 +90,7 @@ def _each(run: Callable[..., None], x: Float[Tensor, "*batch"]) -> Float[Tensor,
     """A kernel's function of every number."""
     of_x, made = _rows(x), torch.empty(x.shape)
     y = _rows(made)
-    native.in_parts(len(y), lambda begin, end: run(of_x[begin:end], y[begin:end]), _worth(y))
+    team.parts(len(y), lambda begin, end: run(of_x[begin:end], y[begin:end]), _worth(y))
     return made
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 
@@ -191,9 +190,8 @@ def test_a_replay_with_and_without_numba(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_a_fork_scans_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers of a cluster's job are forks; threads that their parent has are gone in them."""
     given = of_scan(3, 4, 6, 8, 4)
-    monkeypatch.setattr(native.torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     expected = scan.selective_scan(*given)[0]
-    assert {thread.name for thread in threading.enumerate()} >= {"mambalens_0", "mambalens_1"}
     child = os.fork()
     if not child:  # which never comes back to the tests
         try:

@@ -35,7 +35,8 @@ def installed() -> bool:
 def backend(device: torch.device) -> str:
     """What scans on a device: 'mamba-ssm', or 'torch'.
 
-    '+numba' where Mamba-1 runs compiled on a CPU (in float32, without gradients), '+compile' where its steps do.
+    '+numba' where Mamba-1's scan, activations and short convolutions run compiled on a CPU (in float32, without
+    gradients), '+compile' where Mamba-1's steps do.
     """
     if device.type == "cpu" and native.kernels():
         return "torch+numba"

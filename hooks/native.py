@@ -1,4 +1,4 @@
-"""Mamba-1's scan on the CPU by compiled code, where numba is installed (the extra `cpu`); see `numba_scan`.
+"""Mamba-1's scan on the CPU by compiled code, where numba is installed (the extra `cpu`); see `numba_kernels`.
 
 In float32 and without gradients; elsewhere `scan` goes by PyTorch's operations. Prompts go to as many threads as
 PyTorch has. The code of a kernel is compiled when it runs first, in about half a second, and kept on disk.
@@ -30,11 +30,11 @@ def kernels() -> ModuleType | None:
     if find_spec("numba") is None:
         return None
     try:
-        from mambalens.hooks import numba_scan
+        from mambalens.hooks import numba_kernels
     except Exception as error:  # built for another numpy, or a machine that it cannot compile for
-        log.info("Mamba-1's scan runs without numba: %s", error)
+        log.info("The CPU's code runs without numba: %s", error)
         return None
-    return numba_scan
+    return numba_kernels
 
 
 def fits(*tensors: Float[Tensor, " ..."]) -> bool:
@@ -56,7 +56,7 @@ def scan(
     if start is not None:
         state += start
     dtx, of_dt, of_rate, of_B, of_C, of_state, of_y = _arrays(dt * x, dt, rate, B, C, state, y)
-    run = _the_kernels().scan
+    run = the_kernels().scan
     team.each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], of_state[p], of_y[p]))
     return torch.from_numpy(of_y), state
 
@@ -75,7 +75,7 @@ def scan_and_states(
     """
     y, found = torch.empty_like(dt), dt.new_zeros(*keep.shape[:2], *rate.shape)
     dtx, of_dt, of_rate, of_B, of_C, kept, of_found, of_y = _arrays(dt * x, dt, rate, B, C, keep, found, y)
-    run = _the_kernels().scan_and_states
+    run = the_kernels().scan_and_states
     team.each(len(dt), lambda p: run(dtx[p], of_dt[p], of_rate, of_B[p], of_C[p], kept[p], of_found[p], of_y[p]))
     return torch.from_numpy(of_y), found
 
@@ -92,7 +92,7 @@ def step(
     """`scan.selective_step`; `number` says which of the states before them each row has."""
     of_x, of_dt, of_rate, of_B, of_C, of_y = _arrays(x, dt, rate, B, C, torch.empty_like(dt))
     of_state = [(_arrays(start)[0], np.flatnonzero(number.numpy() == index)) for index, start in enumerate(starts)]
-    run = _the_kernels().step
+    run = the_kernels().step
 
     def of_prompt(p: int) -> None:
         for start, rows in of_state:
@@ -102,7 +102,8 @@ def step(
     return torch.from_numpy(of_y)
 
 
-def _the_kernels() -> Any:
+def the_kernels() -> Any:
+    """The compiled code, where it `fits`."""
     found = kernels()
     assert found is not None, "see `fits`"
     return found

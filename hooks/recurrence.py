@@ -25,8 +25,6 @@ from mambalens.hooks.masks import Cut
 from mambalens.hooks.mixer import Mixer
 from mambalens.hooks.token_mixing import Decay
 
-SILU = (nn.SiLU, SiLUActivation)
-"""Modules that are x sigmoid(x)."""
 AT_ONCE = 2**22
 """Numbers of effective attention that are made at a time."""
 
@@ -94,6 +92,13 @@ class Other(NamedTuple):
     values: Float[Tensor, "batch time feature width"]
     sources: Bool[Tensor, "set batch time"]
     """Which positions, set by set."""
+
+
+def _is_silu(module: nn.Module) -> bool:
+    """Whether it is x sigmoid(x), and nothing that somebody has hung on it."""
+    if type(module) not in (nn.SiLU, SiLUActivation):
+        return False
+    return "forward" not in vars(module) and not module._forward_hooks and not module._forward_pre_hooks
 
 
 class Recurrence(Mixer):
@@ -198,7 +203,7 @@ class Recurrence(Mixer):
         instead: Sequence[Instead] = (),
     ) -> Float[Tensor, "*batch time wider"]:
         """`convolve` with the activation behind it, both at once where that can be."""
-        if keep is None and not instead and self.convolution is not None and isinstance(self.activation, SILU):
+        if keep is None and not instead and self.convolution is not None and _is_silu(self.activation):
             return pointwise.silu_conv(inner, self.convolution.weight[:, 0], self.convolution_bias, past)
         return self.activate(self.convolve(inner, keep, past, instead))
 

@@ -265,8 +265,9 @@ def test_hooked_passes_give_the_same_as_replay(name: str, site: str) -> None:
 def test_a_model_that_replay_misses_is_hooked_with_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = Lens(tiny("mamba1"), lens_of("mamba1").tokenizer, "odd")
     expected = lens.patch(PAIRS, progress=False).table
-    convolve = type(lens.hooks.mixers[0]).convolve
-    monkeypatch.setattr(type(lens.hooks.mixers[0]), "convolve", lambda *given, **named: 1.1 * convolve(*given, **named))
+    of = type(lens.hooks.mixers[0])
+    own = of.convolved
+    monkeypatch.setattr(of, "convolved", lambda *given, **named: 1.1 * own(*given, **named))
     with pytest.warns(UserWarning, match="is not reproduced by replaying it"):
         found = lens.patch(PAIRS, progress=False).table
     pd.testing.assert_frame_equal(found, expected, rtol=0, atol=1e-4)

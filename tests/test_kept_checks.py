@@ -44,8 +44,9 @@ def test_a_sweep_keeps_a_check_of_every_replay(tmp_path: Path) -> None:
 
 def test_a_replay_that_misses_is_in_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = Lens.load("atlas-mamba1")
-    convolve = type(lens.hooks.mixers[0]).convolve
-    monkeypatch.setattr(type(lens.hooks.mixers[0]), "convolve", lambda *given, **named: 1.1 * convolve(*given, **named))
+    of = type(lens.hooks.mixers[0])
+    own = of.convolved
+    monkeypatch.setattr(of, "convolved", lambda *given, **named: 1.1 * own(*given, **named))
     with pytest.warns(UserWarning, match="is not reproduced"):
         result = lens.sweep(FACTS[:1], "subject", window=12, progress=False)
     assert result.checks.passed.tolist() == [False] and (result.checks.difference > 3 * result.checks.noise).all()

@@ -188,3 +188,13 @@ def recorder(kernels: Any, tell: Callable[[str], Any]) -> Callable[[], Any]:
             return getattr(kernels, name)
 
     return Recorded
+
+
+def test_what_hangs_on_an_activation_still_runs() -> None:
+    hooks = HookManager(tiny("mamba1", torch.float32))
+    mixer, inner = hooks.mixers[0], torch.randn(2, 5, 48)
+    plain = mixer.convolved(inner, None)
+    handle = mixer.module.act.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(mixer.convolved(inner, None), 2 * plain)
+    handle.remove()
+    assert torch.equal(mixer.convolved(inner, None), plain)

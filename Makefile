@@ -24,14 +24,13 @@ COMPATIBLE := tests/test_architectures.py tests/test_small_recurrences.py tests/
 	tests/test_edges.py::test_generation_under_edges_is_what_repeated_passes_give \
 	tests/test_documents.py::test_every_python_block_of_the_readme_runs
 
-test-newest:
-	test -d $(VENV)-newest || $(PYTHON) -m venv $(VENV)-newest
+test-newest: $(BIN)/uv
+	$(BIN)/uv venv --quiet --clear --seed --python $(BIN)/python $(VENV)-newest
 	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(VENV)-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[test]'
+	$(BIN)/uv pip install --quiet --python $(VENV)-newest/bin/python --editable '.[test]'
 	MAMBALENS_SHAPES=unchecked $(call pytest,$(VENV)-newest/bin) $(COMPATIBLE)
 
-test-oldest: $(VENV)/bin/python
-	$(PIP) uv
+test-oldest: $(BIN)/uv
 	test -d $(VENV)-oldest || $(BIN)/uv venv --quiet --python $(BIN)/python $(VENV)-oldest
 	$(BIN)/uv pip install --quiet --python $(VENV)-oldest/bin/python --resolution lowest-direct --editable '.[test]'
 	MAMBALENS_SHAPES=unchecked $(call pytest,$(VENV)-oldest/bin) $(COMPATIBLE)
@@ -96,9 +95,13 @@ $(VENV)/installed: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable .
 	touch $@
 
-$(VENV)/installed-%: $(VENV)/installed
-	$(PIP) --editable '.[$*]'
+# As pip would, in a fifth of the time.
+$(VENV)/installed-%: $(VENV)/installed $(BIN)/uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[$*]'
 	touch $@
+
+$(BIN)/uv: $(VENV)/bin/python
+	$(PIP) uv
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-peers $(VENV)-triton build *.egg-info runs

@@ -30,8 +30,8 @@ def each(count: int, work: Callable[[int], object]) -> None:
     Raises:
         Exception: the first that work raises; what has begun by then ends before.
     """
-    threads = min(count, torch.get_num_threads())
-    if threads < 2:
+    threads = torch.get_num_threads()
+    if min(count, threads) < 2:
         for number in range(count):
             work(number)
         return
@@ -46,9 +46,11 @@ def each(count: int, work: Callable[[int], object]) -> None:
 
     run = None if _forked else _parallel()
     if run is not None:
+        # All of them, also for less work: OpenMP lets threads end that a team leaves out, and PyTorch's next operation
+        # would have to start them again.
         run(BODY(some), None, threads, 0)
     else:
-        list(_pool(threads).map(some, range(threads)))
+        list(_pool(threads).map(some, range(min(count, threads))))
     if errors:
         raise errors[0]
 

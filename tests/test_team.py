@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -77,3 +77,17 @@ def test_a_fork_leaves_its_parents_threads_alone() -> None:
         team.each(6, done.append)
         os._exit(0 if team._forked and sorted(done) == list(range(6)) else 1)
     assert os.waitpid(child, 0)[1] == 0 and not team._forked
+
+
+def test_all_threads_are_asked_also_for_less_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A smaller team would end threads that PyTorch's next operation needs."""
+    asked: list[int] = []
+
+    def run(body: Callable[[object], object], data: None, threads: int, flags: int) -> None:
+        asked.append(threads)
+        body(None)
+
+    monkeypatch.setattr(team, "_parallel", lambda: run)
+    done: list[int] = []
+    team.each(2, done.append)
+    assert asked == [3] and done == [0, 1]

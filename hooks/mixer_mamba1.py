@@ -37,9 +37,10 @@ class Mamba1Mixer(S6Mixer):
             dt, B, C = mixer.dt_layernorm(dt), mixer.b_layernorm(B), mixer.c_layernorm(C)
         precise = torch.promote_types(convolved.dtype, torch.float32)
         if convolved.dtype == precise:
-            dt = pointwise.softplus(mixer.dt_proj(dt))
+            dt = mixer.dt_proj(dt)
         else:  # the bias is added in the scan's precision, as transformers does
-            dt = F.softplus(F.linear(dt, mixer.dt_proj.weight).to(precise) + mixer.dt_proj.bias.to(precise))
+            dt = F.linear(dt, mixer.dt_proj.weight).to(precise) + mixer.dt_proj.bias.to(precise)
+        dt = pointwise.softplus(dt)
         A = -torch.exp(mixer.A_log.to(precise))
         x, B, C = convolved.to(precise)[..., None], B.to(precise)[:, :, None], C.to(precise)[:, :, None]
         return ScanInputs(x, dt, A, B, C)

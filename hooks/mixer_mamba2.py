@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from mambalens.hooks import pointwise
 from mambalens.hooks.linear_scan import LOOPS
 from mambalens.hooks.recurrence import Projected
 from mambalens.hooks.ssm import ScanInputs, SSDMixer, SSMMixer
@@ -63,7 +63,7 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
         )
         precise = torch.promote_types(convolved.dtype, torch.float32)
         assert beside is not None
-        dt = F.softplus(beside.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
+        dt = pointwise.softplus(beside.to(precise) + mixer.dt_bias.to(precise)).clamp(*mixer.time_step_limit)
         by_group = "batch time (group state) -> batch time group state"
         B, C = (rearrange(t, by_group, state=mixer.ssm_state_size).to(precise) for t in (B, C))
         x = rearrange(x, "batch time (head width) -> batch time head width", head=mixer.num_heads).to(precise)
@@ -89,6 +89,6 @@ class Mamba2Mixer(SSDMixer, SSMMixer):
     def finish(
         self, y: Float[Tensor, "batch time feature width"], gate: Float[Tensor, "batch time inner"], dtype: torch.dtype
     ) -> Float[Tensor, "batch time hidden"]:
-        flat = y.flatten(2)
-        gated = flat * F.silu(gate) if isinstance(self.module.norm, nn.Identity) else self.module.norm(flat, gate)
+        flat, norm = y.flatten(2), self.module.norm
+        gated = pointwise.gated(flat, gate) if isinstance(norm, nn.Identity) else norm(flat, gate)
         return self.module.out_proj(gated.to(dtype))

@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from mambalens.hooks import pointwise
 from mambalens.hooks.groups import decay_norm
 from mambalens.hooks.mixer import weights_at_hand
 from mambalens.hooks.recurrence import Projected, State, States
@@ -60,7 +60,7 @@ class ZambaMixer(S6Mixer):
         sizes = [mixer.time_step_rank, mixer.ssm_state_size, mixer.ssm_state_size]
         dt, B, C = torch.einsum("bthw,hnw->bthn", x, mixer.x_proj_weight).split(sizes, -1)
         dt = torch.einsum("bthr,hwr->bthw", dt, mixer.dt_proj_weight).to(precise)
-        dt = F.softplus(dt + mixer.dt_proj_bias.to(precise)).flatten(2)
+        dt = pointwise.softplus(dt + mixer.dt_proj_bias.to(precise)).flatten(2)
         A = -torch.exp(mixer.A_log.to(precise)).flatten(0, 1)
         return ScanInputs(convolved.to(precise)[..., None], dt, A, B.to(precise), C.to(precise))
 

@@ -1,8 +1,8 @@
 """What numba compiles for the CPU: Mamba-1's recurrence, activations, gates, a short convolution, exponentials.
 
-PyTorch's operations pass over memory several times for each of them. Plain functions of arrays in float32, which
-`native` and `pointwise` call; letters and recurrence as in `scan`. In one file: what numba keeps on disk is made anew
-when the file of a function changes, not when that of another does which it calls.
+PyTorch's operations pass over memory several times for most of them, or take longer for an exponential. Plain functions
+of arrays in float32, which `native` and `pointwise` call; letters and recurrence as in `scan`. In one file: what numba
+keeps on disk is made anew when the file of a function changes, not when that of another does which it calls.
 """
 
 from __future__ import annotations

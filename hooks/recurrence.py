@@ -136,10 +136,6 @@ class Recurrence(Mixer):
         """The activation behind the convolution."""
         return self.module.act
 
-    def activate(self, convolved: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        """What the activation makes of what the convolution gave."""
-        return self.activation(convolved)
-
     def told(
         self, given: Mapping[str, Any]
     ) -> tuple[Float[Tensor, "batch time given"], Shaped[Tensor, "batch time"] | None]:
@@ -205,7 +201,7 @@ class Recurrence(Mixer):
         """`convolve` with the activation behind it, both at once where that can be."""
         if keep is None and not instead and self.convolution is not None and _is_silu(self.activation):
             return pointwise.silu_conv(inner, self.convolution.weight[:, 0], self.convolution_bias, past)
-        return self.activate(self.convolve(inner, keep, past, instead))
+        return self.activation(self.convolve(inner, keep, past, instead))
 
     @abstractmethod
     def scan_inputs(

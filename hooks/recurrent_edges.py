@@ -51,7 +51,7 @@ class RecurrentArrivals(Arrivals):
             keep = [every if keep is None else keep[k] & every for k in range(mixer.kernel)]
         self.keep = keep
         self.convolved = mixer.convolve(projected.inner, keep, instead=self.others)
-        activated = mixer.activate(self.convolved)
+        activated = mixer.activation(self.convolved)
         if mixer.convolution is not None:
             self.inner, self.weight = projected.inner, mixer.convolution.weight[:, 0].detach()
             self.feature_of = torch.arange(self.inner.shape[-1], device=hidden.device)
@@ -150,7 +150,7 @@ class RecurrentArrivals(Arrivals):
             if here.any():
                 tap[here] = self._tap(k, (places.prompt[here], places.target[here]))
         before = self.convolved[places.at]
-        change = self.mixer.activate(before - tap) - self.mixer.activate(before)
+        change = self.mixer.activation(before - tap) - self.mixer.activation(before)
         change = change if self.features is None else change * self.features[self.feature_of]
         return change.to(self.nodes[Paths.CONV].dtype)
 
@@ -180,14 +180,14 @@ class RecurrentArrivals(Arrivals):
         if self.features is not None:
             gradient = gradient * self.features[self.feature_of]
         found = gradient.new_zeros(batch, time, time)
-        before = self.mixer.activate(self.convolved)
+        before = self.mixer.activation(self.convolved)
         for k in range(1, min(kernel, time)):
             if self.keep is None:
                 tap = self.inner[:, : time - k] * self.weight[:, kernel - 1 - k]
             else:
                 at = torch.ones(batch, time, dtype=torch.bool, device=gradient.device)[:, k:].nonzero(as_tuple=True)
                 tap = self._tap(k, (at[0], at[1] + k)).unflatten(0, (batch, time - k))
-            change = self.mixer.activate(self.convolved[:, k:] - tap) - before[:, k:]
+            change = self.mixer.activation(self.convolved[:, k:] - tap) - before[:, k:]
             effect = torch.linalg.vecdot(gradient[:, k:], change.to(gradient.dtype))
             found.diagonal(-k, 1, 2).copy_(effect)
         return found

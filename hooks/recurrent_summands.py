@@ -51,7 +51,7 @@ def of_recurrence(
             others = [Instead(of, inner.detach().requires_grad_()) for of, inner in replaced_taps(taps, kernel)]
             values = [projected.inner.detach().requires_grad_(), *(other.inner for other in others)]
             convolved = mixer.convolve(values[0], kept_taps(taps, kernel), instead=others)
-            read = mixer.scan(mixer.scan_inputs(mixer.activate(convolved), projected.beside))[0]
+            read = mixer.scan(mixer.scan_inputs(mixer.activation(convolved), projected.beside))[0]
         y = mixer.with_skip(read.detach(), inputs)[rows, at][:, None].detach().requires_grad_()
         with FixedScales() as fixed:
             output = mixer.finish(y, gate, dtype)[:, 0]

@@ -12,11 +12,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import tiny
 from torch import Tensor
 
-from mambalens.hooks import HookManager, kernels, native, scan
-from mambalens.sweep.replay import UNCUT, Replay, Row
+from mambalens.hooks import kernels, native, scan
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason="no numba")
 CLOSE = {"rtol": 3e-6, "atol": 3e-6}
@@ -166,24 +164,6 @@ def test_inputs_that_do_not_lie_in_one_piece() -> None:
         assert torch.equal(one, other)
     nothing = [t[:0] if t is not pieces[2] else t for t in pieces]
     assert [len(t) for t in scan.selective_scan(*nothing)] == [0, 0]
-
-
-def test_a_replay_with_and_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny("mamba1", torch.float32)
-    hooks = HookManager(model)
-    ids, last = torch.randint(2, model.config.vocab_size, (3, 9)), torch.tensor([8, 6, 7])
-    sources = torch.rand(2, 3, 9) < 0.4
-    cuts = [UNCUT, *(Row(hooks.resolve([0, 1]), ((number, 0),)) for number in (1, 2))]
-
-    def logits() -> Tensor:
-        return torch.stack([found for _, found in sorted(Replay(hooks, ids, last, sources).logits(cuts))])
-
-    compiled = logits()
-    monkeypatch.setattr(native, "kernels", lambda: None)
-    slow = logits()
-    assert not torch.equal(compiled, slow), "the compiled scan did not run"
-    torch.testing.assert_close(compiled, slow, rtol=1e-4, atol=1e-5)
-    assert (slow[0] - slow[1]).abs().max() > 1e-3
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks")

@@ -57,7 +57,7 @@ def keep_pages() -> None:
 
     glibc asks the system for anything that is larger than the largest it has been given back so far, and returns what
     is free beyond twice that size: fresh pages each time, for which the system took 0.4 of 4.8 s of a sweep of Mamba-1
-    130M, and now takes 0.1. A tensor that is never touched, of the largest size it learns from, costs nothing. Other
+    130M, and then 0.1. A tensor that is never touched, of the largest size it learns from, costs nothing. Other
     allocators are as they are.
     """
     torch.empty(LEARNT_FROM, dtype=torch.uint8)
